@@ -1,0 +1,132 @@
+"""The command-line parser and the wrapper of the programs."""
+from __future__ import annotations
+
+import pytest
+from torch.utils.data import DataLoader
+
+from utils.cli import ArgumentParser, number, run_main
+from utils.errors import UserError
+
+
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="prog.py", description="a program")
+    group = parser.add_argument_group("losses")
+    parser.boolean(group, "--rand-mask", True, "random instead of centre mask")
+    parser.boolean(group, "--enhance-projector", False, "two branches")
+    parser.boolean(group, "--no-cuda", False, "run on the CPU")
+    group.add_argument("--mask-ratio", type=number(float, 0, 1), default=0.75, help="share of zeroed positions")
+    group.add_argument("--crop-size", type=number(int, 1), nargs="+", default=[512, 1024], help="height and width")
+    group.add_argument("--save-dir", help="where to write")
+    group.add_argument("--pattern", default="50%", help="100%% of it")
+    return parser
+
+
+@pytest.mark.parametrize(("argv", "expected"), [
+    ([], True), (["--rand-mask"], True), (["--rand_mask"], True), (["--no-rand-mask"], False),
+    (["--no_rand_mask"], False),
+    (["--rand-mask", "False"], False), (["--rand_mask", "0"], False), (["--rand-mask=no"], False),
+    (["--rand_mask=yes"], True), (["--rand-mask", "TRUE"], True), (["--no-rand-mask", "--rand-mask", "1"], True),
+])
+def test_booleans(argv: list[str], expected: bool) -> None:
+    assert make_parser().parse_args(argv).rand_mask is expected
+
+
+def test_flag_that_starts_with_no() -> None:
+    assert make_parser().parse_args([]).no_cuda is False
+    assert make_parser().parse_args(["--no_cuda"]).no_cuda is True
+    assert make_parser().parse_args(["--no-cuda", "false"]).no_cuda is False
+
+
+def test_both_spellings_take_values() -> None:
+    argv = ["--crop_size", "64", "96", "--mask_ratio=0.5", "--save_dir=runs/a_b", "--enhance_projector"]
+    args = make_parser().parse_args(argv)
+    assert args.crop_size == [64, 96]
+    assert args.mask_ratio == 0.5
+    assert args.save_dir == "runs/a_b"
+    assert args.enhance_projector is True
+
+
+def test_every_option_in_both_spellings() -> None:
+    parser = make_parser()
+    for option, action in parser._option_string_actions.items():
+        if option.startswith("--") and "-" in option[2:]:
+            values = [] if action.nargs in ("?", 0) else ["1"]
+            dashed, underscored = ([name, *values] for name in (option, "--" + option[2:].replace("-", "_")))
+            assert parser.parse_args(dashed) == parser.parse_args(underscored)
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["--rand-msk"], "did you mean --rand-mask?"),
+    (["--mask_ration=1"], "did you mean --mask-ratio?"),
+    (["--zzz"], "unrecognized arguments: --zzz"),
+    (["--save", "x"], "unrecognized arguments: --save x"),
+    (["--rand-mask", "maybe"], "expected true or false, got 'maybe'"),
+    (["--no-rand-mask", "true"], "--no-rand-mask takes no value"),
+    (["--mask-ratio", "1.5"], "expected a number of at least 0 and of at most 1, got '1.5'"),
+    (["--mask-ratio", "nan"], "got 'nan'"),
+    (["--crop-size", "0"], "expected a whole number of at least 1, got '0'"),
+    (["--crop-size", "2.5"], "expected a whole number"),
+    (["--save-dir"], "expected one argument"),
+])
+def test_errors_are_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        make_parser().parse_args(argv)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1 and captured.err.startswith("prog.py: error: ")
+    assert said in captured.err
+
+
+def test_open_lower_limit() -> None:
+    convert = number(float, 0, open_low=True)
+    assert convert("0.1") == 0.1
+    with pytest.raises(Exception, match="a number above 0, got '0'"):
+        convert("0")
+
+
+def test_help_shows_groups_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        make_parser().parse_args(["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "losses:" in out
+    assert "--rand-mask, --no-rand-mask" in out
+    assert "(default: true)" in out and "(default: 512 1024)" in out and "(default: 0.75)" in out
+    assert "100% of it (default: 50%)" in out
+    assert out.startswith("usage: prog.py [options]\n")
+    assert max(len(line) for line in out.splitlines()) <= 110
+
+
+def test_run_main(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+
+    def fails(argv: list[str] | None) -> int:
+        raise UserError("--data: folder 'x' does not exist,\n expected a dataset")
+
+    def stopped(argv: list[str] | None) -> int:
+        raise KeyboardInterrupt
+
+    assert run_main(fails, [], prog="prog.py") == 2
+    assert capsys.readouterr().err == "prog.py: error: --data: folder 'x' does not exist, expected a dataset\n"
+    assert run_main(stopped, [], prog="prog.py") == 130
+    assert capsys.readouterr().err == "prog.py: interrupted\n"
+    assert run_main(lambda argv: None, []) == 0
+    assert run_main(lambda argv: len(argv or []), ["a", "b", "c"]) == 3
+    with pytest.raises(ZeroDivisionError):
+        run_main(lambda argv: 1 // 0, [])
+
+
+class Unreadable:
+    """A data set whose files cannot be read."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        raise UserError(f"{index}.png: truncated file")
+
+
+def test_error_of_a_loading_process_is_one_plain_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(lambda argv: len(list(DataLoader(Unreadable(), num_workers=1))), [], prog="prog.py") == 2
+    assert capsys.readouterr().err == "prog.py: error: 0.png: truncated file\n"
