@@ -1,0 +1,143 @@
+"""The interface of a distillation method, and the registry that finds them.
+
+A method is one file in this folder: a pure loss function, and a :class:`Distiller` beside it that owns the trainable
+extras (aligners, projectors, queues) and says which named tensors it wants from either network. Decorate the class
+with :func:`register`; nothing else has to be edited.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Term:
+    """One scalar that a method adds to the loss: its name, default weight and a line for ``--help``.
+
+    ``Term("fd", 4e-5, ...)`` becomes the flag ``--lambda-fd``; underscores in the name become dashes in the flag.
+    """
+
+    name: str
+    weight: float
+    help: str
+
+    @property
+    def dest(self) -> str:
+        return f"lambda_{self.name}"
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.dest.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class NetInfo:
+    """What a method may know about a network without running it: channels per tap, class count, output stride."""
+
+    name: str
+    channels: Mapping[str, int]
+    num_class: int
+    stride: int = 8
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """Everything a distiller is built from. ``options``: the parsed command line (see ``Distiller.add_arguments``)."""
+
+    student: NetInfo
+    teacher: NetInfo
+    num_class: int
+    ignore_label: int = -1
+    crop_size: tuple[int, int] = (512, 1024)
+    dataset: str = "citys"
+    options: argparse.Namespace = field(default_factory=argparse.Namespace)
+
+
+class Distiller(nn.Module):
+    """Base class of every method.
+
+    Class attributes
+        method   registry name (set by :func:`register`)
+        title, paper, year   for ``--list-methods``
+        terms    the :class:`Term` objects that ``forward`` may return
+        student_taps, teacher_taps   fields of ``SegOutput`` that the method reads
+        preset   published settings by data set ("*": any other): option name -> value, applied by ``--method NAME``
+        clip_norm  largest L2 norm of the gradient of the method's own parameters, None = not clipped
+    """
+
+    method: str = ""
+    title: str = ""
+    paper: str = ""
+    year: int = 0
+    terms: tuple[Term, ...] = ()
+    student_taps: tuple[str, ...] = ()
+    teacher_taps: tuple[str, ...] = ()
+    preset: Mapping[str, Mapping[str, object]] = {}
+    clip_norm: float | None = None
+
+    @classmethod
+    def add_arguments(cls, group: argparse._ArgumentGroup) -> None:
+        """Add the method's own options (not the ``--lambda-*``, which come from ``terms``)."""
+
+    @classmethod
+    def build(cls, context: BuildContext) -> Distiller:
+        """Make the method from channel counts, class count and options; never from a dummy forward."""
+        raise NotImplementedError
+
+    def forward(self, student, teacher, target: Tensor, step: int,
+                generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return {term name: unweighted scalar}.
+
+        student, teacher: ``SegOutput``; the teacher's tensors carry no graph. target: int64 [B, H, W] at crop size.
+        step: iterations done so far. generator: source of the method's random numbers, on the tensors' device.
+        """
+        raise NotImplementedError
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Scalars of the last ``forward`` worth logging beside the losses (asked for on logged iterations only)."""
+        return {}
+
+
+_REGISTRY: dict[str, type[Distiller]] = {}
+
+
+def register(name: str):
+    """Class decorator: make a :class:`Distiller` known under ``--method name``."""
+
+    def wrap(cls: type[Distiller]) -> type[Distiller]:
+        if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
+            raise ValueError(f"method {name!r} is registered twice: {_REGISTRY[name]} and {cls}")
+        taken = {t.name: m for m, c in _REGISTRY.items() if m != name for t in c.terms}
+        for term in cls.terms:
+            if term.name in taken:
+                raise ValueError(f"term {term.name!r} of method {name!r} already belongs to {taken[term.name]!r}")
+        cls.method = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return wrap
+
+
+def methods() -> dict[str, type[Distiller]]:
+    """Every registered method, by name. Imports each file of this folder once, so that its decorator runs."""
+    package = importlib.import_module("losses")
+    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
+        importlib.import_module(f"losses.{module}")
+    return dict(sorted(_REGISTRY.items()))
+
+
+def check_taps(distiller: Distiller, student: NetInfo, teacher: NetInfo) -> None:
+    """Raise :class:`UserError` when a network lacks a tensor that the method wants, listing what it has."""
+    for role, net, taps in (("student", student, distiller.student_taps), ("teacher", teacher, distiller.teacher_taps)):
+        missing = [t for t in taps if t not in net.channels]
+        if missing:
+            raise UserError(f"method {distiller.method!r} needs {', '.join(missing)} of the {role}, "
+                            f"but {net.name} offers only {', '.join(net.channels)}")
