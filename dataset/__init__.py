@@ -1,0 +1,20 @@
+"""Data sets: a short spec per set over one dataset class.
+
+Every module (and package) of this folder is imported, so that adding a data set is adding a file.
+"""
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from dataset.sampler import EvalSampler, TrainSampler
+from dataset.segmentation import SegmentationDataset, collate, worker_init
+from dataset.spec import DatasetSpec, SplitSpec, get_dataset_spec, list_datasets, register_builder, register_dataset
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = [
+    "DatasetSpec", "EvalSampler", "SegmentationDataset", "SplitSpec", "TrainSampler", "collate", "get_dataset_spec",
+    "list_datasets", "register_builder", "register_dataset", "worker_init",
+]

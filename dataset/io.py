@@ -1,0 +1,75 @@
+"""Reading pictures and label files; every failure names the file and what was expected."""
+from __future__ import annotations
+
+import io
+import os
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from utils.errors import UserError
+
+JPEG_START, JPEG_SCAN, JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
+PNG_START, PNG_END = b"\x89PNG", b"IEND"
+
+
+def _read_bytes(path: str | os.PathLike, what: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this {what}: {error.strerror or error}") from None
+    if not data or _is_cut_off(data):
+        raise UserError(f"{path}: truncated {what} ({len(data)} bytes); expected a complete picture file")
+    return data
+
+
+def _is_cut_off(data: bytes) -> bool:
+    """True for a JPEG or PNG without its end mark (decoders may silently fill what is missing)."""
+    if data.startswith(JPEG_START):
+        return data.rfind(JPEG_END) < data.rfind(JPEG_SCAN)
+    if data.startswith(PNG_START):
+        return PNG_END not in data
+    return False
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """Read a colour picture of any format that OpenCV knows.
+
+    Returns:
+        uint8 [H, W, 3], BGR.
+
+    Raises:
+        UserError: missing, empty, truncated or not a picture.
+    """
+    data = _read_bytes(path, "image")
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise UserError(f"{path}: cannot decode this image; expected a picture file such as PNG or JPEG")
+    return image
+
+
+def read_label(path: str | os.PathLike) -> np.ndarray:
+    """Read a label file by index: the stored value of a grey file, the palette index (not the colour) of a palette one.
+
+    Returns:
+        uint8 [H, W].
+
+    Raises:
+        UserError: missing, truncated, not a picture, or a picture without one 8-bit value per pixel.
+    """
+    data = _read_bytes(path, "label")
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            mode = picture.mode
+            label = np.array(picture, dtype=np.uint8) if mode in ("1", "L", "P") else None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot decode this label ({reason}); expected a complete index PNG") from None
+    if label is None:
+        raise UserError(f"{path}: picture mode {mode}; expected one 8-bit index per pixel (a grey or palette picture)")
+    return label

@@ -1,0 +1,154 @@
+"""The one dataset class. Images travel as uint8 BGR; every network normalises them itself, on its device."""
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from dataset import transforms
+from dataset.discovery import Sample, find_samples
+from dataset.io import read_image, read_label
+from dataset.spec import IGNORE, DatasetSpec
+from utils.errors import UserError
+
+UNKNOWN = np.iinfo(np.int16).min
+
+
+class SegmentationDataset(Dataset):
+    """One split of a data set.
+
+    `ds[index]` is the whole image with its label. `ds[index, ordinal]` is a training sample: scaled, cropped to
+    `crop_size` (padded when the image is smaller) and mirrored at random, as a function of (seed, ordinal) only.
+
+    An item is a dict:
+        image: uint8 [3, H, W], BGR; 0 outside of `valid`.
+        label: int16 [H, W], train ids; `ignore_label` where nothing is to be learnt or counted.
+        valid: int16 [4], (top, bottom, left, right) of the real pixels, half open.
+        name: stem of the label file (of the image where there is no label).
+        index: position in the split.
+
+    Args:
+        spec: what the data set looks like.
+        root: its folder.
+        split: "train", "val", ...
+        train: offer training samples.
+        crop_size: (height, width) of a training sample; default `spec.train_crop`.
+        seed: of the augmentation, not negative.
+        ignore_label: value that stands for "ignored" in the items, outside of 0..K-1.
+        list_file: names the files of the split; default see :mod:`dataset.discovery`.
+        limit: keep only that many samples, the first ones.
+        scale, mirror: switch one kind of augmentation off.
+
+    Raises:
+        UserError: at construction for missing files and bad arguments, on access for files that cannot be decoded,
+            sizes that differ and label values that the data set does not have.
+    """
+
+    def __init__(self, spec: DatasetSpec, root: str | os.PathLike, split: str, *, train: bool,
+                 crop_size: tuple[int, int] | None = None, seed: int = 0, ignore_label: int = IGNORE,
+                 list_file: str | os.PathLike | None = None, limit: int | None = None, scale: bool = True,
+                 mirror: bool = True) -> None:
+        self.spec, self.split, self.train, self.seed = spec, split, train, int(seed)
+        self.ignore_label = int(ignore_label)
+        self.crop_size = tuple(int(side) for side in (crop_size or spec.train_crop))
+        self.scale, self.mirror = scale, mirror
+        self._check_arguments(limit)
+        self.samples: list[Sample] = find_samples(spec, root, split, list_file)[:limit]
+        if train and self.samples[0].label is None:
+            raise UserError(f"split '{split}' of {spec.title} has no labels; expected one of "
+                            f"{', '.join(spec.eval_splits)} to train on")
+        table = np.where(spec.id_to_train < 0, np.int16(self.ignore_label), spec.id_to_train)
+        self._table = np.where(spec.known_ids, table, np.int16(UNKNOWN))
+        self._unknown = (~spec.known_ids).astype(np.uint8)
+
+    def _check_arguments(self, limit: int | None) -> None:
+        if len(self.crop_size) != 2 or min(self.crop_size) < 1:
+            raise UserError(f"crop size {self.crop_size}; expected height and width, both at least 1")
+        if self.seed < 0:
+            raise UserError(f"seed {self.seed}; expected 0 or more")
+        if limit is not None and limit < 1:
+            raise UserError(f"limit {limit} of split '{self.split}'; expected at least 1 image")
+        if not UNKNOWN < self.ignore_label < 2**15 or 0 <= self.ignore_label < self.spec.num_class:
+            raise UserError(f"ignore label {self.ignore_label}; expected -1, or {self.spec.num_class}..32767 for "
+                            f"{self.spec.title}, whose classes are 0..{self.spec.num_class - 1}")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        if not isinstance(key, tuple):
+            image, label = self.read(key)
+            return self._item(int(key), image, self._map(label), (0, image.shape[0], 0, image.shape[1]))
+        if not self.train:
+            raise TypeError("training samples need train=True")
+        index, ordinal = int(key[0]), int(key[1])
+        image, label = self.read(index)
+        rng = np.random.default_rng((self.seed, ordinal))
+        size = image.shape[:2]
+        return self.augmented(index, image, label, transforms.draw_augmentation(
+            rng, size, self.crop_size, scale=self.scale, mirror=self.mirror))
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """The stored pair: uint8 [H, W, 3] BGR, and uint8 [H, W] stored label values (None without labels)."""
+        sample = self.samples[index]
+        image = read_image(sample.image)
+        if sample.label is None:
+            return image, None
+        label = read_label(sample.label)
+        if label.shape != image.shape[:2]:
+            raise UserError(f"{sample.label}: label of {label.shape[0]}x{label.shape[1]} pixels; expected "
+                            f"{image.shape[0]}x{image.shape[1]} (height x width), the size of {sample.image}")
+        if self._unknown.any() and cv2.LUT(label, self._unknown).any():
+            value = int(label[~self.spec.known_ids[label]][0])
+            raise UserError(f"{sample.label}: label value {value}; {self.spec.title} expects {self.spec.allowed_ids()}")
+        return image, label
+
+    def augmented(self, index: int, image: np.ndarray, label: np.ndarray,
+                  how: transforms.Augmentation) -> dict[str, Any]:
+        """The training sample of a stored pair for given augmentation parameters."""
+        image, label = transforms.scale_pair(image, label, how.scale)
+        image = transforms.crop(image, how.offset, self.crop_size, how.mirrored)
+        label = self._map(transforms.crop(label, how.offset, self.crop_size, how.mirrored))
+        valid = transforms.valid_rectangle(image.shape[:2], self.crop_size, how.mirrored)
+        image = transforms.pad(image, self.crop_size, 0, how.mirrored)
+        label = transforms.pad(label, self.crop_size, self.ignore_label, how.mirrored)
+        return self._item(index, image, label, valid)
+
+    def _map(self, label: np.ndarray | None) -> np.ndarray | None:
+        return None if label is None else self._table[label]
+
+    def _item(self, index: int, image: np.ndarray, label: np.ndarray | None,
+              valid: tuple[int, int, int, int]) -> dict[str, Any]:
+        if label is None:
+            label = np.full(image.shape[:2], self.ignore_label, dtype=np.int16)
+        return {
+            "image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+            "label": torch.from_numpy(label),
+            "valid": torch.tensor(valid, dtype=torch.int16),
+            "name": self.samples[index].name,
+            "index": index,
+        }
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Items -> batch: image [B, 3, H, W], label [B, H, W], valid [B, 4], name list of B, index int64 [B].
+
+    Raises:
+        UserError: images of different sizes (whole images; use batch size 1).
+    """
+    sizes = {tuple(item["label"].shape) for item in items}
+    if len(sizes) > 1:
+        raise UserError(f"images of different sizes in a batch ({sorted(sizes)}); expected equal sizes or batch size 1")
+    batch: dict[str, Any] = {key: torch.stack([item[key] for item in items]) for key in ("image", "label", "valid")}
+    batch["name"] = [item["name"] for item in items]
+    batch["index"] = torch.tensor([item["index"] for item in items], dtype=torch.int64)
+    return batch
+
+
+def worker_init(worker_id: int) -> None:
+    """For `DataLoader(worker_init_fn=...)`: one thread per worker, OpenCV's own are switched off."""
+    cv2.setNumThreads(0)

@@ -1,0 +1,80 @@
+"""Training augmentation as pure functions of its parameters, on uint8 pictures.
+
+The order is scale, crop, mirror, pad: only the cropped part is touched after scaling. The border travels as a
+rectangle of real pixels, because "0 after the mean is subtracted" cannot be written in uint8.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+#: scale factors 0.5, 0.6, ..., 2.0
+SCALES = tuple(0.5 + step / 10.0 for step in range(16))
+
+
+class Augmentation(NamedTuple):
+    """Parameters of one training sample; `offset` is (top, left) in the scaled and padded picture."""
+
+    scale: float = 1.0
+    offset: tuple[int, int] = (0, 0)
+    mirrored: bool = False
+
+
+def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """(height, width) after scaling; halves go to the even neighbour, as in OpenCV."""
+    height, width = size
+    return round(height * scale), round(width * scale)
+
+
+def draw_augmentation(rng: np.random.Generator, size: tuple[int, int], crop: tuple[int, int], *, scale: bool = True,
+                      mirror: bool = True) -> Augmentation:
+    """Draw the parameters for a picture of `size` (height, width): scale, top, left and mirror are uniform.
+
+    Args:
+        rng: source of all randomness.
+        size: (height, width) of the stored picture.
+        crop: (height, width) of the sample.
+        scale: False keeps the stored size.
+        mirror: False never mirrors.
+    """
+    factor = SCALES[int(rng.integers(len(SCALES)))] if scale else 1.0
+    height, width = scaled_size(size, factor)
+    top = int(rng.integers(max(height - crop[0], 0) + 1))
+    left = int(rng.integers(max(width - crop[1], 0) + 1))
+    return Augmentation(factor, (top, left), bool(mirror and rng.integers(2) == 0))
+
+
+def scale_pair(image: np.ndarray, label: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Resize a picture (bilinear) and its label (nearest) by the same factor."""
+    if scale == 1.0:
+        return image, label
+    return (cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR),
+            cv2.resize(label, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST))
+
+
+def crop(array: np.ndarray, offset: tuple[int, int], size: tuple[int, int], mirrored: bool = False) -> np.ndarray:
+    """The part of `array` [H, W(, C)] inside the window of `size` at `offset`, mirrored when asked for; a view."""
+    part = array[offset[0]:offset[0] + size[0], offset[1]:offset[1] + size[1]]
+    return part[:, ::-1] if mirrored else part
+
+
+def pad(array: np.ndarray, size: tuple[int, int], fill: int, mirrored: bool = False) -> np.ndarray:
+    """`array` [H, W(, C)] in the top left corner (mirrored: top right) of a picture of `size` filled with `fill`.
+
+    Returns:
+        [height, width(, C)], same dtype, contiguous.
+    """
+    if array.shape[:2] == tuple(size):
+        return np.ascontiguousarray(array)
+    out = np.full((*size, *array.shape[2:]), fill, dtype=array.dtype)
+    top, bottom, left, right = valid_rectangle(array.shape[:2], size, mirrored)
+    out[top:bottom, left:right] = array
+    return out
+
+
+def valid_rectangle(part: tuple[int, int], size: tuple[int, int], mirrored: bool = False) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right), half open: where :func:`pad` puts a part of `part` = (height, width) pixels."""
+    left = size[1] - part[1] if mirrored else 0
+    return 0, part[0], left, left + part[1]

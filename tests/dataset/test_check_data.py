@@ -1,0 +1,72 @@
+"""tools/check_data.py as a user runs it."""
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from reference import tiny_data
+
+from tools.check_data import main
+
+REPO = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def check(capsys):
+    """Run the program in this process."""
+    def run(*args: object) -> subprocess.CompletedProcess:
+        code = main([*map(str, args)])
+        return subprocess.CompletedProcess(args, code, *capsys.readouterr())
+    return run
+
+
+def test_as_a_program(camvid_root):
+    (camvid_root / "valannot/a.png").write_bytes(b"")
+    got = subprocess.run([sys.executable, "tools/check_data.py", "--dataset", "camvid", "--data", str(camvid_root)],
+                         cwd=REPO, text=True, capture_output=True, check=False)
+    assert got.returncode == 2 and "valannot/a.png: truncated label" in got.stderr and got.stderr.count("\n") == 1
+
+
+def test_report(check, camvid_root):
+    Image.fromarray(np.full((60, 80), 3, np.uint8)).save(camvid_root / "trainannot/a.png")
+    got = check("--dataset", "camvid", "--data", camvid_root, "--split", "train", "--all")
+    assert got.returncode == 0 and got.stderr == ""
+    lines = got.stdout.splitlines()
+    assert lines[1] == "train: 2 images, PUBLISHED: 367; 2 decoded"
+    label = tiny_data.label("camvid", "train", "b")
+    road = 4800 + int((label == 3).sum())
+    labelled = 4800 + int((label < 11).sum())
+    assert lines[2 + 3].split() == ["3", "road", f"{100 * road / labelled:.3f}", "%"]
+    assert lines[-1].split()[-2] == f"{100 * (label == 11).sum() / (4800 + label.size):.3f}"
+
+
+def test_all_splits_and_lists(check, camvid_root):
+    (camvid_root / "one.lst").write_text("val/a.png valannot/a.png\n")
+    got = check("--dataset", "camvid", "--data", camvid_root, "--sample", 1, "--list", f"val={camvid_root / 'one.lst'}")
+    assert got.returncode == 0
+    assert [line.split(";")[0] for line in got.stdout.splitlines()[1:4]] == [
+        "train: 2 images, PUBLISHED: 367", "val: 1 images, PUBLISHED: 101", "test: absent"]
+
+
+@pytest.mark.parametrize("damage, expected", [
+    (lambda root: (root / "valannot/b.png").unlink(), "valannot/b.png: label not found"),
+    (lambda root: (root / "val/b.png").write_bytes(b"no"), "val/b.png: cannot decode"),
+    (lambda root: (root / "val").rename(root / "other"), "val: folder not found"),
+])
+def test_damage(check, camvid_root, damage, expected):
+    damage(camvid_root)
+    got = check("--dataset", "camvid", "--data", camvid_root, "--all")
+    assert got.returncode == 2 and expected in got.stderr and got.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("args, expected", [
+    (("--dataset", "camvod"), "unknown data set 'camvod'"), (("--dataset", "camvid", "--list", "val"), "SPLIT=FILE"),
+    (("--dataset", "camvid", "--list", "dev=x"), "no split 'dev'"),
+])
+def test_bad_arguments(check, camvid_root, args, expected):
+    got = check(*args, "--data", camvid_root)
+    assert got.returncode == 2 and expected in got.stderr and got.stderr.count("\n") == 1

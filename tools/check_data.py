@@ -1,0 +1,106 @@
+"""Check a data set before a long run: file counts, readable images, matching sizes, label values, class frequencies.
+
+    python tools/check_data.py --dataset camvid --data data/CamVid
+    python tools/check_data.py --dataset voc --data data/VOCAug --list train=train_aug.txt --list val=val.txt --all
+
+Exit code 0 when everything that was read is fine, 2 (and one line on stderr) otherwise.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import numpy as np
+
+from dataset import DatasetSpec, SegmentationDataset, get_dataset_spec, list_datasets
+from utils.errors import UserError
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dataset", required=True, help=f"one of {', '.join(list_datasets())}")
+    parser.add_argument("--data", required=True, metavar="DIR", help="root folder of the data set")
+    parser.add_argument("--split", action="append", metavar="NAME", help="check this split only (may be repeated)")
+    parser.add_argument("--list", action="append", default=[], metavar="SPLIT=FILE", help="list file of a split")
+    parser.add_argument("--sample", type=int, default=20, metavar="N",
+                        help="images to decode per split, evenly spread (default: %(default)s; 0: none)")
+    parser.add_argument("--all", action="store_true", help="decode every image")
+    return parser.parse_args(argv)
+
+
+def list_files(entries: Sequence[str], spec: DatasetSpec) -> dict[str, str]:
+    """`SPLIT=FILE` entries as {split: file}; UserError for anything else."""
+    files = {}
+    for entry in entries:
+        split, equals, path = entry.partition("=")
+        if not equals or not path:
+            raise UserError(f"--list {entry}; expected SPLIT=FILE")
+        spec.split(split)
+        files[split] = path
+    return files
+
+
+def count_pixels(data: SegmentationDataset, indices: Sequence[int]) -> np.ndarray:
+    """Decode these images. int64 [K + 1]: pixels per class over all of them, ignored ones last."""
+    counts = np.zeros(data.spec.num_class + 1, dtype=np.int64)
+    for index in indices:
+        label = data[int(index)]["label"].numpy()
+        counts += np.bincount(np.where(label < 0, data.spec.num_class, label).ravel(), minlength=len(counts))
+    return counts
+
+
+def check_split(spec: DatasetSpec, args: argparse.Namespace, split: str, list_file: str | None) -> np.ndarray:
+    """Print one line about a split; pixels per class of what was decoded, as :func:`count_pixels`."""
+    data = SegmentationDataset(spec, args.data, split, train=False, list_file=list_file)
+    wanted = len(data) if args.all else min(max(args.sample, 0), len(data))
+    indices = np.unique(np.linspace(0, len(data) - 1, wanted).astype(int)) if wanted else []
+    counts = count_pixels(data, indices)
+    published = spec.split(split).published
+    note = "" if published is None else ", as published" if published == len(data) else f", PUBLISHED: {published}"
+    labels = "" if spec.split(split).label_dir else ", no labels"
+    print(f"{split}: {len(data)} images{note}{labels}; {len(indices)} decoded")
+    return counts if labels == "" else np.zeros_like(counts)
+
+
+def print_histogram(spec: DatasetSpec, counts: np.ndarray) -> None:
+    """One line per class: share of the labelled pixels, and that of the ignored ones among all."""
+    labelled = int(counts[:-1].sum())
+    for train, name in enumerate(spec.classes):
+        absent = "  (never present in the published labels)" if train in spec.absent_classes else ""
+        print(f"{train:4d} {name:24s} {100 * counts[train] / max(labelled, 1):8.3f} %{absent}")
+    print(f"     {'ignored (of all pixels)':24s} {100 * counts[-1] / max(int(counts.sum()), 1):8.3f} %")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check the splits that were asked for, or all; a split that no training needs may be absent."""
+    spec = get_dataset_spec(args.dataset, args.data)
+    lists = list_files(args.list, spec)
+    print(f"{spec.title}: {spec.num_class} classes, {args.data}")
+    counts = np.zeros(spec.num_class + 1, dtype=np.int64)
+    for split in args.split or spec.splits:
+        needed = bool(args.split) or split in lists or split in (spec.train_split, spec.selection_split)
+        if not needed and not os.path.isdir(os.path.join(args.data, spec.split(split).image_dir)):
+            print(f"{split}: absent")
+            continue
+        counts += check_split(spec, args, split, lists.get(split))
+    if counts.any():
+        print_histogram(spec, counts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    try:
+        run(parse(argv))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
