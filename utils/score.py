@@ -1,0 +1,160 @@
+"""Segmentation metric: exact integer counts on the device that holds the predictions."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+
+#: the reference divides by ``count + _EPS``: an empty class or an empty data set scores 0
+_EPS = 2.220446049250313e-16
+
+
+class SegmentationMetric:
+    """Pixel accuracy and intersection over union from a confusion matrix of int64 counts.
+
+    Labels below 0, and ``ignore_label``, are ignored. A label of ``num_class`` or more is an error that the next
+    `get`, `result` or `all_reduce` raises (the reference counts such pixels as labelled, in no class).
+
+    num_class          number of classes K
+    reference_pixacc   also count what the reference prints as pixel accuracy: the arg max of the logits truncated
+                       towards 0, which ties small logits
+    ignore_label       one more value to ignore, for data sets that mark ignored pixels with 255
+    device             where the counts start (they move to the device of the first update)
+    """
+
+    def __init__(self, num_class: int, reference_pixacc: bool = False, *, ignore_label: int = -1,
+                 device: torch.device | str = "cpu") -> None:
+        self.num_class = num_class
+        self.reference_pixacc = reference_pixacc
+        self.ignore_label = ignore_label
+        self._device = torch.device(device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every count."""
+        k = self.num_class
+        # rows: labels, columns: predictions; the last row and column collect values outside 0..K-1
+        self._counts = torch.zeros((k + 1, k + 1), dtype=torch.int64, device=self._device)
+        self._correct_reference = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._highest = torch.full((), -1, dtype=torch.int64, device=self._device)
+        self._reduced = False
+
+    def to(self, device: torch.device | str) -> SegmentationMetric:
+        """Move the counts; returns self."""
+        self._device = torch.device(device)
+        for name in ("_counts", "_correct_reference", "_highest"):
+            setattr(self, name, getattr(self, name).to(self._device))
+        return self
+
+    def update(self, pred_or_logits: Tensor | Sequence[Tensor], label: Tensor | Sequence[Tensor]) -> None:
+        """Count one batch, or a list of batches with the list of their labels.
+
+        pred_or_logits   logits [B,K,H,W] (or [K,H,W]), or class indices shaped like the label
+        label            [B,H,W] (or [H,W]), any integer or float dtype holding whole numbers
+        """
+        if isinstance(pred_or_logits, (list, tuple)):
+            for one, its_label in zip(pred_or_logits, label, strict=True):
+                self.update(one, its_label)
+            return
+        if self._reduced:
+            raise RuntimeError("the counts already hold every process's: reset() before the next update()")
+        pred, logits = self._prediction(pred_or_logits, label)
+        if self._device != pred.device:
+            self.to(pred.device)
+        self._count(pred, logits, label.to(self._device, torch.int64))
+
+    def _prediction(self, given: Tensor, label: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(class indices int64 shaped like the label, logits or None)."""
+        classes = label.ndim - 2
+        is_logits = given.ndim == label.ndim + 1
+        sizes = given.shape[:classes] + given.shape[classes + is_logits:]
+        if sizes != label.shape or (is_logits and given.shape[classes] != self.num_class):
+            raise UserError(f"metric: prediction of shape {tuple(given.shape)} does not fit a label of shape "
+                            f"{tuple(label.shape)} and {self.num_class} classes")
+        return (given.argmax(classes), given) if is_logits else (given.to(torch.int64), None)
+
+    def _count(self, pred: Tensor, logits: Tensor | None, label: Tensor) -> None:
+        k = self.num_class
+        labelled = (label >= 0) & (label != self.ignore_label)
+        row = label.clamp(max=k)
+        column = pred.where((pred >= 0) & (pred < k), torch.full_like(pred, k))
+        # ignored pixels go to one cell after the matrix: no boolean indexing, hence no host synchronisation
+        cell = (row * (k + 1) + column).where(labelled, torch.full_like(row, (k + 1) ** 2))
+        self._counts += torch.bincount(cell.flatten(), minlength=(k + 1) ** 2 + 1)[:-1].view(k + 1, k + 1)
+        if label.numel():
+            self._highest = torch.maximum(self._highest, label.where(labelled, torch.full_like(label, -1)).max())
+        if self.reference_pixacc:
+            if logits is None:
+                raise RuntimeError("reference_pixacc needs logits, not class indices")
+            truncated = logits.trunc().argmax(label.ndim - 2)
+            self._correct_reference += ((truncated == label) & labelled).sum()
+
+    def all_reduce(self) -> None:
+        """Add up the counts of every process of the default process group, once; alone it does nothing."""
+        self._check()
+        dist = torch.distributed
+        if self._reduced or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        flat = torch.cat([self._counts.flatten(), self._correct_reference.view(1)])
+        dist.all_reduce(flat)
+        self._counts = flat[:-1].view_as(self._counts).clone()
+        self._correct_reference = flat[-1].clone()
+        self._reduced = True
+
+    def _check(self) -> None:
+        if bool(self._counts[-1].any()):
+            raise UserError(f"metric: a label holds class {int(self._highest)}, expected 0..{self.num_class - 1} "
+                            f"or an ignored value (below 0{self._ignored_too()})")
+        if bool(self._counts[:, -1].any()):
+            raise UserError(f"metric: a prediction holds a class outside 0..{self.num_class - 1}")
+
+    def _ignored_too(self) -> str:
+        return f", or {self.ignore_label}" if self.ignore_label >= 0 else ""
+
+    def confusion(self) -> Tensor:
+        """int64 [K,K] on the CPU: entry [i, j] is the number of pixels labelled i and predicted j."""
+        self._check()
+        return self._counts[:-1, :-1].cpu()
+
+    def get(self) -> tuple[float, float]:
+        """(pixAcc, mIoU) as fractions."""
+        result = self.result()
+        return result["pixAcc"], result["mIoU"]
+
+    def result(self) -> dict[str, float | int | list]:
+        """Every figure, as fractions; all are 0 when no pixel is labelled.
+
+        pixAcc            correct / labelled pixels
+        mIoU              mean IoU over all K classes; a class in neither labels nor predictions counts 0, as in the
+                          published tables
+        mIoU_present      mean IoU over the classes that occur in the labels
+        mAcc              mean accuracy (recall) over the classes that occur in the labels
+        iou_per_class, acc_per_class, total_inter, total_union, label_pixels    lists of K
+        labelled_pixels   int
+        pixAcc_reference  the reference's figure, with ``reference_pixacc``
+        """
+        matrix = self.confusion()
+        inter, labels = matrix.diagonal(), matrix.sum(1)
+        union = labels + matrix.sum(0) - inter
+        present = labels > 0
+        labelled = int(labels.sum())
+        iou = inter.double() / (union.double() + _EPS)
+        accuracy = inter.double() / (labels.double() + _EPS)
+        result = {
+            "pixAcc": int(inter.sum()) / max(labelled, 1),
+            "mIoU": float(iou.mean()),
+            "mIoU_present": float(iou[present].mean()) if labelled else 0.0,
+            "mAcc": float(accuracy[present].mean()) if labelled else 0.0,
+            "iou_per_class": iou.tolist(),
+            "acc_per_class": accuracy.tolist(),
+            "labelled_pixels": labelled,
+            "label_pixels": labels.tolist(),
+            "total_inter": inter.tolist(),
+            "total_union": union.tolist(),
+        }
+        if self.reference_pixacc:
+            result["pixAcc_reference"] = int(self._correct_reference) / max(labelled, 1)
+        return result
