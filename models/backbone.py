@@ -1,0 +1,59 @@
+"""What every convolutional backbone of this folder shares: width scaling, the convolution block, initialisation."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+#: a batch-norm class or factory: called with the channel count
+NormLayer = Callable[[int], nn.Module]
+
+#: the four backbone stages of ``SegOutput``
+Stages = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def scaled(channels: int, width: float) -> int:
+    """A channel count times ``width``, rounded to a multiple of 8, at least 8 and never more than 10 % below.
+
+    Width 1 leaves every count as it is. This is the rounding of the MobileNet papers, so that width variants have
+    the channel counts of their published namesakes.
+    """
+    if width == 1.0:
+        return channels
+    exact = channels * width
+    rounded = max(8, int(exact + 4) // 8 * 8)
+    return rounded if rounded >= 0.9 * exact else rounded + 8
+
+
+def conv_norm_act(c_in: int, c_out: int, kernel: int, norm_layer: NormLayer, *, stride: int = 1, dilation: int = 1,
+                  groups: int = 1, act: type[nn.Module] = nn.ReLU) -> list[nn.Module]:
+    """Convolution without bias that keeps the size (up to the stride), norm, activation: three entries of a list."""
+    padding = dilation * (kernel // 2)
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, dilation, groups, bias=False)
+    return [conv, norm_layer(c_out), act(inplace=True)]
+
+
+class Backbone(nn.Module):
+    """A feature extractor at output stride 8.
+
+    ``forward(x [B, 3, H, W])`` returns (c1, c2, c3, c4): c1 at stride 4, the others at stride 8, sides rounded up.
+    ``channels`` holds their channel counts; ``key_prefix`` is what stands before the backbone's own tensor names in
+    the state_dict of this module ('' or 'net.'), i.e. what an ImageNet file does not have.
+    """
+
+    key_prefix: str = ""
+
+    def __init__(self, channels: tuple[int, int, int, int]) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def init_weights(self) -> None:
+        """He initialisation (normal, fan out) of convolutions, the habit of both families; norms start as identity."""
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+
+    def forward(self, x: Tensor) -> Stages:
+        raise NotImplementedError

@@ -1,0 +1,63 @@
+"""The one network class: a backbone, a head and, if wanted, an auxiliary head."""
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from models.backbone import Backbone
+from models.output import SegOutput
+from models.preprocess import CAFFE_BGR, Preprocess
+from utils.errors import UserError
+
+#: smallest side of an input image, in pixels
+MIN_SIDE = 8
+
+
+class SegmentationNet(nn.Module):
+    """Backbone + head (+ auxiliary head), output at stride 8.
+
+    Attributes
+        name            "<model>-<backbone>", e.g. "deeplabv3-resnet18"
+        model, backbone the two parts of the name
+        num_class       K
+        aux             True when there is an auxiliary head
+        output_stride   8
+        channels        {tap: channel count} of exactly the fields that ``forward`` fills, in their order
+        preprocess      what the weights expect of the input; weight files change it, see ``weights.py``
+
+    Submodules are called as in the released checkpoints: ``pretrained`` (backbone), ``head``, ``auxlayer``.
+    """
+
+    output_stride = 8
+
+    def __init__(self, model: str, backbone_name: str, backbone: Backbone, head: nn.Module,
+                 auxlayer: nn.Module | None, num_class: int, preprocess: Preprocess = CAFFE_BGR) -> None:
+        super().__init__()
+        self.model, self.backbone, self.name = model, backbone_name, f"{model}-{backbone_name}"
+        self.num_class = num_class
+        self.preprocess = preprocess
+        self.pretrained = backbone
+        self.head = head
+        if auxlayer is not None:
+            self.auxlayer = auxlayer
+        self.aux = auxlayer is not None
+        taps = {"logits": num_class, **({"aux": num_class} if self.aux else {})}
+        taps |= {f"c{i}": c for i, c in enumerate(backbone.channels, start=1)}
+        self.channels: dict[str, int] = {**taps, "head": head.channels}
+
+    @property
+    def backbone_prefix(self) -> str:
+        """What stands before the names of a plain ImageNet backbone file in this network's state_dict."""
+        return "pretrained." + self.pretrained.key_prefix
+
+    def forward(self, x: Tensor) -> SegOutput:
+        """x: float [B, 3, H, W], H and W at least 8. Every output is at stride 8 (rounded up), c1 at stride 4.
+
+        Raises UserError for another shape or an integer type.
+        """
+        if x.dim() != 4 or x.shape[1] != 3 or min(x.shape[2:]) < MIN_SIDE or not x.is_floating_point():
+            raise UserError(f"{self.name} expects a float image batch [B, 3, H, W] with H and W of at least "
+                            f"{MIN_SIDE}, got {x.dtype} {list(x.shape)}")
+        c1, c2, c3, c4 = self.pretrained(x)
+        logits, feature = self.head(c4)
+        aux = self.auxlayer(c3)[0] if self.aux else None
+        return SegOutput(logits, aux, c1, c2, c3, c4, feature)

@@ -1,0 +1,54 @@
+"""Importing torchvision beside a torch that it was not built for.
+
+The package registry's torchvision is built for CUDA. Beside a CPU-only torch its compiled operators do not load, and
+the import stops with "operator torchvision::nms does not exist", although model definitions and weight lists need none
+of them. Declaring the operators' signatures (no implementation) lets the import pass.
+"""
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+
+import torch
+
+from utils.errors import UserError
+
+_SIGNATURES = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+_declared: list[torch.library.Library] = []  # the declarations live as long as this object
+
+
+def import_torchvision() -> ModuleType:
+    """Return the torchvision package. Raises UserError when it is not installed or does not import."""
+    try:
+        return importlib.import_module("torchvision")
+    except ImportError as error:
+        raise UserError(f"torchvision is needed here but does not import ({first_line(error)}): "
+                        "install the release that belongs to your torch") from error
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise UserError(f"torchvision does not import: {first_line(error)}") from error
+    _declare_operators()
+    for name in [n for n in sys.modules if n == "torchvision" or n.startswith("torchvision.")]:
+        del sys.modules[name]
+    try:
+        return importlib.import_module("torchvision")
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"torchvision does not fit this torch {torch.__version__}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, at most 160 characters; its class name when there is none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
+
+
+def _declare_operators() -> None:
+    if not _declared:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for signature in _SIGNATURES:
+            library.define(signature)
+        _declared.append(library)

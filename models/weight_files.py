@@ -1,0 +1,204 @@
+"""Weight files on disk (or at torchvision's servers): reading them safely, writing ours.
+
+A file that we write is a plain state dict with the names of the released checkpoints. What the names cannot say, first
+of all the preprocessing, stands in a small JSON file beside it (``student.pth`` -> ``student.pth.json``).
+"""
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.preprocess import Preprocess
+from models.torchvision_compat import first_line, import_torchvision
+from utils.errors import UserError
+from utils.files import write_atomically, write_json
+
+#: a source that starts with this is one of torchvision's weight names, e.g. torchvision:ResNet50_Weights.IMAGENET1K_V2
+TORCHVISION = "torchvision:"
+#: keys under which programs nest the network's tensors, ours is 'model'
+NESTING = ("state_dict", "model", "net")
+#: prefixes that wrappers (DataParallel, torch.compile) put before every name
+WRAPPERS = ("module.", "_orig_mod.")
+#: key of a training checkpoint under which :func:`describe` may be stored
+INFO_KEY = "net_info"
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """What a source holds. name: for messages; tensors: by unwrapped name; info: as :func:`describe`, if known."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    info: dict[str, Any] | None = None
+
+    @property
+    def from_torchvision(self) -> bool:
+        """True when the source was one of torchvision's weight names."""
+        return self.name.startswith(TORCHVISION)
+
+
+def is_given(source: str | os.PathLike | None) -> bool:
+    """False for None, False, '' and 'None' (in any case): nothing to load."""
+    return source is not None and source is not False and str(source).strip().lower() not in ("", "none")
+
+
+def open_weights(source: str | os.PathLike) -> WeightFile:
+    """Read a path or a torchvision weight name. Raises UserError, in one line, for whatever is no set of tensors."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise UserError(f"weights must be given as a path, got {source!r}")
+    name = os.fspath(source)
+    if name.startswith(TORCHVISION):
+        return WeightFile(name, _tensors(name, _download(name)))
+    path = Path(name).expanduser()
+    content = _load(path)
+    nested = content.get(INFO_KEY) if isinstance(content, Mapping) else None
+    info = read_info(path)
+    return WeightFile(name, _tensors(name, content), info if info is not None else _checked_info(name, nested))
+
+
+def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a weight file by name, with nesting and wrapper prefixes removed. Raises UserError.
+
+    A training checkpoint of ours holds the student under the key 'model'.
+    """
+    return open_weights(path).tensors
+
+
+def read_info(path: str | os.PathLike) -> dict[str, Any] | None:
+    """The JSON file beside ``path`` (see :func:`describe`), or None. Raises UserError when it is not readable."""
+    beside = _info_path(Path(path).expanduser())
+    if not beside.is_file():
+        return None
+    try:
+        content = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{beside}: not readable as JSON ({first_line(error)})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{beside}: expected a JSON object")
+    return _checked_info(str(beside), content)
+
+
+def describe(net: nn.Module) -> dict[str, Any]:
+    """What a plain state dict does not say: model, backbone, num_class, aux and preprocess, as JSON values."""
+    return {"model": net.model, "backbone": net.backbone, "num_class": net.num_class, "aux": net.aux,
+            "preprocess": net.preprocess.to_dict()}
+
+
+def save_state_dict(net: nn.Module, path: str | os.PathLike) -> None:
+    """Write a network's weights as a plain state dict, and ``<path>.json`` beside it, each atomically.
+
+    Wrappers (DistributedDataParallel, torch.compile) are looked through. Folders are created. Raises UserError when
+    the place cannot be written.
+    """
+    net, path = unwrap(net), Path(path).expanduser()
+    state = OrderedDict((k, v.detach().cpu().contiguous()) for k, v in net.state_dict().items())
+    try:
+        write_atomically(path, lambda p: torch.save(state, p))
+        write_json(_info_path(path), describe(net))
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise UserError(f"{path}: cannot be written ({first_line(error)})") from error
+
+
+def unwrap(net: nn.Module) -> nn.Module:
+    """The network inside DistributedDataParallel and torch.compile."""
+    while True:
+        inner = getattr(net, "module", None) or getattr(net, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return net
+        net = inner
+
+
+def _info_path(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _checked_info(name: str, info: Any) -> dict[str, Any] | None:
+    """A copy of ``info`` whose 'preprocess' is a Preprocess (absent when it says nothing); None stays None."""
+    if info is None:
+        return None
+    if not isinstance(info, Mapping):
+        raise UserError(f"{name}: the network's description should be a mapping, got {type(info).__name__}")
+    info = dict(info)
+    if info.get("preprocess") is None:
+        info.pop("preprocess", None)
+        return info
+    try:
+        info["preprocess"] = Preprocess.from_dict(info["preprocess"])
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{name}: 'preprocess' is not usable ({first_line(error)})") from error
+    return info
+
+
+def _load(path: Path) -> Any:
+    if not path.exists():
+        raise UserError(f"{path}: no such weights file")
+    if not path.is_file():
+        raise UserError(f"{path}: expected a weights file, this is {'a folder' if path.is_dir() else 'no plain file'}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
+    except Exception as error:  # a damaged or hostile file can make the reader raise nearly anything
+        refused = isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower()
+        why = ("it holds Python objects other than tensors, which are refused for safety" if refused else
+               "it is cut off, or not a PyTorch file")
+        raise UserError(f"{path}: not a weights file that can be loaded: {why}") from error
+
+
+def _download(name: str) -> Any:
+    """The state dict of a torchvision weight name; from torchvision's cache folder when it is there already."""
+    import_torchvision()
+    from torchvision.models import get_weight  # after the compatibility step
+
+    try:
+        weight = get_weight(name.removeprefix(TORCHVISION))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{name}: torchvision knows no such weights (expected e.g. "
+                        f"{TORCHVISION}ResNet50_Weights.IMAGENET1K_V2)") from error
+    try:
+        return weight.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{name}: download from {weight.url} failed ({first_line(error)})") from error
+
+
+def _tensors(name: str, content: Any) -> dict[str, Tensor]:
+    """Unwrap the nesting, check that every entry is a plain tensor, strip wrapper prefixes."""
+    for _ in range(4):  # deeper than any program nests
+        inner = [content[key] for key in NESTING if key in content and isinstance(content[key], Mapping)] \
+            if isinstance(content, Mapping) else []
+        if not inner:
+            break
+        content = inner[0]
+    if not isinstance(content, Mapping) or not content:
+        what = "empty" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+        raise UserError(f"{name}: expected a dict of named tensors, its content is {what}")
+    tensors: dict[str, Tensor] = {}
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor) or value.is_meta or value.is_complex() \
+                or value.layout is not torch.strided or value.is_quantized:
+            raise UserError(f"{name}: expected a dict of named tensors, entry {key!r} is a {type(value).__name__}"
+                            f"{' of an unsupported kind' if isinstance(value, Tensor) else ''}")
+        short = _strip_wrappers(key)
+        if short in tensors:
+            raise UserError(f"{name}: tensor {short!r} occurs twice, with and without a wrapper prefix")
+        tensors[short] = value.detach()
+    return tensors
+
+
+def _strip_wrappers(key: str) -> str:
+    while key.startswith(WRAPPERS):
+        for prefix in WRAPPERS:
+            key = key.removeprefix(prefix)
+    return key
