@@ -4,10 +4,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from losses.task import SegCrossEntropyLoss, task_loss
 from torch import Tensor, nn
 
 from losses.distiller import BuildContext, Distiller, check_taps, methods
+from losses.task import SegCrossEntropyLoss, task_loss
 
 
 def term_weights(options) -> dict[str, float]:
@@ -15,12 +15,16 @@ def term_weights(options) -> dict[str, float]:
     return {t.name: float(getattr(options, t.dest, 0.0)) for cls in methods().values() for t in cls.terms}
 
 
+def active_terms(options) -> frozenset[str]:
+    """Names of the terms with a non-zero weight."""
+    return frozenset(name for name, weight in term_weights(options).items() if weight)
+
+
 def build_distillers(context: BuildContext) -> nn.ModuleDict:
-    """The methods with at least one non-zero weight, by name, checked against the taps of both networks."""
-    weights = term_weights(context.options)
+    """The methods with at least one active term, by name, checked against the taps of both networks."""
     active = nn.ModuleDict()
     for name, cls in methods().items():
-        if any(weights[t.name] for t in cls.terms):
+        if any(t.name in context.active for t in cls.terms):
             distiller = cls.build(context)
             check_taps(distiller, context.student, context.teacher)
             active[name] = distiller
@@ -51,8 +55,18 @@ class Objective(nn.Module):
         output = self.student(images)
         terms = task_loss(output, target, self.criterion)
         for distiller in self.distillers.values():
-            terms.update(distiller(output, teacher, target, step, generator))
+            found = distiller(output, teacher, target, step, generator)
+            terms.update({name: value for name, value in found.items() if self.weights[name]})
         return terms
+
+    def unsynchronised(self) -> list[str]:
+        """Names of the parameters and buffers that DDP leaves alone."""
+        return [f"distillers.{m}.{n}" for m, d in self.distillers.items() for n in sorted(d.unsynchronised())]
+
+    def after_step(self, step: int) -> None:
+        """The distillers' own updates after the student's optimizer step."""
+        for distiller in self.distillers.values():
+            distiller.after_step(step)
 
     def weighted(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{term: lambda * term} for the terms of one forward pass."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -50,19 +51,42 @@ class NetInfo:
 
 @dataclass(frozen=True)
 class BuildContext:
-    """Everything a distiller is built from. ``options``: the parsed command line (see ``Distiller.add_arguments``)."""
+    """Everything a distiller is built from.
+
+    options: the parsed command line (see ``Distiller.add_arguments``). active: the terms with a non-zero weight; a
+    method neither builds nor computes what only the others need.
+    """
 
     student: NetInfo
     teacher: NetInfo
     num_class: int
     ignore_label: int = -1
+    active: frozenset[str] = frozenset()
     crop_size: tuple[int, int] = (512, 1024)
     dataset: str = "citys"
     options: argparse.Namespace = field(default_factory=argparse.Namespace)
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """What a stage before training may use (see ``Distiller.prepare``).
+
+    batches(steps, batch_size): iterator of (teacher images float [B, 3, H, W] on the device, target int64 [B, H, W]),
+    the same whatever the number of processes; each process gets its share. directory: where to cache the result;
+    only the main process writes. log: takes one line of text.
+    """
+
+    teacher: nn.Module
+    device: torch.device
+    directory: Path
+    is_main: bool
+    batches: Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]
+    log: Callable[[str], None]
+
+
 class Distiller(nn.Module):
-    """Base class of every method.
+    """Base class of every method. Its state_dict must be complete: queues, counters, masks, and (through
+    ``get_extra_state``) the optimizer of a discriminator, so that a resumed run is the same run.
 
     Class attributes
         method   registry name (set by :func:`register`)
@@ -104,6 +128,26 @@ class Distiller(nn.Module):
     def diagnostics(self) -> dict[str, Tensor]:
         """Scalars of the last ``forward`` worth logging beside the losses (asked for on logged iterations only)."""
         return {}
+
+    def unsynchronised(self) -> set[str]:
+        """Names (as in ``state_dict``) of own parameters and buffers that the main optimizer and DDP leave alone:
+        a discriminator with its own optimizer, queues that every process fills in the same way."""
+        return set()
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Own parameters for the student's optimizer, at its learning rate and weight decay."""
+        skip = self.unsynchronised()
+        return [p for name, p in self.named_parameters() if p.requires_grad and name not in skip]
+
+    def prepare(self, stage: Preparation) -> None:
+        """A stage of its own before training (learning masks, prompts); called once, and not on a resumed run."""
+
+    def after_step(self, step: int) -> None:
+        """Called after the student's optimizer step, on every process: the place for a discriminator's own step.
+
+        ``forward`` keeps (detached) what it needs. Gradients of :meth:`unsynchronised` parameters have to be averaged
+        with ``utils.distributed.average_gradients``.
+        """
 
 
 _REGISTRY: dict[str, type[Distiller]] = {}

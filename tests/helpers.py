@@ -1,0 +1,83 @@
+"""Small data sets, networks and command lines that several test files use."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from models import get_segmentation_model
+from models.weights import save_state_dict
+from utils.cli import run_main
+
+ROOT = Path(__file__).resolve().parent.parent
+CLASSES = 5
+TEACHER, STUDENT = "mobilenetv2_w0.5", "mobilenetv2_w0.25"
+
+
+def write_folder_dataset(root: Path, train: int = 8, val: int = 3, size: tuple[int, int] = (128, 128)) -> Path:
+    """A ``folder`` data set of blocky random pictures whose colours follow the class; every pixel is labelled."""
+    (root / "images").mkdir(parents=True)
+    (root / "classes.txt").write_text("".join(f"class{i}\n" for i in range(CLASSES)))
+    colours = np.random.default_rng(0).integers(30, 220, (CLASSES, 3))
+    for split, count in (("train", train), ("val", val)):
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(count):
+            rng = np.random.default_rng((len(split), i))
+            label = rng.integers(0, CLASSES, (size[0] // 16, size[1] // 16)).repeat(16, 0).repeat(16, 1)
+            image = colours[label] + rng.normal(0, 25, (*label.shape, 3))
+            cv2.imwrite(str(root / "images" / split / f"{i}.png"), image.clip(0, 255).astype(np.uint8))
+            cv2.imwrite(str(root / "labels" / split / f"{i}.png"), label.astype(np.uint8))
+    return root
+
+
+def write_teacher(path: Path) -> Path:
+    """A random teacher as a weights file."""
+    save_state_dict(get_segmentation_model(model="deeplab_mobile", backbone=TEACHER, num_class=CLASSES), path)
+    return path
+
+
+def train_arguments(data: Path, save: Path, *more: str) -> list[str]:
+    """A tiny run on the CPU; ``more`` comes last and therefore wins."""
+    return ["--dataset", "folder", "--data", str(data), "--student-model", "deeplab_mobile", "--student-backbone",
+            STUDENT, "--crop-size", "64", "64", "--batch-size", "4", "--max-iterations", "6", "--workers", "0",
+            "--log-iter", "1", "--save-per-iters", "3", "--val-per-iters", "3", "--no-cuda", "--no-tensorboard",
+            "--save-dir", str(save), "--log-dir", str(save / "logs"), *more]
+
+
+def distil_arguments(teacher: Path, *more: str) -> list[str]:
+    """Af-DCD from the teacher of :func:`write_teacher`, with a contrast that fits 8x8 maps."""
+    return ["--teacher-model", "deeplab_mobile", "--teacher-backbone", TEACHER, "--teacher-pretrained", str(teacher),
+            "--lambda-fd", "1e-5", "--lambda-ctr", "0.005", "--pool-size", "2", *more]
+
+
+def launch(program: str, arguments: list[str], processes: int = 2) -> subprocess.CompletedProcess:
+    """Run a program of the repository under ``torchrun`` with gloo on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+               program, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def records(save: Path, kind: str = "train") -> list[dict]:
+    """The JSON lines of one kind that a run wrote."""
+    (path,) = (save / "logs").glob("*.jsonl")
+    return [r for r in map(json.loads, path.read_text().splitlines()) if r["kind"] == kind]
+
+
+def assert_refused(capsys, main, argv: list[str], *words: str) -> None:
+    """The program exits with code 2 and exactly one line on stderr that holds all of ``words``."""
+    try:
+        code = run_main(main, argv, prog="program")
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2, (code, error)
+    assert len(error.strip().splitlines()) == 1, error
+    for word in words:
+        assert word in error, (word, error)

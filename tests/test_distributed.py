@@ -1,0 +1,77 @@
+"""Real runs with two processes (gloo) against the same run with one."""
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    ROOT,
+    distil_arguments,
+    launch,
+    records,
+    train_arguments,
+    write_folder_dataset,
+    write_teacher,
+)
+
+PROGRAM = str(ROOT / "tests" / "programs" / "train_in_float64.py")
+STEM = "kd_deeplab_mobile_mobilenetv2_w0.25_folder"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[int, Path]:
+    """{process count: folder} of the same Af-DCD run. The centre mask is the same in every process.
+
+    Three steps: rounding (1e-15) grows about fiftyfold a step even in float64.
+    """
+    base = tmp_path_factory.mktemp("runs")
+    data, teacher = write_folder_dataset(base / "set"), write_teacher(base / "teacher.pth")
+    folders = {}
+    for count in (1, 2):
+        folders[count] = base / f"processes{count}"
+        method = distil_arguments(teacher, "--no-rand-mask", "--max-iterations", "3")
+        argv = train_arguments(data, folders[count], *method)
+        done = launch(PROGRAM, argv, count)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folders
+
+
+def test_losses_agree(runs) -> None:
+    one, two = (records(runs[n]) for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        for name in a["raw"]:
+            assert b["raw"][name] == pytest.approx(a["raw"][name], rel=1e-9), (a["step"], name)
+
+
+def test_weights_agree(runs) -> None:
+    one, two = (torch.load(runs[n] / f"{STEM}.pth", weights_only=True) for n in (1, 2))
+    for name, value in one.items():
+        assert torch.allclose(two[name].double(), value.double(), rtol=1e-7, atol=1e-8), name
+
+
+def test_validation_agrees(runs) -> None:
+    one, two = (records(runs[n], "val") for n in (1, 2))
+    assert [{k: r[k] for k in ("step", "mIoU", "pixAcc", "mAcc")} for r in two] == \
+        [{k: r[k] for k in ("step", "mIoU", "pixAcc", "mAcc")} for r in one]
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path) -> None:
+    data = write_folder_dataset(tmp_path / "set", train=2, val=1)
+    done = launch("train_kd.py", train_arguments(data, tmp_path / "run", "--method", "none", "--batch-size", "5"))
+    assert done.returncode != 0
+    assert "does not divide by 2 processes" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_norm_over_processes_equals_one_process() -> None:
+    program = ROOT / "tests" / "programs" / "batch_norm.py"
+    done = launch(str(program), [])
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_program_runs_without_a_launcher() -> None:
+    done = subprocess.run([sys.executable, "train_kd.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--teacher-pretrained" in done.stdout

@@ -1,0 +1,127 @@
+"""Processes, devices and the few collective operations that training and evaluation need."""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """This process's place in the run. ``world_size`` 1 means that no process group exists."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that prints and writes files."""
+        return self.rank == 0
+
+
+def init_distributed(no_cuda: bool = False, gpu: int | None = None) -> Distributed:
+    """Join the process group that ``torchrun`` describes in the environment, or stand alone.
+
+    NCCL with one GPU per process, gloo on CPU. ``gpu`` picks the GPU of a run with a single process.
+    Raises :class:`UserError` when a node has more processes than GPUs.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0 if gpu is None else gpu))
+    cuda = torch.cuda.is_available() and not no_cuda
+    if cuda and local >= torch.cuda.device_count():
+        raise UserError(f"process {rank} wants GPU {local} but this node has {torch.cuda.device_count()}: "
+                        "start as many processes per node as there are GPUs (or pass --no-cuda)")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return Distributed(rank, world, local, device)
+
+
+def cleanup() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_distributed() -> bool:
+    """True when a process group with more than one process exists."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if is_distributed():
+        dist.barrier()
+
+
+def reduce_mean(values: Tensor) -> Tensor:
+    """Mean of a tensor over the processes (a new tensor; the input itself when standing alone)."""
+    if not is_distributed():
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace the gradients by their mean over the processes (for parameters that DDP does not look after)."""
+    if is_distributed():
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.reshape(-1) for g in gradients])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give every process rank 0's buffers (batch-norm statistics that were not synchronised)."""
+    if is_distributed():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+class CrossProcessBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the images of every process, for CPUs, where torch has no ``SyncBatchNorm``.
+
+    Input [B, C, h, w]. The statistics and their gradients equal those of one process that holds the whole batch
+    (up to rounding). Parameters, buffers and state-dict names are those of ``BatchNorm2d``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and is_distributed()):
+            return super().forward(x)
+        from torch.distributed.nn.functional import all_reduce  # needs an initialised group
+
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        count = wide.new_full((1,), wide.numel() / wide.shape[1])
+        mean = all_reduce(torch.cat([wide.sum((0, 2, 3)), count]))
+        mean, total = mean[:-1] / mean[-1], mean[-1].detach()
+        centred = wide - mean[:, None, None]
+        var = all_reduce(centred.square().sum((0, 2, 3))) / total
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((var * total / (total - 1)).to(self.running_var.dtype), self.momentum)
+        scale = (self.weight * torch.rsqrt(var + self.eps))[:, None, None]
+        return (centred * scale + self.bias[:, None, None]).to(x.dtype)
+
+
+def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+    """Make every batch norm of a module use the statistics of all processes. Parameters and names stay the same."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for child in module.modules():
+        if type(child) is nn.BatchNorm2d:
+            child.__class__ = CrossProcessBatchNorm2d
+    return module
