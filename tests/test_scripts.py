@@ -1,0 +1,197 @@
+"""The training scripts: they start, and their flags are those of the published runs."""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import make_scripts
+from utils.config import distils, parse_config, preset
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "train_scripts"
+PUBLISHED = json.loads((ROOT / "tests/reference/published_settings.json").read_text())
+TRAINING = sorted(str(path.relative_to(SCRIPTS)) for path in SCRIPTS.glob("*/*.sh"))
+SHELL = sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*/*.sh"), *ROOT.glob("tools/*.sh"), ROOT / "tests/run.sh",
+                ROOT / ".ci/run"])
+#: name in the published tables -> constant of make_scripts
+STUDENTS = {"deeplab_mobile-mobilenetv2": "MBV2", "deeplabv3-resnet18": "R18", "psp-resnet18": "PSP"}
+
+
+def run(*command: str | Path, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in an environment without the variables that the scripts read, but for ``variables``."""
+    ours = {"GPUS", "DATA", "DATA_ROOT", "CKPT", "TEACHER", "WORK_DIR", "LOG_DIR", "NNODES", "NODE_RANK", "PORT",
+            "MASTER_ADDR", "CUDA_VISIBLE_DEVICES"}
+    env = {key: value for key, value in os.environ.items() if key not in ours and not key.startswith("SLURM")}
+    env |= {"DRY_RUN": "1", "PYTHON": sys.executable, **variables}
+    return subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+
+
+def printed(script: str, *flags: str, **settings) -> list[str]:
+    """The words of the command that ``DRY_RUN=1 bash script flags`` prints."""
+    done = run("bash", SCRIPTS / script, *flags, **{"GPUS": "8", **settings})
+    assert done.returncode == 0, done.stderr
+    return shlex.split(done.stdout)
+
+
+def parsed(script: str, *flags: str, **settings) -> argparse.Namespace:
+    """The configuration that the script's command stands for."""
+    words = printed(script, *flags, **settings)
+    return parse_config(words[words.index("train_kd.py") + 1:])
+
+
+@pytest.mark.parametrize("path", SHELL, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shell_syntax(path):
+    done = run("bash", "-n", path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "set -euo pipefail" in path.read_text()
+
+
+def test_scripts_agree_with_the_tables():
+    assert make_scripts.differences() == []
+    assert len(TRAINING) == 23
+
+
+def test_check_names_what_differs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(make_scripts, "SCRIPTS", tmp_path)
+    assert make_scripts.main(["--check"]) == 1
+    assert "cityscapes/deeplabv3_r101_r18_afdcd.sh: missing" in capsys.readouterr().out
+    assert make_scripts.main([]) == 0
+    assert make_scripts.main(["--check"]) == 0
+    (tmp_path / "voc/psp_r18_baseline.sh").write_text("train --lr 1\n")
+    (tmp_path / "voc/mine.sh").write_text("")
+    assert make_scripts.main(["--check"]) == 1
+    assert capsys.readouterr().out.splitlines()[-2:] == ["voc/psp_r18_baseline.sh: differs",
+                                                         "voc/mine.sh: not in the tables"]
+
+
+@pytest.mark.parametrize("script", PUBLISHED["scripts"])
+def test_afdcd_scripts_have_the_published_settings(script):
+    config = vars(parsed(script))
+    expected = {key: tuple(value) if isinstance(value, list) else value
+                for key, value in PUBLISHED["scripts"][script].items()}
+    got = {key: tuple(config[key]) if isinstance(config[key], list) else config[key] for key in expected}
+    assert got == expected
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_every_script_parses_and_agrees_with_the_preset(script):
+    config = parsed(script)
+    method = script.removesuffix(".sh").rsplit("_", 1)[1]
+    expected_method = "none" if method in ("teacher", "baseline") else method
+    assert config.method == expected_method
+    assert distils(config) == (expected_method != "none")
+    weights = {key: value for key, value in preset(config.method, config.dataset).items() if key.startswith("lambda_")}
+    assert {key: getattr(config, key) for key in weights} == weights
+    folder = script.removesuffix(".sh")
+    assert (config.save_dir, config.log_dir) == (f"work_dir/{folder}", f"log_dir/{folder}")
+    schedule = next(row for name, row in PUBLISHED["scripts"].items() if name.split("/")[0] == script.split("/")[0])
+    for key in ("dataset", "max_iterations", "batch_size", "lr", "momentum", "weight_decay", "poly_power", "aux_weight",
+                "val_per_iters"):
+        assert getattr(config, key) == schedule[key], key
+    assert config.crop_size == tuple(schedule["crop_size"])
+    if method == "teacher":
+        assert (config.student_model, config.student_backbone) == ("deeplabv3", "resnet101")
+        assert config.student_pretrained_base == "pretrained_ckpt/resnet101-imagenet.pth"
+
+
+def test_published_miou():
+    for dataset, published in PUBLISHED["miou"].items():
+        table = make_scripts.TABLES[dataset]
+        assert table.teacher_miou == published["teacher deeplabv3-resnet101"]
+        students = {key: row for key, row in published.items() if not key.startswith("teacher")}
+        assert {getattr(make_scripts, STUDENTS[key]) for key in students} == set(table.published)
+        for key, row in students.items():
+            names = {"baseline": "none", "Af-DCD": "afdcd"}
+            assert table.published[getattr(make_scripts, STUDENTS[key])] == {
+                names.get(method, method.lower()): miou for method, miou in row.items()}
+
+
+def test_one_line_adds_a_method(monkeypatch):
+    before = {name for name, _ in make_scripts.scripts()}
+    monkeypatch.setitem(make_scripts.METHODS, "cwd", make_scripts.Method("CWD", weights={"*": "--lambda-cwd 3"}))
+    added = {name: text for name, text in make_scripts.scripts() if name not in before}
+    assert set(added) == {"cityscapes/deeplabv3_r101_r18_cwd.sh", "cityscapes/deeplabv3_r101_mbv2_cwd.sh",
+                          "voc/deeplabv3_r101_r18_cwd.sh", "voc/deeplabv3_r101_psp_r18_cwd.sh",
+                          "camvid/deeplabv3_r101_r18_cwd.sh", "camvid/deeplabv3_r101_psp_r18_cwd.sh"}
+    assert all("--method cwd --lambda-cwd 3" in text for text in added.values())
+
+
+SCRIPT = "voc/deeplabv3_r101_psp_r18_afdcd.sh"
+
+
+def test_environment_and_extra_flags_win():
+    config = parsed(SCRIPT, "--batch-size", "4", "--resume", "auto", DATA_ROOT="/sets", TEACHER="/a b/t.pth",
+                    CKPT="/files", WORK_DIR="/out")
+    assert (config.data, config.teacher_pretrained, config.save_dir) == ("/sets/VOCAug", "/a b/t.pth", "/out")
+    assert config.student_pretrained_base == "/files/resnet18-imagenet.pth"
+    assert (config.batch_size, config.resume) == (4, "auto")
+    assert parsed(SCRIPT, DATA="/voc", DATA_ROOT="/sets").data == "/voc"
+
+
+def test_default_folders_lie_in_the_repository_from_anywhere(tmp_path):
+    done = run("bash", SCRIPTS / SCRIPT, cwd=tmp_path, GPUS="0")
+    words = shlex.split(done.stdout)
+    assert words[1] == str(ROOT / "train_kd.py")
+    assert parse_config(words[2:]).data == str(ROOT / "data/VOCAug")
+
+
+def test_launcher_for_gpus_cpu_and_several_machines():
+    eight = printed(SCRIPT)
+    assert eight[1:6] == ["-m", "torch.distributed.run", "--nproc_per_node", "8", "--standalone"]
+    assert "--no-cuda" not in eight
+    cpu = printed(SCRIPT, GPUS="0")
+    assert cpu[:3] == [sys.executable, "train_kd.py", "--no-cuda"]
+    second = printed(SCRIPT, GPUS="4", NNODES="2", NODE_RANK="1", MASTER_ADDR="first", PORT="1234")
+    assert second[3:second.index("train_kd.py")] == ["--nproc_per_node", "4", "--nnodes", "2", "--node_rank", "1",
+                                                     "--master_addr", "first", "--master_port", "1234"]
+
+
+def test_number_of_gpus_is_counted():
+    assert "--no-cuda" in printed(SCRIPT, GPUS="", CUDA_VISIBLE_DEVICES="")
+    assert printed(SCRIPT, GPUS="", CUDA_VISIBLE_DEVICES="0,3")[4] == "2"
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"GPUS": "all"}, "GPUS=all: expected a number of processes"),
+    ({"GPUS": "1", "NNODES": "2"}, "MASTER_ADDR must name the first machine"),
+])
+def test_wrong_settings_are_refused(settings, message):
+    done = run("bash", SCRIPTS / SCRIPT, **settings)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert done.stdout == ""
+
+
+def test_eval_script():
+    words = printed("eval.sh", "citys", "psp", "resnet18", "my file.pth", "--json", "out.json", GPUS="2")
+    assert words[5:] == ["--standalone", "eval.py", "--dataset", "citys", "--data", "data/cityscapes", "--model", "psp",
+                         "--backbone", "resnet18", "--pretrained", "my file.pth", "--json", "out.json"]
+    wrong = run("bash", SCRIPTS / "eval.sh", "citys")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("usage:")
+
+
+def test_slurm_wraps_any_script(tmp_path):
+    """With stand-ins for Slurm's programs: two nodes, this is the second."""
+    for name, body in {"scontrol": 'printf "node-a\\nnode-b\\n"', "srun": 'shift; SLURM_NODEID=1 exec "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    slurm = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "node-[a-b]", "PATH": path, "GPUS": "4"}
+    done = run("bash", SCRIPTS / "slurm.sh", f"train_scripts/{SCRIPT}", "--seed", "3", **slurm)
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)
+    assert words[3:13] == ["--nproc_per_node", "4", "--nnodes", "2", "--node_rank", "1", "--master_addr", "node-a",
+                           "--master_port", "20123"]
+    config = parse_config(words[words.index("train_kd.py") + 1:])
+    assert (config.seed, config.resume) == (3, "auto")
+    failed = run("bash", SCRIPTS / "slurm.sh", f"train_scripts/{SCRIPT}", **{**slurm, "GPUS": "many"})
+    assert failed.returncode == 2
+    assert run("bash", SCRIPTS / "slurm.sh", "no/such/script.sh", **slurm).returncode == 2

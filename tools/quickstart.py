@@ -1,0 +1,185 @@
+#!/usr/bin/env python3
+"""The main job in small: toy streets, a teacher, the same student without and with Af-DCD, a table and a picture.
+
+    python tools/quickstart.py                  one seed, a few minutes on two CPU cores
+    python tools/quickstart.py --seeds 0 1 2    the figures of the README
+
+Safe to interrupt and to run again: finished parts are kept, an unfinished training goes on where it stopped.
+"""
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+from dataset import SegmentationDataset, get_dataset_spec
+from dataset.toy_streets import write_toy_streets
+from models import get_segmentation_model
+from utils.cli import ArgumentParser, number, run_main
+from utils.errors import UserError
+from utils.evaluate import evaluate
+from utils.files import write_json
+from utils.visualize import comparison, save_rgb
+
+ROOT = Path(__file__).resolve().parent.parent
+ROLES = ("teacher", "plain", "afdcd")
+TITLES = {"teacher": "teacher", "plain": "student, plain", "afdcd": "student, Af-DCD"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes, iterations and weights. Everything but the seeds."""
+
+    height: int = 120
+    width: int = 160
+    train: int = 400
+    val: int = 40
+    test: int = 100
+    crop: tuple[int, int] = (96, 128)
+    batch: int = 8
+    teacher: tuple[str, str] = ("deeplabv3", "resnet18_w0.5")
+    student: tuple[str, str] = ("deeplab_mobile", "mobilenetv2_w0.25")
+    teacher_iterations: int = 500
+    student_iterations: int = 250
+    lr: float = 0.05
+    lambda_kd: float = 1.0
+    lambda_fd: float = 2e-5
+    lambda_ctr: float = 5e-3
+    pool_size: int = 2
+    patch_size: tuple[int, int] = (2, 2)
+
+
+SHORT = replace(Recipe(), height=72, width=96, train=24, val=4, test=8, crop=(64, 96), batch=4, teacher_iterations=12,
+                student_iterations=8, teacher=("deeplab_mobile", "mobilenetv2_w0.5"))
+
+
+def run(arguments: list[str]) -> None:
+    """Run a program of this repository with this Python, its output on our terminal; stop when it fails."""
+    print("\n$ python " + " ".join(arguments), flush=True)
+    code = subprocess.run([sys.executable, *arguments], cwd=ROOT).returncode
+    if code:
+        raise UserError(f"{arguments[0]} failed with exit code {code}: its message is above")
+
+
+def weights(out: Path, role: str, seed: int, recipe: Recipe, best: bool = False) -> Path:
+    """Where the final (or best) network of a role is."""
+    model, backbone = recipe.teacher if role == "teacher" else recipe.student
+    return out / f"{role}_seed{seed}" / f"kd_{model}_{backbone}_toy_streets{'_best_model' if best else ''}.pth"
+
+
+def train(out: Path, data: Path, role: str, seed: int, recipe: Recipe) -> None:
+    """Train one network, or finish the training that an interrupted run began."""
+    model, backbone = recipe.teacher if role == "teacher" else recipe.student
+    steps = recipe.teacher_iterations if role == "teacher" else recipe.student_iterations
+    folder = out / f"{role}_seed{seed}"
+    state = folder / f"kd_{model}_{backbone}_toy_streets_state.pth"
+    if state.is_file() and torch.load(state, weights_only=True, mmap=True)["step"] == steps:
+        print(f"{TITLES[role]} (seed {seed}) is trained already: {folder}")
+        return
+    command = ["train_kd.py", "--dataset", "toy_streets", "--data", str(data), "--no-cuda", "--resume", "auto",
+               "--student-model", model, "--student-backbone", backbone, "--crop-size", *map(str, recipe.crop),
+               "--batch-size", str(recipe.batch), "--max-iterations", str(steps), "--lr", str(recipe.lr),
+               "--workers", "1", "--seed", str(seed), "--save-dir", str(folder), "--log-dir", str(folder),
+               "--log-iter", "50", "--save-per-iters", "100", "--val-per-iters", str(steps)]
+    if role == "afdcd":
+        teacher_model, teacher_backbone = recipe.teacher
+        command += ["--method", "afdcd", "--teacher-model", teacher_model, "--teacher-backbone", teacher_backbone,
+                    "--teacher-pretrained", str(weights(out, "teacher", seed, recipe)),
+                    "--lambda-kd", str(recipe.lambda_kd), "--lambda-fd", str(recipe.lambda_fd),
+                    "--lambda-ctr", str(recipe.lambda_ctr), "--pool-size", str(recipe.pool_size),
+                    "--patch-size", *map(str, recipe.patch_size)]
+    else:
+        command += ["--method", "none"]
+    run(command)
+
+
+def test(out: Path, data: Path, role: str, seed: int, recipe: Recipe) -> dict:
+    """Evaluate the final network of a role on the test images with ``eval.py``; its JSON."""
+    model, backbone = recipe.teacher if role == "teacher" else recipe.student
+    answer = out / f"{role}_seed{seed}" / "test.json"
+    run(["eval.py", "--model", model, "--backbone", backbone, "--dataset", "toy_streets", "--data", str(data),
+         "--pretrained", str(weights(out, role, seed, recipe)), "--split", "test", "--no-cuda", "--workers", "1",
+         "--json", str(answer)])
+    return json.loads(answer.read_text(encoding="utf-8"))
+
+
+def table(results: dict[int, dict[str, dict]], recipe: Recipe) -> str:
+    """mIoU and pixel accuracy on the test images, in percent, per seed and on average."""
+    lines = [f"Toy streets, {recipe.test} test images, in percent", "",
+             f"{'':18s}{'network':38s}{'mIoU':>14s}{'pixel accuracy':>18s}"]
+    for role in ROLES:
+        cells = []
+        for key in ("mIoU", "pixAcc"):
+            values = [100 * r[role][key] for r in results.values()]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}")
+        net = "-".join(recipe.teacher if role == "teacher" else recipe.student)
+        lines.append(f"{TITLES[role]:18s}{net:38s}{cells[0]:>14s}{cells[1]:>18s}")
+    if len(results) > 1:
+        lines += ["", f"mean ± standard deviation over seeds {', '.join(map(str, results))}"]
+    return "\n".join(lines)
+
+
+def picture(out: Path, data: Path, seed: int, recipe: Recipe, results: dict[str, dict]) -> Path:
+    """One row per test image: image, truth, teacher, plain student, distilled student."""
+    spec = get_dataset_spec("toy_streets", data)
+    split = SegmentationDataset(spec, data, "test", train=False, limit=4)
+    items = [split[i] for i in range(len(split))]
+    predictions: list[list[np.ndarray]] = []
+    for role in ROLES:
+        model, backbone = recipe.teacher if role == "teacher" else recipe.student
+        net = get_segmentation_model(model=model, backbone=backbone, num_class=spec.num_class,
+                                     pretrained=str(weights(out, role, seed, recipe)))
+        predictions.append([])
+        evaluate(net, split, device=torch.device("cpu"),
+                 on_prediction=lambda prediction, _, rows=predictions[-1]: rows.append(prediction.numpy()))
+    images = [np.ascontiguousarray(item["image"].permute(1, 2, 0).numpy()[..., ::-1]) for item in items]
+    titles = [f"{TITLES[role]}\nmIoU {100 * results[role]['mIoU']:.1f} %" for role in ROLES]
+    path = out / "panel.png"
+    save_rgb(path, comparison(images, [item["label"].numpy() for item in items], predictions, titles,
+                              palette=spec.palette, classes=spec.classes,
+                              heading=f"Toy streets, {recipe.test} test images"))
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the whole quickstart; returns the exit code."""
+    parser = ArgumentParser(prog="quickstart.py", description="Distil a small network on toy streets.")
+    parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0], help="one complete run per seed")
+    parser.add_argument("--out", default=None, metavar="DIR", help="folder of the runs (default: runs/quickstart)")
+    parser.boolean(parser, "--short", False, "a few iterations on a few images: shows that everything works")
+    options = parser.parse_args(argv)
+    recipe = SHORT if options.short else Recipe()
+    out = Path(options.out) if options.out else ROOT / "runs" / ("quickstart_short" if options.short else "quickstart")
+    note = out / "recipe.json"
+    wanted = json.loads(json.dumps(asdict(recipe)))
+    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) != wanted:
+        raise UserError(f"{out} holds runs of another recipe: remove it, or choose another folder with --out")
+    start = time.perf_counter()
+    data = ROOT / "data" / f"toy_streets_{recipe.height}x{recipe.width}_{recipe.train}"
+    write_toy_streets(str(data), train=recipe.train, val=recipe.val, test=recipe.test, height=recipe.height,
+                      width=recipe.width)
+    write_json(note, wanted)
+    results: dict[int, dict[str, dict]] = {}
+    for seed in options.seeds:
+        for role in ROLES:
+            train(out, data, role, seed, recipe)
+        results[seed] = {role: test(out, data, role, seed, recipe) for role in ROLES}
+    first = options.seeds[0]
+    path = picture(out, data, first, recipe, results[first])
+    print("\n" + table(results, recipe))
+    print(f"\nPictures: {path}\nRuns:     {out}\nTime:     {(time.perf_counter() - start) / 60:.1f} min")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The whole job in small, from nothing: environment, toy streets, a teacher, the same student without and with Af-DCD,
+# a table and a picture. Needs Python 3.11 or newer; no GPU. Safe to run again.
+#   bash train_scripts/quickstart.sh [flags of tools/quickstart.py]
+# QUICKSTART_SHORT=1: a few iterations only, to see that everything works.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash tools/setup_env.sh
+if [[ -n ${QUICKSTART_SHORT:-} && $QUICKSTART_SHORT != 0 ]]; then
+    set -- --short "$@"
+fi
+exec .venv/bin/python tools/quickstart.py "$@"
