@@ -263,6 +263,7 @@ class AfDCD(Distiller):
               "voc": _published(1.0, 1e-6, 5e-3), "camvid": _published(1.0, 8e-6, 1e-2),
               "ade20k": _published(0.5, 1e-6, 4e-2), "coco_stuff_164k": _published(0.5, 5e-6, 5e-3)}
     clip_norm = 15.0
+    cost = "two 3x3 convs at teacher width, L1 distances within patches"
 
     def __init__(self, criterion: OmniContrastiveFeatureLoss, clip_norm: float | None = 15.0) -> None:
         super().__init__()

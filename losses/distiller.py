@@ -71,8 +71,8 @@ class BuildContext:
 class Preparation:
     """What a stage before training may use (see ``Distiller.prepare``).
 
-    batches(steps, batch_size): iterator of (teacher images float [B, 3, H, W] on the device, target int64 [B, H, W]),
-    the same whatever the number of processes; each process gets its share. directory: where to cache the result;
+    batches(steps, batch_size, start): iterator of (teacher images float [B, 3, H, W] on the device, target int64
+    [B, H, W]) for the steps from ``start`` on, the same whatever the number of processes; each gets its share. directory: where to cache the result;
     only the main process writes. log: takes one line of text.
     """
 
@@ -80,7 +80,7 @@ class Preparation:
     device: torch.device
     directory: Path
     is_main: bool
-    batches: Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]
+    batches: Callable[[int, int, int], Iterator[tuple[Tensor, Tensor]]]
     log: Callable[[str], None]
 
 
@@ -95,6 +95,8 @@ class Distiller(nn.Module):
         student_taps, teacher_taps   fields of ``SegOutput`` that the method reads
         preset   published settings by data set ("*": any other): option name -> value, applied by ``--method NAME``
         clip_norm  largest L2 norm of the gradient of the method's own parameters, None = not clipped
+        cost     what it computes beyond the two networks, in a short phrase, for ``--list-methods``
+        quick    options that make a trial of a few steps cheap (a short preparation), for the tests and the benchmark
     """
 
     method: str = ""
@@ -106,6 +108,8 @@ class Distiller(nn.Module):
     teacher_taps: tuple[str, ...] = ()
     preset: Mapping[str, Mapping[str, object]] = {}
     clip_norm: float | None = None
+    cost: str = ""
+    quick: Mapping[str, object] = {}
 
     @classmethod
     def add_arguments(cls, group: argparse._ArgumentGroup) -> None:

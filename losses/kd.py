@@ -55,6 +55,7 @@ class KD(Distiller):
     student_taps = ("logits",)
     teacher_taps = ("logits",)
     preset = {"*": {"lambda_kd": 1.0}, "ade20k": {"lambda_kd": 0.5}, "coco_stuff_164k": {"lambda_kd": 0.5}}
+    cost = "two softmaxes of the logits"
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()

@@ -54,6 +54,7 @@ def number(kind: type[int] | type[float], low: float | None = None, high: float 
             raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
         return value
 
+    convert.metavar = "N" if kind is int else "X"
     return convert
 
 
@@ -97,6 +98,9 @@ class HelpFormatter(argparse.HelpFormatter):
             shown = str(default)
         shown = shown.replace("%", "%%")  # argparse formats the help text with %
         return f"{text} (default: {shown})".strip()
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return "N" if action.type is int else getattr(action.type, "metavar", action.dest.split("_")[-1].upper())
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or action.nargs == 0 or isinstance(action, BooleanAction):

@@ -72,6 +72,8 @@ def _distillation(parser: ArgumentParser) -> None:
     g.add_argument("--method", choices=["none", *methods()], default=None,
                    help="preset of published settings for --dataset; none: plain training, of a baseline or a teacher "
                         "(default: Af-DCD with the weights listed here)")
+    g.add_argument("--list-methods", action="store_true", default=argparse.SUPPRESS,
+                   help="print every method with its preset and what it adds to the given networks, and stop")
     g.add_argument("--group-size", type=natural, default=2, metavar="N",
                    help="images whose statistics go together in methods that relate images (the published runs had 2 "
                         "per GPU); 0 = all images of the process")
@@ -124,7 +126,8 @@ def preset(method: str, dataset: str) -> dict[str, object]:
 def parse_config(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check a command line. Explicit flags win over the preset of ``--method``, which wins over defaults.
 
-    Exits with code 2 and one line on a malformed command line; raises :class:`UserError` on settings that cannot be.
+    Exits with code 2 and one line on a malformed command line, and with code 0 after the table of ``--list-methods``;
+    raises :class:`UserError` on settings that cannot be.
     """
     parser = build_parser()
     config = parser.parse_args(argv)
@@ -137,6 +140,11 @@ def parse_config(argv: list[str] | None = None) -> argparse.Namespace:
     if len(config.crop_size) > 2:
         parser.error(f"argument --crop-size: expected one or two numbers, got {len(config.crop_size)}")
     config.crop_size = tuple(config.crop_size * 2 if len(config.crop_size) == 1 else config.crop_size)
+    if hasattr(config, "list_methods"):
+        from utils.method_list import method_table  # it needs this module
+
+        print(method_table(config))
+        parser.exit()
     config.save_dir, config.log_dir = (str(Path(p).expanduser()) for p in (config.save_dir, config.log_dir))
     _check(config)
     return config

@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from pathlib import Path
 
 from utils.checkpoint import versions
+from utils.config import DEAD_OPTIONS
 from utils.files import write_json
 from utils.logger import LOG
 
@@ -57,6 +59,15 @@ class RunFiles:
 def plain(config: argparse.Namespace) -> dict:
     """A configuration as JSON values (tuples become lists)."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(vars(config).items())}
+
+
+def readable(config: argparse.Namespace) -> str:
+    """Every effective setting as ``name=value``, in indented lines of at most 120 columns."""
+    pairs = [f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in plain(config).items()
+             if k not in DEAD_OPTIONS]
+    protected = "  ".join(pair.replace(" ", "\0") for pair in pairs)
+    lines = textwrap.wrap(protected, 116, break_long_words=False, break_on_hyphens=False)
+    return "\n".join("    " + line.replace("\0", " ") for line in lines)
 
 
 #: settings that may differ between a run and its continuation without changing the result

@@ -28,7 +28,7 @@ from utils.config import DEAD_OPTIONS
 from utils.distributed import Distributed, barrier, reduce_mean
 from utils.errors import UserError
 from utils.logger import LOG, Progress, RunLogger, setup_logging
-from utils.run_files import RunFiles, changed_settings, plain
+from utils.run_files import RunFiles, changed_settings, plain, readable
 from utils.step import StepResult, TrainStep
 from utils.validation import Validator
 
@@ -100,8 +100,7 @@ class Trainer:
         for name in DEAD_OPTIONS:
             if getattr(self.config, name) is not None:
                 LOG.warning("--%s has no effect (nor has it in the reference)", name)
-        LOG.info("configuration (also in %s):\n%s", self.files.config,
-                 "\n".join(f"  {k:26s} {v}" for k, v in plain(self.config).items() if k not in DEAD_OPTIONS))
+        LOG.info("configuration (also in %s):\n%s", self.files.config, readable(self.config))
         count = sum(p.numel() for p in self.student.parameters()) / 1e6
         extra = sum(p.numel() for p in self.objective.distillers.parameters()) / 1e6
         LOG.info("student %s %.2f M parameters, distillers %.2f M (%s), %d training images, %d processes on %s",
@@ -149,9 +148,9 @@ class Trainer:
             distiller.prepare(stage)
             barrier()
 
-    def _teacher_batches(self, steps: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _teacher_batches(self, steps: int, batch_size: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.distributed.device
-        for batch in build_loader(self.config, self.train_set, self.distributed, 0, steps, batch_size):
+        for batch in build_loader(self.config, self.train_set, self.distributed, start, steps, batch_size):
             images, valid, target = (batch[k].to(device, non_blocking=True) for k in ("image", "valid", "label"))
             yield self.teacher.preprocess(images, valid), target.long()
 

@@ -1,0 +1,104 @@
+"""The table of ``train_kd.py --list-methods``: what every method reads, weighs and adds, for the networks asked for."""
+from __future__ import annotations
+
+import argparse
+import shutil
+import textwrap
+from dataclasses import dataclass
+
+import torch
+
+from dataset import get_dataset_spec
+from losses.composition import active_terms
+from losses.distiller import BuildContext, Distiller, NetInfo, check_taps, methods
+from models import get_segmentation_model
+from utils.config import preset
+from utils.errors import UserError
+
+WIDTHS = (10, 4, 10, 8, 12)  # method, year, parameters, state, taps; the preset takes the rest of the line
+INDENT = " " * (WIDTHS[0] + 2)
+
+
+@dataclass(frozen=True)
+class MethodFacts:
+    """One method as ``--method NAME`` would run it.
+
+    weights: {term: lambda} of the preset, terms of other methods included. parameters: how many numbers are trained
+    beside the student, those of discriminators included. state: bytes of buffers and frozen parameters (queues, masks,
+    tables). refused: why the method cannot run with these settings, "" when it can; then the other figures are empty.
+    """
+
+    cls: type[Distiller]
+    weights: dict[str, float]
+    taps: str = ""
+    parameters: int = 0
+    state: int = 0
+    refused: str = ""
+
+
+def described_network(model: str, backbone: str, num_class: int, aux: bool | None = None) -> NetInfo:
+    """Channels of a network that is never allocated."""
+    with torch.device("meta"):
+        net = get_segmentation_model(model=model, backbone=backbone, num_class=num_class, aux=aux)
+    return NetInfo(net.name, dict(net.channels), net.num_class, net.output_stride)
+
+
+def method_facts(name: str, config: argparse.Namespace, student: NetInfo, teacher: NetInfo) -> MethodFacts:
+    """Build one method without memory and count what it adds. config: options with ``crop_size`` as (height, width)."""
+    options = argparse.Namespace(**{**vars(config), **preset(name, config.dataset)})
+    active = active_terms(options)
+    cls = methods()[name]
+    terms = {t.name: t for c in (cls, *methods().values()) for t in c.terms}  # its own ones first
+    weights = {term: getattr(options, t.dest) for term, t in terms.items() if term in active}
+    context = BuildContext(student, teacher, student.num_class, config.ignore_label, active, config.crop_size,
+                           config.dataset, options)
+    try:
+        with torch.device("meta"):
+            built = cls.build(context)
+        check_taps(built, student, teacher)
+    except UserError as error:
+        return MethodFacts(cls, weights, refused=str(error))
+    taps = ", ".join(dict.fromkeys((*built.student_taps, *built.teacher_taps)))
+    kept = [*built.buffers(), *(p for p in built.parameters() if not p.requires_grad)]
+    return MethodFacts(cls, weights, taps, sum(p.numel() for p in built.parameters() if p.requires_grad),
+                       sum(t.numel() * t.element_size() for t in kept))
+
+
+def amount(number: float, unit: str = "") -> str:
+    """A number with three digits and k, M or G: 76546048 -> "76.5 M"; 0 -> "-"."""
+    if not number:
+        return "-"
+    size = min(3, max(0, (len(str(int(number))) - 1) // 3))
+    return f"{number / 1000 ** size:.3g} {('', 'k', 'M', 'G')[size]}{unit}".strip()
+
+
+def _row(facts: MethodFacts, width: int) -> str:
+    cls = facts.cls
+    state = amount(facts.state, "B")
+    cells = (cls.method, str(cls.year), amount(facts.parameters).rjust(WIDTHS[2]), state.rjust(WIDTHS[3]), facts.taps)
+    head = "  ".join(cell.ljust(size) for cell, size in zip(cells, WIDTHS, strict=True)) + "  "
+    weights = ", ".join(f"{name}\0{weight:g}" for name, weight in facts.weights.items())  # \0: no line break here
+    lines = textwrap.wrap(head + weights, width, subsequent_indent=" " * len(head), drop_whitespace=True)
+    notes = [f"{cls.title}: {cls.cost}" if cls.cost else cls.title, cls.paper]
+    notes += [f"not with these settings: {facts.refused}"] if facts.refused else []
+    for note in notes:
+        lines += textwrap.wrap(note, width, initial_indent=INDENT, subsequent_indent=INDENT + "  ")
+    return "\n".join(line.replace("\0", " ") for line in lines)
+
+
+def method_table(config: argparse.Namespace, width: int | None = None) -> str:
+    """Every registered method for the networks, data set and crop of ``config``, as text of ``width`` columns.
+
+    width: the terminal's by default, from 100 to 140. Raises :class:`UserError` for unknown networks or data sets.
+    """
+    width = width or min(140, max(100, shutil.get_terminal_size((120, 40)).columns))
+    num_class = get_dataset_spec(config.dataset, config.data).num_class
+    teacher = described_network(config.teacher_model, config.teacher_backbone, num_class)
+    student = described_network(config.student_model, config.student_backbone, num_class, config.aux)
+    titles = ("method", "year", "parameters".rjust(WIDTHS[2]), "state".rjust(WIDTHS[3]), "taps", "preset weights")
+    intro = (f"Methods for {teacher.name} -> {student.name} on {config.dataset} ({num_class} classes, crop "
+             f"{config.crop_size[0]}x{config.crop_size[1]}). parameters: trained beside the student; state: buffers "
+             "(queues, masks). None of it is part of the exported student. taps: what is read of either network.")
+    header = "  ".join([t.ljust(size) for t, size in zip(titles, (*WIDTHS, 0), strict=True)])
+    rows = [_row(method_facts(name, config, student, teacher), width) for name in methods()]
+    return "\n".join([*textwrap.wrap(intro, width), "", header, "-" * width, *rows])
