@@ -1,0 +1,294 @@
+"""The holistic term that SKD introduced and that the published SKD, IFVD and CWD rows share.
+
+A discriminator learns to tell the teacher's logits from the student's, and the student learns to be taken for the
+teacher. The discriminator (self-attention GAN: Zhang et al., ICML 2019) has its own Adam, stepped after the student's
+update; parameters, power-iteration vectors and Adam's moments are in the method's state_dict.
+
+Several processes: every process computes the same discriminator, because its gradients are averaged, its power
+iteration depends on the weights only and its batch norm uses statistics of ``--group-size`` images of one process. So
+DDP has nothing to synchronise, and the state that rank 0 saves is that of all. (The running statistics of the batch
+norm do differ; nothing reads them while training.)
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from losses.distiller import BuildContext, Distiller, Term, register
+from losses.logits import check_logit_maps, check_logit_nets
+from models.output import SegOutput
+from utils.cli import BooleanAction, number
+from utils.distributed import average_gradients
+from utils.errors import UserError
+
+#: Smallest side of the logits: four halvings leave the 4x4 that the last convolution covers.
+SMALLEST = 64
+PENALTY_WEIGHT = 10.0
+LOSSES = ("hinge", "wgan-gp")
+
+#: For the presets of methods that were published with this term (CIRKD's scripts; the discriminator's weight is 0.1).
+PUBLISHED_ADVERSARIAL = {"lambda_adv": 0.001}
+#: Crops of 360 and less give logits below 64x64, on which the released discriminator crashes: off on these sets.
+WITHOUT_ADVERSARIAL = {"camvid": {"lambda_adv": 0.0}, "toy_streets": {"lambda_adv": 0.0}}
+#: Lets a trial use small crops.
+QUICK_ADVERSARIAL = {"adv_upsample": True}
+
+
+class SpectralNorm(nn.Module):
+    """A convolution whose weight is divided by an estimate of its largest singular value.
+
+    One step of power iteration per forward pass in train mode, so the number and order of passes are part of the state.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        weight = conv.weight.detach()
+        del conv.weight
+        conv.weight_bar = nn.Parameter(weight)
+        for name, size in (("weight_u", len(weight)), ("weight_v", weight[0].numel())):
+            conv.register_buffer(name, F.normalize(torch.randn(size), dim=0))
+        self.module = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = self.module
+        matrix = conv.weight_bar.flatten(1)
+        u, v = conv.weight_u, conv.weight_v
+        if self.training:
+            # .data hides the update from autograd: as in the reference, a backward pass after several forward passes
+            # takes the gradient of sigma at the vectors of the last pass (1e-5 of the gradient at random weights)
+            with torch.no_grad():
+                v.data.copy_(F.normalize(matrix.t() @ u, dim=0))
+                u.data.copy_(F.normalize(matrix @ v, dim=0))
+        sigma = u @ (matrix @ v)
+        return F.conv2d(x, conv.weight_bar / sigma, conv.bias, conv.stride, conv.padding)
+
+
+class SelfAttention(nn.Module):
+    """Every position of [B, C, h, w] looks at all others; the result is added with a factor that starts at 0."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.query_conv = nn.Conv2d(channels, channels // 8, 1)
+        self.key_conv = nn.Conv2d(channels, channels // 8, 1)
+        self.value_conv = nn.Conv2d(channels, channels, 1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (conv(x).flatten(2) for conv in (self.query_conv, self.key_conv, self.value_conv))
+        attention = (query.transpose(1, 2) @ key).softmax(dim=-1)
+        return x + self.gamma * (value @ attention.transpose(1, 2)).view_as(x)
+
+
+class GroupedBatchNorm2d(nn.Module):
+    """Batch norm of [B, C, h, w] over ``group_size`` images at a time (0 = all), the last group possibly smaller.
+
+    Not a subclass of torch's, which would be turned into a synchronised one: that has no second derivative, which the
+    gradient penalty needs, and the published runs used the two images of one GPU.
+    """
+
+    def __init__(self, channels: int, group_size: int = 2, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.group_size, self.eps, self.momentum = group_size, eps, momentum
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        size = min(self.group_size or len(x), len(x))
+        whole = len(x) - len(x) % size
+        parts = [x[:whole].unflatten(0, (-1, size)), *([x[whole:][None]] if whole < len(x) else [])]
+        normal = torch.cat([self._normalise(part).flatten(0, 1) for part in parts])
+        return normal * self.weight[:, None, None] + self.bias[:, None, None]
+
+    def _normalise(self, groups: Tensor) -> Tensor:
+        var, mean = torch.var_mean(groups, dim=(1, 3, 4), correction=0, keepdim=True)
+        with torch.no_grad():
+            count = groups[0, :, 0].numel()
+            self.running_mean.lerp_(mean.mean(0).flatten(), self.momentum)
+            self.running_var.lerp_(var.mean(0).flatten() * (count / max(count - 1, 1)), self.momentum)
+        return (groups - mean) * torch.rsqrt(var + self.eps)
+
+
+class Discriminator(nn.Module):
+    """Raw logits [B, K, h, w], h and w at least 64 -> scores [B, 1, h // 16 - 3, w // 16 - 3], high = teacher.
+
+    The names of parameters and buffers are those of the reference.
+    """
+
+    def __init__(self, num_class: int, width: int = 64, group_size: int = 2) -> None:
+        super().__init__()
+        widths = [num_class, *(width * 2 ** i for i in range(4))]
+        self.preprocess_additional = GroupedBatchNorm2d(num_class, group_size)
+        self.l1, self.l2, self.l3, self.l4 = (
+            nn.Sequential(SpectralNorm(nn.Conv2d(a, b, 4, stride=2, padding=1)), nn.LeakyReLU(0.1))
+            for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.attn1, self.attn2 = SelfAttention(widths[3]), SelfAttention(widths[4])
+        self.last = nn.Sequential(nn.Conv2d(widths[4], 1, 4))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Scores, computed in the precision of the weights. Raises UserError when the logits are too small."""
+        if min(logits.shape[-2:]) < SMALLEST:
+            raise UserError(f"adv: the discriminator needs logits of {SMALLEST}x{SMALLEST} or more, got "
+                            f"{logits.shape[-2]}x{logits.shape[-1]}")
+        with torch.autocast(logits.device.type, enabled=False):
+            x = self.preprocess_additional(logits.to(self.last[0].weight.dtype))
+            x = self.attn1(self.l3(self.l2(self.l1(x))))
+            return self.last(self.attn2(self.l4(x)))
+
+    def frozen(self, logits: Tensor) -> Tensor:
+        """As :meth:`forward`, with gradients to the logits only."""
+        return functional_call(self, {name: p.detach() for name, p in self.named_parameters()}, (logits,))
+
+
+def generator_loss(student_score: Tensor) -> Tensor:
+    """Minus the mean score of the student's logits: low when they pass for the teacher's."""
+    return -student_score.mean()
+
+
+def discriminator_loss(student_score: Tensor, teacher_score: Tensor, kind: str = "hinge") -> Tensor:
+    """What the discriminator minimises: hinge around -1 and 1, or (wgan-gp) the plain difference of the means."""
+    if kind == "hinge":
+        return F.relu(1 + student_score).mean() + F.relu(1 - teacher_score).mean()
+    return student_score.mean() - teacher_score.mean()
+
+
+def gradient_penalty(discriminator: Callable[[Tensor], Tensor], student: Tensor, teacher: Tensor, share: Tensor,
+                     weight: float = PENALTY_WEIGHT) -> Tensor:
+    """``weight`` times the mean of (||d score / d x|| - 1)^2 at x = share * teacher + (1 - share) * student.
+
+    student, teacher: [B, K, h, w]; share: [B, 1, 1, 1], uniform in [0, 1). The norm is taken per image.
+    """
+    between = torch.lerp(student.detach(), teacher.detach(), share).requires_grad_()
+    (slope,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
+    return weight * (slope.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+@register("adv")
+class Adversarial(Distiller):
+    """Discriminator, its optimizer and the student's adversarial term ``adv`` = :func:`generator_loss`.
+
+    num_class: channels of the logits. d_weight: factor on the discriminator's loss. lr: of its Adam, constant.
+    loss: "hinge" or "wgan-gp". upsample: enlarge logits below 64x64 instead of refusing them. group_size: images per
+    batch-norm group. width: channels of the discriminator's first convolution.
+    """
+
+    title = "adversarial term of SKD, IFVD and CWD alone, beside KD"
+    paper = "Liu et al., Structured Knowledge Distillation for Semantic Segmentation (holistic term)"
+    year = 2019
+    terms = (Term("adv", 0.0, "weight of the adversarial term; builds a discriminator of the logits"),)
+    student_taps = ("logits",)
+    teacher_taps = ("logits",)
+    preset = {"*": {"lambda_kd": 1.0, **PUBLISHED_ADVERSARIAL}}
+    cost = "discriminator of the logits, three passes of it"
+    quick = QUICK_ADVERSARIAL
+
+    def __init__(self, num_class: int, d_weight: float = 0.1, lr: float = 4e-4, loss: str = "hinge",
+                 upsample: bool = False, group_size: int = 2, width: int = 64) -> None:
+        super().__init__()
+        if loss not in LOSSES:
+            raise UserError(f"--adv-loss {loss}: expected one of {', '.join(LOSSES)}")
+        self.d_weight, self.lr, self.loss, self.upsample = d_weight, lr, loss, upsample
+        self.discriminator = Discriminator(num_class, width, group_size)
+        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=lr, betas=(0.9, 0.99))
+        self._last: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._diagnostics: dict[str, Tensor] = {}
+
+    @classmethod
+    def add_arguments(cls, group: argparse._ArgumentGroup) -> None:
+        group.add_argument("--adv-d-weight", type=number(float, 0, open_low=True), default=0.1, metavar="W",
+                           help="weight of the discriminator's own loss")
+        group.add_argument("--adv-lr", type=number(float, 0, open_low=True), default=4e-4, metavar="LR",
+                           help="learning rate of the discriminator's Adam, constant")
+        group.add_argument("--adv-loss", choices=LOSSES, default="hinge",
+                           help="loss of the discriminator; the published tables used hinge, SKD and IFVD wgan-gp")
+        group.add_argument("--adv-upsample", "--no-adv-upsample", action=BooleanAction, default=False,
+                           help="enlarge logits below 64x64 for the discriminator (default: refuse such crops)")
+
+    @classmethod
+    def build(cls, context: BuildContext) -> Adversarial:
+        """Raises UserError when the logits are too small for the discriminator, or class counts or strides differ."""
+        check_logit_nets(cls, context)
+        defaults = {"adv_d_weight": 0.1, "adv_lr": 4e-4, "adv_loss": "hinge", "adv_upsample": False, "group_size": 2}
+        options = {k.removeprefix("adv_"): getattr(context.options, k, v) for k, v in defaults.items()}
+        if not options["upsample"]:
+            _check_crop(context.crop_size, context.student.stride)
+        return cls(context.num_class, **options)
+
+    def forward(self, student: SegOutput, teacher: SegOutput, target: Tensor, step: int,
+                generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        check_logit_maps("adv", student.logits, teacher.logits)
+        ours, theirs = self._sized(student.logits), self._sized(teacher.logits.detach())
+        if self.training:
+            self._last = (ours.detach(), theirs, self._shares(ours, generator))
+        return {"adv": generator_loss(self.discriminator.frozen(ours))}
+
+    def after_step(self, step: int) -> None:
+        """Train the discriminator on the logits of the last forward pass: first the student's, then the teacher's."""
+        if self._last is None:
+            return
+        student, teacher, share = self._last
+        self._last = None
+        self.optimizer.zero_grad(set_to_none=True)
+        scores = self.discriminator(student), self.discriminator(teacher)
+        loss = discriminator_loss(*scores, self.loss)
+        if share is not None:
+            loss = loss + gradient_penalty(self.discriminator, student, teacher, share)
+        (self.d_weight * loss).backward()
+        average_gradients(self.discriminator.parameters())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        means = (x.detach().mean() for x in (loss, *scores))
+        self._diagnostics = dict(zip(("d_loss", "score_student", "score_teacher"), means, strict=True))
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Unweighted loss of the discriminator's last step, and its mean scores of student and teacher."""
+        return self._diagnostics
+
+    def unsynchronised(self) -> set[str]:
+        own = (*self.discriminator.named_parameters(), *self.discriminator.named_buffers())
+        return {f"discriminator.{name}" for name, _ in own}
+
+    def get_extra_state(self) -> dict:
+        """The discriminator's Adam, so that the state_dict is complete."""
+        return self.optimizer.state_dict()
+
+    def set_extra_state(self, state: dict) -> None:
+        self.optimizer.load_state_dict(copy.deepcopy(state))  # torch would share the moments with the given state
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adversarial:
+        """Moves and casts Adam's moments together with the parameters, whenever the state was loaded."""
+        super()._apply(fn, recurse)
+        for moments in self.optimizer.state.values():
+            moments.update({name: fn(x) for name, x in moments.items() if name != "step"})
+        return self
+
+    def _sized(self, logits: Tensor) -> Tensor:
+        size = [max(side, SMALLEST) for side in logits.shape[-2:]]
+        if not self.upsample or list(logits.shape[-2:]) == size:
+            return logits
+        return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+
+    def _shares(self, logits: Tensor, generator: torch.Generator | None) -> Tensor | None:
+        """Random interpolation coefficients [B, 1, 1, 1] of the gradient penalty; None without one."""
+        if self.loss != "wgan-gp":
+            return None
+        return torch.rand((len(logits), 1, 1, 1), generator=generator, device=logits.device, dtype=logits.dtype)
+
+
+def _check_crop(crop_size: tuple[int, int], stride: int) -> None:
+    height, width = (-(-side // stride) for side in crop_size)
+    if min(height, width) < SMALLEST:
+        least = SMALLEST * stride
+        raise UserError(f"--crop-size {crop_size[0]} {crop_size[1]} gives {height}x{width} logits, and the "
+                        f"discriminator of --lambda-adv needs {SMALLEST}x{SMALLEST}: use --crop-size {least} {least} "
+                        "or more, or --lambda-adv 0 (no adversarial term), or --adv-upsample")
