@@ -1,0 +1,255 @@
+"""What CIRKD and CIRKDv2 share: queues of teacher vectors that outlive a step, the class means and picked pixels that
+fill them, and the divergence between two networks' similarities to a set of vectors.
+
+A queue belongs to a class and is written in the order of the images. Here all images and classes are written at once,
+with the same result, and every process writes the vectors of all processes, so that the queues stay equal without
+being sent around. Nothing here waits for the device or loops over classes or images.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from losses.distiller import BuildContext, Distiller, check_taps
+from losses.task import at_least_float32
+from utils.distributed import is_distributed
+from utils.errors import UserError
+
+#: random numbers below this order the pixels of a class
+PRIORITIES = 2 ** 32
+#: finite, so that a row without any usable column gives 0 rather than NaN
+UNUSABLE = -1e30
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """Context on the device of ``x`` in which matrix products keep the dtype of their operands."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def process_place() -> tuple[int, int]:
+    """(rank, number of processes); (0, 1) when standing alone."""
+    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+
+
+def gather_batch(x: Tensor) -> Tensor:
+    """The tensors [B, ...] of all processes as one [processes * B, ...], in rank order, without a graph.
+
+    Every process has to come with the same shape.
+    """
+    if not is_distributed():
+        return x.detach()
+    x = x.detach().contiguous()
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
+
+
+def random_unit_vectors(shape: tuple[int, ...], dtype: torch.dtype = torch.float32,
+                        generator: torch.Generator | None = None) -> Tensor:
+    """Vectors of length 1 along the last axis, in uniformly random directions, on the CPU."""
+    vectors = torch.empty(math.prod(shape[:-1]), shape[-1], dtype=dtype)
+    for part in vectors.split(65536):  # the queues of 171 classes have 3.8 million rows: no second copy in float32
+        part.copy_(F.normalize(torch.randn(part.shape, generator=generator, dtype=torch.float32), dim=1))
+    return vectors.view(shape)
+
+
+def push_positions(pointer: Tensor, count: Tensor, size: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where a sequence of pushes goes: (first slot int64 [N, K], pointer afterwards [K], bool [K] reached the end).
+
+    pointer: int64 [K], below ``size``. count: int64 [N, K], the vectors of push i into queue k, at most ``most``.
+    Pushes come one after another. One that reaches the end (pointer + count >= size) takes the last ``count`` slots
+    instead, and the pointer goes back to 0.
+    """
+    end = pointer + count.cumsum(0)
+    restarted = torch.zeros_like(count, dtype=torch.bool)
+    for _ in range(1 + (len(count) - 1) // math.ceil(size / most)):  # that often the end can be reached
+        beyond = end >= size
+        first = beyond & (beyond.cumsum(0) == 1)
+        end = end - beyond * (end * first).sum(0)
+        restarted |= first
+    return torch.where(restarted, size, end) - count, end[-1], restarted.any(0)
+
+
+class FeatureQueue(nn.Module):
+    """One ring of ``size`` unit vectors per class, all buffers: ``queue`` [K, size, C], ``pointer`` and ``filled`` [K].
+
+    classes: None = a single ring, with ``queue`` [size, C]. It starts full of random vectors; ``filled`` counts the
+    slots that have been written since.
+    """
+
+    def __init__(self, size: int, channels: int, classes: int | None = None, dtype: torch.dtype = torch.float32,
+                 generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        shape = (size, channels) if classes is None else (classes, size, channels)
+        self.size = size
+        self.register_buffer("queue", random_unit_vectors(shape, dtype, generator))
+        self.register_buffer("pointer", torch.zeros(classes or 1, dtype=torch.long))
+        self.register_buffer("filled", torch.zeros(classes or 1, dtype=torch.long))
+
+    @torch.no_grad()
+    def push(self, rows: Tensor, count: Tensor) -> None:
+        """Append, image after image, the first ``count[i, k]`` of ``rows[i, k]`` to the ring of class k.
+
+        rows: float [N, K, n, C] with n <= size; count: int64 [N, K]. Raises UserError when n is above the size.
+        """
+        images, classes, most, channels = rows.shape
+        if most > self.size:
+            raise UserError(f"a queue of {self.size} vectors cannot take {most} at once: expected {most} slots or more")
+        start, pointer, restarted = push_positions(self.pointer, count, self.size, most)
+        turn = torch.arange(most, device=rows.device)
+        ring = torch.arange(classes, device=rows.device)[:, None] * self.size
+        slot = ((start[..., None] + turn).clamp(max=self.size - 1) + ring).flatten()
+        order = torch.arange(slot.numel(), dtype=torch.int32, device=rows.device)
+        order = order.masked_fill((turn >= count[..., None]).flatten(), -1)
+        # the last writer of a slot wins; places without a vector repeat what their slot gets anyway
+        last = order.new_full((classes * self.size,), -1).scatter_reduce_(0, slot, order, "amax")[slot].long()
+        table = self.queue.view(-1, channels)
+        written = rows.reshape(-1, channels).to(table.dtype)[last.clamp(min=0)]
+        table[slot] = torch.where(last[:, None] >= 0, written, table[slot])
+        self.filled.copy_(torch.where(restarted, self.size, torch.maximum(self.filled, pointer)))
+        self.pointer.copy_(pointer)
+
+    def sample(self, order: Tensor, most: int, only_filled: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(vectors [K * n, C], usable bool [K * n] or None for all), n = min(most, size), classes one after another.
+
+        order: a permutation of the slots, int64 [size]; every class gives the slots that come first in it. only_filled:
+        those among the written ones; where a class has fewer than n of them, the surplus is marked unusable.
+        """
+        table = self.queue.view(len(self.filled), self.size, -1)
+        most = min(most, self.size)
+        if not only_filled:
+            return table[:, order[:most]].flatten(0, 1), None
+        written = order < self.filled[:, None]
+        place = torch.arange(self.size, device=order.device)
+        place = (place + self.size * ~written).topk(most, dim=1, largest=False, sorted=True).indices
+        vectors = table.gather(1, order[place].unsqueeze(-1).expand(-1, -1, table.shape[-1]))
+        return vectors.flatten(0, 1), written.gather(1, place).flatten()
+
+    def filled_share(self) -> Tensor:
+        """Scalar: written slots over all slots, 0 at the start."""
+        return self.filled.float().mean() / self.size
+
+
+def queue_names(module: nn.Module) -> set[str]:
+    """Names in the state_dict of ``module`` of everything that belongs to a :class:`FeatureQueue`."""
+    return {f"{name}.{buffer}" for name, queue in module.named_modules() if isinstance(queue, FeatureQueue)
+            for buffer, _ in queue.named_buffers()}
+
+
+def small_labels(target: Tensor, size: tuple[int, int], classes: int, ignore_label: int = -1) -> Tensor:
+    """Labels [B, H, W] brought to ``size`` by nearest neighbour: int64 [B, h * w], -1 where no class is labelled."""
+    labels = F.interpolate(target[:, None].float(), size, mode="nearest").long().flatten(1)
+    counts = (labels >= 0) & (labels < classes) & (labels != ignore_label)
+    return labels.masked_fill(~counts, -1)
+
+
+def class_members(labels: Tensor, classes: int) -> Tensor:
+    """Bool [B, K, P]: pixel p of labels [B, P] is of class k."""
+    return labels[:, None] == torch.arange(classes, device=labels.device)[:, None]
+
+
+def class_means(features: Tensor, members: Tensor) -> Tensor:
+    """Mean direction [B, K, C] of each class in each image, of unit length; 0 where the class is absent.
+
+    features: [B, P, C]; members: bool [B, K, P].
+    """
+    features = at_least_float32(features)
+    with full_precision(features):
+        sums = members.to(features.dtype) @ features
+        return F.normalize(sums / members.sum(-1, keepdim=True).clamp(min=1), dim=-1)
+
+
+def pick_pixels(labels: Tensor, members: Tensor, most: int, priority: Tensor,
+                as_released: bool = False) -> tuple[Tensor, Tensor]:
+    """Up to ``most`` pixels per image and class: (position int64 [B, K, most], number of them int64 [B, K]).
+
+    labels: int64 [B, P] (see :func:`small_labels`) and their :func:`class_members`. priority: int64 [B, P] in
+    [0, 2^32); the lowest of a class are picked. Places beyond the number hold any position. as_released: the published
+    code draws from 0 .. pixels of the class - 1 but takes the result for a position in the whole map, so that mostly
+    pixels of other classes come out.
+    """
+    classes, positions = members.shape[1:]
+    count = members.sum(-1)
+    key = torch.where(labels < 0, classes, labels) * PRIORITIES + priority
+    order = key.argsort(dim=-1)
+    place = (count.cumsum(1) - count)[..., None] + torch.arange(most, device=labels.device)
+    pixel = order.gather(1, place.clamp(max=positions - 1).flatten(1))
+    if as_released:
+        within = (members.cumsum(-1) * members).sum(1) - 1
+        pixel = within.gather(1, pixel).clamp(min=0)
+    return pixel.view(place.shape), count.clamp(max=most)
+
+
+def take_pixels(features: Tensor, pixel: Tensor) -> Tensor:
+    """The vectors [B, K, n, C] of features [B, P, C] at positions int64 [B, K, n]."""
+    index = pixel.flatten(1).unsqueeze(-1).expand(-1, -1, features.shape[-1])
+    return features.gather(1, index).view(*pixel.shape, -1)
+
+
+def random_priorities(batch: int, positions: int, device: torch.device,
+                      generator: torch.Generator | None = None) -> Tensor:
+    """Int64 [batch, positions] for :func:`pick_pixels` on this process's images.
+
+    The numbers of all processes' images are drawn and this process's rows kept: with equally seeded generators an
+    image gets the same numbers whatever the number of processes.
+    """
+    rank, processes = process_place()
+    draw = torch.randint(PRIORITIES, (processes * batch, positions), device=device, generator=generator)
+    return draw[rank * batch:(rank + 1) * batch]
+
+
+def pixel_rows(feature: Tensor) -> Tensor:
+    """A map [B, C, h, w] as vectors [B, h * w, C] of unit length, in float32 or better."""
+    return F.normalize(at_least_float32(feature), dim=1).flatten(2).transpose(1, 2)
+
+
+def check_heads(method: type[Distiller], context: BuildContext) -> None:
+    """Raise UserError unless both networks have head maps, at the same output stride."""
+    check_taps(method, context.student, context.teacher)
+    if context.student.stride != context.teacher.stride:
+        raise UserError(f"method {method.method!r} compares head maps of one size, but {context.student.name} has "
+                        f"output stride {context.student.stride} and {context.teacher.name} {context.teacher.stride}")
+
+
+def check_maps(student: Tensor, teacher: Tensor, method: str) -> None:
+    """Raise UserError unless the maps [B, C, h, w] of both networks agree in everything but the width."""
+    if len(student) != len(teacher) or student.shape[-2:] != teacher.shape[-2:]:
+        raise UserError(f"{method}: the head maps of student {tuple(student.shape)} and teacher "
+                        f"{tuple(teacher.shape)} must agree in batch, height and width")
+
+
+def _divergence(student: Tensor, teacher: Tensor, student_keys: Tensor, teacher_keys: Tensor, weight: Tensor,
+                usable: Tensor | None, tau: float) -> Tensor:
+    """The sum of :func:`relation_divergence` over one block of rows."""
+    logs = []
+    with full_precision(student):
+        for rows, keys in ((student, student_keys), (teacher, teacher_keys)):
+            logits = (rows / tau) @ keys.flatten(1, 2).transpose(1, 2)
+            logits = logits.unflatten(-1, keys.shape[1:3])
+            if usable is not None:
+                logits = logits.masked_fill(~usable, UNUSABLE)
+            logs.append(logits.log_softmax(dim=-1))
+        rows = F.kl_div(*logs, log_target=True, reduction="none").sum((-2, -1))
+        return (rows * weight).sum()
+
+
+def relation_divergence(student: Tensor, teacher: Tensor, student_keys: Tensor, teacher_keys: Tensor, weight: Tensor,
+                        tau: float, usable: Tensor | None = None, block: int = 0) -> Tensor:
+    """Sum over g, r, j of ``weight[g, r]`` * KL(teacher || student) of the softmax over the M keys of set j.
+
+    student [G, R, C], teacher [G, R, D]: rows, of unit length. student_keys [G, J, M, C], teacher_keys [G, J, M, D]:
+    G times J sets of vectors that each row of the same g is compared with. weight: [G, R]. usable: bool [M], which
+    columns take part (None = all). tau: temperature of the similarities. block: rows (over all g) computed at a time,
+    each block once more in the backward pass, so that the memory is about 5 * block * J * M numbers; 0 = all at once.
+    """
+    step = max(block // len(student), 1) if block else student.shape[1]
+    if step >= student.shape[1]:
+        return _divergence(student, teacher, student_keys, teacher_keys, weight, usable, tau)
+    blocks = zip(student.split(step, 1), teacher.split(step, 1), weight.split(step, 1), strict=True)
+    return torch.stack([checkpoint(_divergence, s, t, student_keys, teacher_keys, w, usable, tau, use_reentrant=False,
+                                   preserve_rng_state=False) for s, t, w in blocks]).sum()
