@@ -1,0 +1,103 @@
+"""PKD: recorded values, the formula in loops, groups of images, edge cases."""
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+from reference import fill, golden
+
+from losses.distiller import BuildContext, NetInfo, methods
+from losses.pkd import PKD, pkd_loss
+from models.output import SegOutput
+from utils.errors import UserError
+
+DTYPES = (torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", golden.case_ids("pkd/"))
+def test_golden(name, dtype):
+    case = golden.load_case(name)
+    inputs = golden.make_inputs(case, dtype)
+    golden.check_losses(case, {"pkd": pkd_loss(inputs["student"], inputs["teacher"])}, inputs)
+
+
+def maps(shape=(5, 4, 3, 5)):
+    return fill.tensor("s", shape, 1, 2.0, torch.float64), fill.tensor("t", shape, 1, 3.0, torch.float64) + 7
+
+
+def loops(student, teacher, groups: list[list[int]]) -> float:
+    """One channel of one group at a time; groups weigh by their images."""
+    total = 0.0
+    for group in groups:
+        for channel in range(student.shape[1]):
+            s, t = (x[group, channel].flatten().tolist() for x in (student, teacher))
+            count = len(s)
+            means = [sum(x) / count for x in (s, t)]
+            stds = [(sum((v - m) ** 2 for v in x) / (count - 1)) ** 0.5 + 1e-6 for x, m in zip((s, t), means,
+                                                                                               strict=True)]
+            squares = [((a - means[0]) / stds[0] - (b - means[1]) / stds[1]) ** 2 for a, b in zip(s, t, strict=True)]
+            total += len(group) * sum(squares) / count / 2
+    return total / student.shape[0] / student.shape[1]
+
+
+@pytest.mark.parametrize(("size", "groups"), [
+    (0, [[0, 1, 2, 3, 4]]), (2, [[0, 1], [2, 3], [4]]), (1, [[0], [1], [2], [3], [4]])])
+def test_formula_in_loops(size, groups):
+    assert pkd_loss(*maps(), size).item() == pytest.approx(loops(*maps(), groups), rel=1e-10)
+
+
+def test_scale_and_offset_do_not_matter():
+    student, _ = maps()
+    assert pkd_loss(student, 4 * student - 3).item() == pytest.approx(0, abs=1e-10)
+    assert pkd_loss(student, -student).item() == pytest.approx(2, rel=0.05)
+
+
+def test_dead_channels_and_single_positions_have_finite_gradients():
+    for shape in ((2, 3, 4, 5), (1, 3, 1, 1)):
+        student = torch.zeros(shape, requires_grad=True)
+        loss = pkd_loss(student, torch.randn(shape), 2)
+        loss.backward()
+        assert torch.isfinite(loss) and torch.isfinite(student.grad).all()
+
+
+def test_half_precision_is_computed_in_float32_and_the_teacher_gets_no_gradient():
+    student, teacher = (x.bfloat16().requires_grad_() for x in maps())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = pkd_loss(student, teacher)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(pkd_loss(student.float(), teacher.float()).item(), rel=1e-6)
+    loss.backward()
+    assert teacher.grad is None and student.grad is not None
+
+
+def test_shapes_must_agree():
+    with pytest.raises(UserError, match=r"\(5, 4, 3, 5\).*\(5, 3, 3, 5\)"):
+        pkd_loss(maps()[0], maps()[1][:, :3])
+    with pytest.raises(UserError, match="--pkd-tap c2"):
+        PKD("c2")
+
+
+def context(student: dict, teacher: dict, **options) -> BuildContext:
+    return BuildContext(NetInfo("small", student, 5), NetInfo("large", teacher, 5), 5,
+                        options=argparse.Namespace(**options))
+
+
+def test_method_aligns_widths_and_follows_the_tap():
+    assert methods()["pkd"] is PKD and PKD.terms[0].weight == 0
+    small, large = {"head": 4, "c4": 6}, {"head": 4, "c4": 8}
+    fields = {f: torch.randn(2, 1, 1, 1) for f in ("logits", "aux", "c1", "c2", "c3")}
+    student = SegOutput(**fields, c4=torch.randn(2, 6, 5, 7), head=torch.randn(2, 4, 5, 7))
+    teacher = SegOutput(**fields, c4=torch.randn(2, 8, 3, 4), head=torch.randn(2, 4, 5, 7))
+    target = torch.zeros(2, 40, 56, dtype=torch.long)
+    same = PKD.build(context(small, large))
+    assert not same.state_dict() and same.group_size == 2
+    assert same(student, teacher, target, 0)["pkd"].item() == pkd_loss(student.head, teacher.head).item()
+    wider = PKD.build(context(small, large, pkd_tap="c4", group_size=1))
+    assert {n: tuple(p.shape) for n, p in wider.named_parameters()} == {"align.weight": (8, 6, 1, 1),
+                                                                        "align.bias": (8,)}
+    wider(student, teacher, target, 0)["pkd"].backward()
+    assert wider.align.weight.grad.abs().sum() > 0
+    with pytest.raises(UserError, match="needs c4 of the student, but small offers only head"):
+        PKD.build(context({"head": 4}, large, pkd_tap="c4"))
