@@ -20,7 +20,7 @@ from utils.cli import ArgumentParser, run_main
 from utils.files import write_text
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "train_scripts"
-OPTIMISATION = "--batch-size 16 --lr 0.02 --momentum 0.9 --weight-decay 0.0001 --poly-power 0.9 --aux-weight 0.4"
+OPTIMISATION = "--batch-size 16 --lr 0.02 --momentum 0.9 --weight-decay {decay} --poly-power 0.9 --aux-weight 0.4"
 RUNNING = "--workers 8 --val-per-iters 800 --save-per-iters 800 --log-iter 10"
 
 
@@ -55,12 +55,14 @@ ByRow = Mapping[str | tuple[str, str], str]
 
 @dataclass(frozen=True)
 class Method:
-    """title: for people; weights, variant: flags that differ by row; flags: the same everywhere; notes: comments."""
+    """title: for people; weights, variant: flags that differ by row; flags: the same everywhere; decay: weight decay;
+    notes: comments."""
 
     title: str
     weights: ByRow = field(default_factory=dict)
     variant: ByRow = field(default_factory=dict)
     flags: str = ""
+    decay: ByRow = field(default_factory=lambda: {"*": "0.0001"})
     notes: ByRow = field(default_factory=dict)
 
 
@@ -93,6 +95,21 @@ TABLES = {
              "Here val chooses and test is reported; --selection-split test restores that habit."),
 }
 
+#: SKD, IFVD and CWD rows: KD and a discriminator beside the method's own terms
+ADVERSARIAL = "--lambda-kd 1.0 {own} --lambda-adv 0.001"
+CIRKD = "--lambda-kd 1.0 --lambda-cirkd-batch 1.0 --lambda-cirkd-pixel {memory} --lambda-cirkd-region {memory}"
+CITYS_ONLY = "Only Cityscapes scripts of this row were released: the same weights on this data set are an assumption."
+NO_ADVERSARIAL = ("A crop of 360 gives logits of 45x45, on which the released discriminator crashes: this row runs "
+                  "without the adversarial term (--lambda-adv 0.001 --adv-upsample switches it on).")
+
+
+def adversarial(title: str, own: str) -> Method:
+    """A row that was published with KD and the adversarial term."""
+    weights = ADVERSARIAL.format(own=own)
+    return Method(title, weights={"*": weights, "camvid": weights.replace("0.001", "0.0")},
+                  notes={"citys": "", "voc": CITYS_ONLY, "camvid": f"{CITYS_ONLY} {NO_ADVERSARIAL}"})
+
+
 #: a script is written for every method listed here and every student with a published figure of it
 METHODS = {
     "none": Method("not distilled"),
@@ -100,6 +117,21 @@ METHODS = {
         "KD", weights={"*": "--lambda-kd 1.0", "ade20k": "--lambda-kd 0.5", "coco_stuff_164k": "--lambda-kd 0.5"},
         flags="--kd-temperature 1.0",
         notes={"*": "No script of this row was released; the weight is that of KD within Af-DCD on this data set."}),
+    "skd": adversarial("SKD", "--lambda-skd 10.0"),
+    "ifvd": adversarial("IFVD", "--lambda-ifvd 20.0"),
+    "cwd": adversarial("CWD", "--lambda-cwd-feat 50.0 --lambda-cwd-logit 3.0"),
+    "cirkd": Method(
+        "CIRKD",
+        weights={"*": CIRKD.format(memory=0.1), "voc": CIRKD.format(memory=0.01)},
+        flags="--group-size 2",
+        notes={"*": "The released code fills the pixel queues with pixels of other classes, and the published figure "
+                    "was made with it: --compat reference does the same."}),
+    "maskd": Method(
+        "MasKD", weights={"*": "--lambda-maskd 1.0 --maskd-aux-weight 0.4"},
+        flags="--maskd-tokens 8 --maskd-steps 10000 --maskd-batch-size 16 --maskd-lr 0.1",
+        decay={"*": "0.0005", ("citys", MBV2): "0.0002"},
+        notes={"*": "Learns its masks first (10k iterations, cached in the run's folder). Published with a larger "
+                    "weight decay than the other rows."}),
     "afdcd": Method(
         "Af-DCD",
         weights={
@@ -169,7 +201,7 @@ def assemble(dataset: str, student: str, method: str, comment: list[str]) -> str
     table, network, settings = TABLES[dataset], NETWORKS[student], METHODS[method]
     height, width = table.crop
     lines = [f'--dataset {dataset} --data "$DATA" --crop-size {height} {width} --max-iterations {table.iterations}',
-             OPTIMISATION]
+             OPTIMISATION.format(decay=lookup(settings.decay, dataset, student))]
     if method != "none":
         lines += [f"--teacher-model {NETWORKS[R101].model} --teacher-backbone {NETWORKS[R101].backbone}",
                   f'--teacher-pretrained "${{TEACHER:-$CKPT/{table.teacher_file}}}"']
