@@ -72,8 +72,8 @@ class Preparation:
     """What a stage before training may use (see ``Distiller.prepare``).
 
     batches(steps, batch_size, start): iterator of (teacher images float [B, 3, H, W] on the device, target int64
-    [B, H, W]) for the steps from ``start`` on, the same whatever the number of processes; each gets its share. directory: where to cache the result;
-    only the main process writes. log: takes one line of text.
+    [B, H, W]) for the steps from ``start`` on, the same whatever the number of processes; each process gets its share.
+    directory: where to cache the result; only the main process writes. log: takes one line of text.
     """
 
     teacher: nn.Module

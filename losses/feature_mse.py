@@ -74,6 +74,7 @@ class FeatureMSE(Distiller):
     title = "plain feature mean squared error"
     paper = "Ali et al., The Surprising Effectiveness of Canonical Knowledge Distillation for Semantic Segmentation"
     year = 2026
+    cost = "one 1x1 conv, the normalisation"
     terms = (Term("mse", 0.0, "weight of the squared error between aligned feature maps"),)
     student_taps = ("head",)
     teacher_taps = ("head",)

@@ -1,0 +1,121 @@
+"""Double similarity distillation (Feng et al., IEEE TIP 2021).
+
+Pixel similarity (``dsd_psd``): attention maps of several layers, and how they change from one layer to another.
+Category similarity (``dsd_csd``): which class channels of the logits look at the same places.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from losses.at import attention_map, unit
+from losses.distiller import BuildContext, Distiller, NetInfo, Term, check_taps, register
+from losses.feature_mse import check_maps
+from losses.task import at_least_float32
+from models.output import SegOutput
+from utils.errors import UserError
+
+
+def attention_residuals(maps: Sequence[Tensor]) -> Tensor:
+    """Unit vectors [pairs, B, h w] of a_j - a_i for all i < j, a = attention maps of K maps [B, C_k, h, w].
+
+    Two equal maps give a zero vector.
+    """
+    attention = [attention_map(x) for x in maps]
+    return unit(torch.stack([second - first for first, second in combinations(attention, 2)]))
+
+
+def psd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean over pairs of layers, images and positions of the squared difference of the residuals.
+
+    student, teacher: as many maps each, at least two, [B, C, h, w] of one size, channels free; otherwise UserError.
+    No gradient reaches the teacher.
+    """
+    if len(student) != len(teacher) or len(student) < 2:
+        raise UserError(f"dsd: {len(student)} student maps and {len(teacher)} teacher maps: expected equally many, "
+                        "at least 2")
+    for x in (*student, *teacher):
+        check_maps("dsd", x, teacher[0])
+    return F.mse_loss(attention_residuals(student), attention_residuals([x.detach() for x in teacher]))
+
+
+def category_similarity(logits: Tensor, temperature: float) -> Tensor:
+    """Gram matrix [B, K, K] of the K channels of [B, K, h, w], each a softmax over the 2x2-averaged positions."""
+    pooled = F.avg_pool2d(at_least_float32(logits), kernel_size=2, stride=2, ceil_mode=True)
+    phi = (pooled.flatten(2) / temperature).softmax(dim=-1)
+    return phi @ phi.transpose(1, 2)
+
+
+def csd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
+    """Mean squared difference of the :func:`category_similarity` of two maps [B, K, h, w].
+
+    About 1e-6 at most: the entries of the matrices are near 1 / (number of positions), so that the published weight
+    of 10 hardly acts. No gradient reaches the teacher; UserError when the shapes differ.
+    """
+    check_maps("dsd", student_logits, teacher_logits, channels=True)
+    # a product of softmaxes: autocast would do it in half precision
+    with torch.autocast(student_logits.device.type, enabled=False):
+        return F.mse_loss(category_similarity(student_logits, temperature),
+                          category_similarity(teacher_logits.detach(), temperature))
+
+
+def psd_taps(student: NetInfo, teacher: NetInfo, compat: str = "fixed") -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Which maps of either network pixel similarity compares, in order.
+
+    The released code takes outputs -2, -1 and 0. For networks with an auxiliary head those are aux, head and logits;
+    without one, output -2 is the logits again, so that a MobileNet student's [logits, head, logits] meets the
+    teacher's [aux, head, logits]: maps that do not correspond, and one pair without content. That empty residual is
+    divided by 1e-12 twice, which multiplies its two opposite gradients so much that the others round away next to
+    them: no gradient reaches the logits, only the head. ``reference`` does the same; ``fixed`` compares [aux, head,
+    logits] when both networks have all three and [head, logits] otherwise.
+    """
+    if compat == "reference":
+        first = ["aux" if "aux" in net.channels else "logits" for net in (student, teacher)]
+        return (first[0], "head", "logits"), (first[1], "head", "logits")
+    both = "aux" in student.channels and "aux" in teacher.channels
+    taps = ("aux", "head", "logits") if both else ("head", "logits")
+    return taps, taps
+
+
+@register("dsd")
+class DSD(Distiller):
+    """:func:`psd_loss` of the maps that :func:`psd_taps` lists, :func:`csd_loss` of the logits (temperature 4)."""
+
+    title = "double similarity: pixels across layers, categories"
+    paper = "Feng et al., Double Similarity Distillation for Semantic Image Segmentation"
+    year = 2021
+    cost = "squares of head and logits, K x K Gram matrices"
+    terms = (Term("dsd_psd", 0.0, "weight of DSD's pixel similarity of auxiliary logits, head and logits"),
+             Term("dsd_csd", 0.0, "weight of DSD's category similarity of the logits"))
+    student_taps = ("head", "logits")
+    teacher_taps = ("head", "logits")
+    preset = {"*": {"lambda_dsd_psd": 1000.0, "lambda_dsd_csd": 10.0}}  # train_scripts of CIRKD (Cityscapes): no KD
+
+    def __init__(self, student_taps: tuple[str, ...], teacher_taps: tuple[str, ...],
+                 active: frozenset[str] = frozenset({"dsd_psd", "dsd_csd"})) -> None:
+        super().__init__()
+        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+        self.active = active
+
+    @classmethod
+    def build(cls, context: BuildContext) -> DSD:
+        """Raises UserError when a network lacks head or logits."""
+        check_taps(cls, context.student, context.teacher)
+        compat = getattr(context.options, "compat", "fixed")
+        return cls(*psd_taps(context.student, context.teacher, compat), context.active)
+
+    def forward(self, student: SegOutput, teacher: SegOutput, target: Tensor, step: int,
+                generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        terms = {}
+        if "dsd_psd" in self.active:
+            maps = [getattr(student, tap) for tap in self.student_taps]
+            if self.student_taps[0] == self.student_taps[-1]:
+                maps = [maps[0].detach(), maps[1], maps[2].detach()]  # the released code's rounding, see psd_taps
+            terms["dsd_psd"] = psd_loss(maps, [getattr(teacher, tap) for tap in self.teacher_taps])
+        if "dsd_csd" in self.active:
+            terms["dsd_csd"] = csd_loss(student.logits, teacher.logits)
+        return terms
