@@ -137,8 +137,8 @@ class MasKD(Distiller):
         if self.settings is not None:
             self.tokens.copy_(learn_tokens(stage, self.tokens, self.settings, self._stage_loss))
 
-    def _stage_loss(self, logits: Tensor, tokens: Tensor, target: Tensor) -> dict[str, Tensor]:
-        return mask_learning_losses(logits, tokens, target, self.ignore_label)
+    def _stage_loss(self, output: SegOutput, tokens: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return mask_learning_losses(output.logits, tokens, target, self.ignore_label)
 
     def forward(self, student: SegOutput, teacher: SegOutput, target: Tensor, step: int,
                 generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
-"""MasKD's first stage: learning the receptive tokens on the frozen teacher, cached and resumable.
+"""The stage before training of MasKD and FreeKD: learning the tokens of their masks on the frozen teacher, cached and
+resumable.
 
-The result lies in ``maskd_masks_<digest>.pth``, where the digest covers the teacher's weights and every setting that
+The result lies in ``<method>_masks_<digest>.pth``, where the digest covers the teacher's weights and every setting that
 the tokens depend on; a stage that was cut off lies beside it as ``..._partial.pth`` and goes on from there.
 """
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from losses.distiller import Preparation
+from models.output import SegOutput
 from utils.distributed import average_gradients, broadcast_buffers, is_distributed, reduce_mean
 from utils.errors import UserError
 from utils.files import write_atomically
@@ -26,7 +28,7 @@ MOMENTUM, WEIGHT_DECAY, POWER = 0.9, 1e-3, 0.9
 #: standard deviation of the tokens at the start
 INITIAL_STD = 0.01
 
-StageLoss = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
+StageLoss = Callable[[SegOutput, Tensor, Tensor], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class StageSettings:
     """What the tokens depend on besides the teacher, and how often to save (which they do not depend on).
 
     steps, batch_size (all processes together), lr: of the stage. train_mode: the teacher normalises by the statistics
-    of the batch and drops out, as in the released code. data: words that tell one training set from another.
+    of the batch and drops out, as in the released code. data: words that tell one training set from another, and
+    whatever else the loss depends on. method: names files, messages and flags.
     """
 
     steps: int = 10000
@@ -44,10 +47,11 @@ class StageSettings:
     seed: int = 0
     data: tuple = ()
     save_every: int = 800
+    method: str = "maskd"
 
 
 class StageState(nn.Module):
-    """Tokens [T, K], their momentum [T, K] and the number of steps done, as buffers."""
+    """Tokens [..., K], their momentum [..., K] and the number of steps done, as buffers."""
 
     def __init__(self, tokens: Tensor) -> None:
         super().__init__()
@@ -70,18 +74,18 @@ def initial_tokens(count: int, classes: int, seed: int) -> Tensor:
 
 
 def learn_tokens(stage: Preparation, tokens: Tensor, settings: StageSettings, loss: StageLoss) -> Tensor:
-    """The learned tokens [T, K]: from the cache in ``stage.directory``, or trained from ``tokens`` on.
+    """The learned tokens [..., K]: from the cache in ``stage.directory``, or trained from ``tokens`` on.
 
-    loss(teacher logits, tokens, target) -> {name: scalar}, whose sum is minimised. Called by every process; only the
+    loss(teacher output, tokens, target) -> {name: scalar}, whose sum is minimised. Called by every process; only the
     main one reads and writes files. Raises UserError when the tokens become infinite or a file is not readable.
     """
     _check_shares(settings)
     state = StageState(tokens).to(stage.device)
     final = partial = None
     if stage.is_main:
-        name = f"maskd_masks_{stage_digest(stage.teacher, settings, tokens.shape)}"
+        name = f"{settings.method}_masks_{stage_digest(stage.teacher, settings, tokens.shape)}"
         final, partial = stage.directory / f"{name}.pth", stage.directory / f"{name}_partial.pth"
-        _restore(state, final, partial, stage.log)
+        _restore(state, final, partial, settings.method, stage.log)
     broadcast_buffers(state)
     if int(state.step) < settings.steps:
         with _mode(stage.teacher, settings.train_mode):
@@ -89,7 +93,7 @@ def learn_tokens(stage: Preparation, tokens: Tensor, settings: StageSettings, lo
         if stage.is_main:
             _save(state, final)
             partial.unlink(missing_ok=True)
-            stage.log(f"maskd: tokens in {final}")
+            stage.log(f"{settings.method}: tokens in {final}")
     return state.tokens
 
 
@@ -99,11 +103,11 @@ def _train(stage: Preparation, state: StageState, settings: StageSettings, loss:
     rank = torch.distributed.get_rank() if is_distributed() else 0
     for images, target in stage.batches(settings.steps, settings.batch_size, done):
         if settings.train_mode:
-            seed_everything(settings.seed, "maskd stage", done, rank)  # of the teacher's dropout
+            seed_everything(settings.seed, f"{settings.method} stage", done, rank)  # of the teacher's dropout
         with torch.no_grad():
-            logits = stage.teacher(images).logits
+            output = stage.teacher(images)
         tokens = nn.Parameter(state.tokens.clone())
-        values = loss(logits, tokens, target)
+        values = loss(output, tokens, target)
         sum(values.values()).backward()
         average_gradients([tokens])
         state.update(tokens.grad, settings.lr * (1 - done / settings.steps) ** POWER)
@@ -111,22 +115,22 @@ def _train(stage: Preparation, state: StageState, settings: StageSettings, loss:
         if done % log_every == 0 or done == settings.steps:
             mean = reduce_mean(torch.stack([v.detach() for v in values.values()])).tolist()
             shown = "  ".join(f"{name} {value:.4f}" for name, value in zip(values, mean, strict=True))
-            stage.log(f"maskd: masks, step {done}/{settings.steps}  {shown}")
+            stage.log(f"{settings.method}: masks, step {done}/{settings.steps}  {shown}")
             if not torch.isfinite(state.tokens).all():
-                raise UserError(f"maskd: the tokens became NaN or infinite by step {done} of the mask learning: try a "
-                                "lower --maskd-lr")
+                raise UserError(f"{settings.method}: the tokens became NaN or infinite by step {done} of the mask "
+                                f"learning: try a lower --{settings.method}-lr")
         if partial is not None and done % settings.save_every == 0 and done < settings.steps:
             _save(state, partial)
 
 
 def _check_shares(settings: StageSettings) -> None:
     world = torch.distributed.get_world_size() if is_distributed() else 1
+    flag = f"--{settings.method}-batch-size {settings.batch_size}"
     if settings.batch_size % world:
-        raise UserError(f"--maskd-batch-size {settings.batch_size} does not divide by {world} processes: "
-                        f"use a multiple of {world}")
+        raise UserError(f"{flag} does not divide by {world} processes: use a multiple of {world}")
     if settings.train_mode and settings.batch_size // world < 2:
-        raise UserError(f"--maskd-batch-size {settings.batch_size}: with --compat reference the teacher's batch norm "
-                        "needs at least 2 images per process while the masks are learned")
+        raise UserError(f"{flag}: with --compat reference the teacher's batch norm needs at least 2 images per process "
+                        "while the masks are learned")
 
 
 @contextmanager
@@ -159,7 +163,7 @@ def _save(state: StageState, path: Path) -> None:
     write_atomically(path, lambda p: torch.save(state.state_dict(), p))
 
 
-def _restore(state: StageState, final: Path, partial: Path, log: Callable[[str], None]) -> None:
+def _restore(state: StageState, final: Path, partial: Path, method: str, log: Callable[[str], None]) -> None:
     for path in (final, partial):
         if path.is_file():
             saved = _read(path)
@@ -167,7 +171,7 @@ def _restore(state: StageState, final: Path, partial: Path, log: Callable[[str],
                 state.load_state_dict(saved)
             except (RuntimeError, AttributeError, TypeError) as error:
                 raise UserError(f"{path}: not a state of the mask-learning stage; delete it to learn anew") from error
-            log(f"maskd: tokens of step {int(state.step)} from {path}")
+            log(f"{method}: tokens of step {int(state.step)} from {path}")
             return
 
 
@@ -175,21 +179,31 @@ def _read(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the reader raise nearly anything
-        raise UserError(f"{path}: not readable as a file of MasKD tokens") from error
+        raise UserError(f"{path}: not readable as a file of tokens") from error
 
 
-def read_tokens(path: Path, classes: int) -> Tensor:
-    """Tokens [T, classes] from a file of this stage (``tokens``) or of the reference (``mask_token``).
+def find_tokens(path: Path, flag: str, axes: int) -> Tensor:
+    """The tokens in a file of this stage (``tokens``) or of the reference (``mask_token``), of the default float type.
 
-    Raises UserError when there are none, or they are for another number of classes.
+    axes: how many the tensor has. flag: what the file was given by. Raises UserError when there is no such tensor.
     """
     if not path.is_file():
-        raise UserError(f"--maskd-masks {path}: no such file")
+        raise UserError(f"{flag} {path}: no such file")
     state = _read(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     found = [v for k, v in state.items() if str(k).split(".")[-1] in ("tokens", "mask_token")]
-    if len(found) != 1 or not isinstance(found[0], Tensor) or found[0].ndim != 2 or not len(found[0]):
-        raise UserError(f"--maskd-masks {path}: expected one matrix named tokens or mask_token")
-    if found[0].shape[1] != classes:
-        raise UserError(f"--maskd-masks {path}: tokens of {found[0].shape[1]} classes, the data set has {classes}")
+    if len(found) != 1 or not isinstance(found[0], Tensor) or found[0].ndim != axes or not len(found[0]):
+        kind = "matrix" if axes == 2 else f"tensor of {axes} axes"
+        raise UserError(f"{flag} {path}: expected one {kind} named tokens or mask_token")
     return found[0].to(torch.get_default_dtype())
+
+
+def read_tokens(path: Path, classes: int) -> Tensor:
+    """MasKD's tokens [T, classes] from a file (:func:`find_tokens`).
+
+    Raises UserError when there are none, or they are for another number of classes.
+    """
+    tokens = find_tokens(path, "--maskd-masks", 2)
+    if tokens.shape[1] != classes:
+        raise UserError(f"--maskd-masks {path}: tokens of {tokens.shape[1]} classes, the data set has {classes}")
+    return tokens

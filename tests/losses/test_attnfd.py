@@ -1,0 +1,137 @@
+"""AttnFD: recorded values, attention and loss in loops, groups, edge cases, the method."""
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+from reference import fill, golden
+from torch import nn
+from torch.nn import functional as F
+
+from losses.attnfd import CBAM, AttnFD, attnfd_loss, connector
+from losses.distiller import BuildContext, NetInfo, methods
+from models.output import SegOutput
+from utils.errors import UserError
+
+DTYPES = (torch.float32, torch.float64)
+REFERENCE_NAMES = {"mlp.0": "ChannelGate.mlp.1", "mlp.2": "ChannelGate.mlp.3", "conv": "SpatialGate.spatial.conv",
+                   "bn": "SpatialGate.spatial.bn"}
+
+
+def reference_name(name: str) -> str:
+    module, _, leaf = name.rpartition(".")
+    return f"{REFERENCE_NAMES[module]}.{leaf}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", golden.case_ids("attnfd/cbam_"))
+def test_golden_attention(name, dtype):
+    case = golden.load_case(name)
+    inputs = golden.make_inputs(case, dtype)
+    module = CBAM(case["config"]["gate_channels"], case["config"]["reduction"]).to(dtype)
+    golden.fill_params(module, case, reference_name)
+    loss = module(inputs["student"]).square().mean()
+    golden.check_losses(case, {"mean_sq": loss}, inputs, module, reference_name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", golden.case_ids("attnfd/loss_"))
+def test_golden_loss(name, dtype):
+    case = golden.load_case(name)
+    inputs = golden.make_inputs(case, dtype)
+    students, teachers = ([inputs[f"{role}{i}"] for i in range(3)] for role in ("student", "teacher"))
+    pairs = zip(students, teachers, strict=True)
+    # the recorded module has three more connectors, for stages that it does not compare
+    module = nn.ModuleList([connector(4, 4) for _ in range(3)]
+                           + [connector(s.shape[1], t.shape[1]) for s, t in pairs]).to(dtype)
+    golden.fill_params(module, case, "d.Connectors.{}".format)
+    aligned = [connect(x) for connect, x in zip(module[3:], students, strict=True)]
+    golden.check_losses(case, {"attnfd": attnfd_loss(aligned, teachers)}, inputs, module, "d.Connectors.{}".format)
+
+
+def test_every_recorded_case_is_checked():
+    assert set(golden.case_ids("attnfd/")) == {*golden.case_ids("attnfd/cbam_"), *golden.case_ids("attnfd/loss_")}
+
+
+def maps(shape=(3, 4, 3, 5), scale=1.0):
+    return [fill.tensor(n, shape, 1, scale, torch.float64) for n in ("s", "t")]
+
+
+def test_attention_in_loops():
+    x, module = maps((2, 6, 4, 5))[0], fill.fill_module(CBAM(6, 3).double(), 2)
+    state, refined = module.state_dict(), torch.empty(2, 6, 4, 5).double()
+    summary = torch.empty(2, 2, 4, 5).double()
+    for n in range(2):
+        scores = 0
+        for pooled in (torch.stack([c.mean() for c in x[n]]), torch.stack([c.max() for c in x[n]])):
+            hidden = (state["mlp.0.weight"] @ pooled + state["mlp.0.bias"]).clamp(min=0)
+            scores = scores + state["mlp.2.weight"] @ hidden + state["mlp.2.bias"]
+        for c in range(6):
+            refined[n, c] = x[n, c] / (1 + torch.exp(-scores[c]))
+        for i in range(4):
+            for j in range(5):
+                summary[n, :, i, j] = torch.stack([refined[n, :, i, j].max(), refined[n, :, i, j].mean()])
+    z = F.conv2d(summary, state["conv.weight"], padding=3)
+    z = (z - z.mean()) / (z.var(correction=0) + 1e-5).sqrt() * state["bn.weight"] + state["bn.bias"]
+    torch.testing.assert_close(module(x), refined * z.sigmoid(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("group", [0, 1, 2, 3])
+def test_loss_in_loops(group):
+    (s, t), total = maps(), 0.0
+    size = group or 3
+    for start in range(0, 3, size):
+        ours, theirs = (x[start:start + size].flatten().tolist() for x in (s, t))
+        a, b = (sum(v * v for v in x) ** 0.5 for x in (ours, theirs))
+        total += sum((x / a - y / b) ** 2 for x, y in zip(ours, theirs, strict=True)) / 3
+    assert attnfd_loss([s], [t], group).item() == pytest.approx(total, rel=1e-10)
+    assert attnfd_loss([s, t], [t, s], group).item() == pytest.approx(2 * total, rel=1e-10)
+
+
+def test_equal_scaled_and_zero_maps():
+    s, t = maps()
+    assert attnfd_loss([t * 3], [t]).item() == pytest.approx(0, abs=1e-14)
+    zero = torch.zeros_like(s, requires_grad=True)
+    loss = attnfd_loss([zero], [torch.zeros_like(t)])
+    loss.backward()
+    assert loss.item() == 0 and zero.grad.isfinite().all()
+
+
+def test_half_precision_is_computed_in_float32_and_the_teacher_gets_no_gradient():
+    s, t = (x.bfloat16().requires_grad_() for x in maps())
+    got = attnfd_loss([s], [t], 2)
+    assert got.dtype == torch.float32
+    assert got.item() == pytest.approx(attnfd_loss([s.float()], [t.float()], 2).item(), rel=1e-6)
+    got.backward()
+    assert t.grad is None and s.grad is not None
+
+
+def net(name: str, c4: int, head: int, stride: int = 8) -> NetInfo:
+    return NetInfo(name, {"logits": 5, "c4": c4, "head": head}, 5, stride)
+
+
+def output(c4, head) -> SegOutput:
+    return SegOutput(logits=head, aux=None, c1=c4, c2=c4, c3=c4, c4=c4, head=head)
+
+
+def test_method_trains_the_students_side_only():
+    assert methods()["attnfd"] is AttnFD and AttnFD.terms[0].weight == 0
+    small, large = net("small", 32, 16), net("large", 48, 24)
+    method = AttnFD.build(BuildContext(small, large, 5, options=argparse.Namespace(group_size=1)))
+    assert method.group_size == 1
+    s, t = (output(torch.randn(2, i.channels["c4"], 4, 6).requires_grad_(), torch.randn(2, i.channels["head"], 4, 6))
+            for i in (small, large))
+    method(s, t, torch.zeros(2, 32, 48, dtype=torch.long), 0)["attnfd"].backward()
+    trained = {n for n, p in method.named_parameters() if p.grad is not None}
+    assert trained == {n for n, _ in method.named_parameters() if not n.startswith("teacher_attention")}
+    assert len(method.trained_parameters()) == len(trained) and t.c4.grad is None and s.c4.grad is not None
+
+
+def test_misfits_are_named():
+    with pytest.raises(UserError, match=r"attnfd.*\(3, 4, 3, 5\).*\(3, 4, 3, 4\)"):
+        attnfd_loss([maps()[0]], [maps()[1][..., :4]])
+    with pytest.raises(UserError, match="needs c4 of the student"):
+        AttnFD.build(BuildContext(NetInfo("none", {"head": 5}, 5), net("large", 3, 4), 5))
+    with pytest.raises(UserError, match="output stride 8 of small and 16 of large"):
+        AttnFD.build(BuildContext(net("small", 3, 4), net("large", 3, 4, 16), 5))
