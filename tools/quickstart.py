@@ -45,21 +45,22 @@ class Recipe:
     val: int = 40
     test: int = 100
     crop: tuple[int, int] = (96, 128)
-    batch: int = 8
+    batch: int = 4
     teacher: tuple[str, str] = ("deeplabv3", "resnet18_w0.5")
-    student: tuple[str, str] = ("deeplab_mobile", "mobilenetv2_w0.25")
-    teacher_iterations: int = 500
-    student_iterations: int = 250
-    lr: float = 0.05
-    lambda_kd: float = 1.0
+    student: tuple[str, str] = ("deeplabv3", "resnet18_w0.25")
+    teacher_iterations: int = 1000
+    student_iterations: int = 600
+    teacher_lr: float = 0.05
+    student_lr: float = 0.02
+    lambda_kd: float = 2.0
     lambda_fd: float = 2e-5
-    lambda_ctr: float = 5e-3
+    lambda_ctr: float = 1e-3
     pool_size: int = 2
     patch_size: tuple[int, int] = (2, 2)
 
 
-SHORT = replace(Recipe(), height=72, width=96, train=24, val=4, test=8, crop=(64, 96), batch=4, teacher_iterations=12,
-                student_iterations=8, teacher=("deeplab_mobile", "mobilenetv2_w0.5"))
+SHORT = replace(Recipe(), height=72, width=96, train=24, val=4, test=8, crop=(64, 96), teacher_iterations=12,
+                student_iterations=8)
 
 
 def run(arguments: list[str]) -> None:
@@ -80,6 +81,7 @@ def train(out: Path, data: Path, role: str, seed: int, recipe: Recipe) -> None:
     """Train one network, or finish the training that an interrupted run began."""
     model, backbone = recipe.teacher if role == "teacher" else recipe.student
     steps = recipe.teacher_iterations if role == "teacher" else recipe.student_iterations
+    lr = recipe.teacher_lr if role == "teacher" else recipe.student_lr
     folder = out / f"{role}_seed{seed}"
     state = folder / f"kd_{model}_{backbone}_toy_streets_state.pth"
     if state.is_file() and torch.load(state, weights_only=True, mmap=True)["step"] == steps:
@@ -87,7 +89,7 @@ def train(out: Path, data: Path, role: str, seed: int, recipe: Recipe) -> None:
         return
     command = ["train_kd.py", "--dataset", "toy_streets", "--data", str(data), "--no-cuda", "--resume", "auto",
                "--student-model", model, "--student-backbone", backbone, "--crop-size", *map(str, recipe.crop),
-               "--batch-size", str(recipe.batch), "--max-iterations", str(steps), "--lr", str(recipe.lr),
+               "--batch-size", str(recipe.batch), "--max-iterations", str(steps), "--lr", str(lr),
                "--workers", "1", "--seed", str(seed), "--save-dir", str(folder), "--log-dir", str(folder),
                "--log-iter", "50", "--save-per-iters", "100", "--val-per-iters", str(steps)]
     if role == "afdcd":
