@@ -236,6 +236,7 @@ class CIRKD(Distiller):
              Term("cirkd_region", 0.0, "weight of CIRKD's relations with queued class means (0.04 GB for 19 classes)"))
     student_taps = ("head",)
     teacher_taps = ("head",)
+    cost = "relations of all positions between two images and to about 5000 queue vectors"
     # the released scripts; for VOC the author's answer on the repository (0.1 falls behind the baseline there)
     preset = {"*": {"lambda_kd": 1.0, "lambda_cirkd_batch": 1.0, "lambda_cirkd_pixel": 0.1, "lambda_cirkd_region": 0.1},
               "voc": {"lambda_cirkd_pixel": 0.01, "lambda_cirkd_region": 0.01}}

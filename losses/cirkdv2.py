@@ -175,6 +175,7 @@ class CIRKDv2(Distiller):
                                          "all its terms"))
     student_taps = ("head",)
     teacher_taps = ("head",)
+    cost = "what CIRKD does, attention over all positions, relations between channels"
     # the released scripts, those for ResNet-18 where they differ by student; their batch, learning rate and 80k
     # iterations are not set here
     preset = {"*": _published(10.0), "citys": _published(1.0), "ade20k": _published(1.0)}

@@ -168,6 +168,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{out} holds runs of another recipe: remove it, or choose another folder with --out")
     start = time.perf_counter()
     data = ROOT / "data" / f"toy_streets_{recipe.height}x{recipe.width}_{recipe.train}"
+    if not data.is_dir():
+        print(f"painting {recipe.train + recipe.val + recipe.test} toy streets into {data} ...", flush=True)
     write_toy_streets(str(data), train=recipe.train, val=recipe.val, test=recipe.test, height=recipe.height,
                       width=recipe.width)
     write_json(note, wanted)

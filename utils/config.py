@@ -69,9 +69,9 @@ def _optimisation(parser: ArgumentParser) -> None:
 
 def _distillation(parser: ArgumentParser) -> None:
     g = parser.add_argument_group("distillation", "Terms combine freely; a term with weight 0 is not computed.")
-    g.add_argument("--method", choices=["none", *methods()], default=None,
-                   help="preset of published settings for --dataset; none: plain training, of a baseline or a teacher "
-                        "(default: Af-DCD with the weights listed here)")
+    g.add_argument("--method", choices=["none", *methods()], default=None, metavar="NAME",
+                   help="preset of published settings for --dataset (see --list-methods); none: plain training, of a "
+                        "baseline or a teacher (default: Af-DCD with the weights listed here)")
     g.add_argument("--list-methods", action="store_true", default=argparse.SUPPRESS,
                    help="print every method with its preset and what it adds to the given networks, and stop")
     g.add_argument("--group-size", type=natural, default=2, metavar="N",

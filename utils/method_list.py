@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from dataset import get_dataset_spec
-from losses.composition import active_terms
-from losses.distiller import BuildContext, Distiller, NetInfo, check_taps, methods
+from losses.composition import active_terms, build_distillers
+from losses.distiller import BuildContext, Distiller, NetInfo, methods
 from models import get_segmentation_model
 from utils.config import preset
 from utils.errors import UserError
 
-WIDTHS = (10, 4, 10, 8, 12)  # method, year, parameters, state, taps; the preset takes the rest of the line
+WIDTHS = (10, 4, 10, 8, 17)  # method, year, parameters, state, taps; the preset takes the rest of the line
 INDENT = " " * (WIDTHS[0] + 2)
 
 
@@ -23,9 +23,10 @@ INDENT = " " * (WIDTHS[0] + 2)
 class MethodFacts:
     """One method as ``--method NAME`` would run it.
 
-    weights: {term: lambda} of the preset, terms of other methods included. parameters: how many numbers are trained
-    beside the student, those of discriminators included. state: bytes of buffers and frozen parameters (queues, masks,
-    tables). refused: why the method cannot run with these settings, "" when it can; then the other figures are empty.
+    All of it covers what the preset switches on of other methods too (KD, the discriminator of SKD). weights: {term:
+    lambda}. parameters: how many numbers are trained beside the student. state: bytes of buffers and frozen parameters
+    (queues, masks, tables). refused: why the method cannot run with these settings, "" when it can; the figures are
+    then empty.
     """
 
     cls: type[Distiller]
@@ -54,13 +55,13 @@ def method_facts(name: str, config: argparse.Namespace, student: NetInfo, teache
                            config.dataset, options)
     try:
         with torch.device("meta"):
-            built = cls.build(context)
-        check_taps(built, student, teacher)
+            built = build_distillers(context)
     except UserError as error:
         return MethodFacts(cls, weights, refused=str(error))
-    taps = ", ".join(dict.fromkeys((*built.student_taps, *built.teacher_taps)))
+    taps = [tap for d in (built[name], *built.values()) for tap in (*d.student_taps, *d.teacher_taps)]
     kept = [*built.buffers(), *(p for p in built.parameters() if not p.requires_grad)]
-    return MethodFacts(cls, weights, taps, sum(p.numel() for p in built.parameters() if p.requires_grad),
+    return MethodFacts(cls, weights, ", ".join(dict.fromkeys(taps)),
+                       sum(p.numel() for p in built.parameters() if p.requires_grad),
                        sum(t.numel() * t.element_size() for t in kept))
 
 
@@ -79,7 +80,7 @@ def _row(facts: MethodFacts, width: int) -> str:
     head = "  ".join(cell.ljust(size) for cell, size in zip(cells, WIDTHS, strict=True)) + "  "
     weights = ", ".join(f"{name}\0{weight:g}" for name, weight in facts.weights.items())  # \0: no line break here
     lines = textwrap.wrap(head + weights, width, subsequent_indent=" " * len(head), drop_whitespace=True)
-    notes = [f"{cls.title}: {cls.cost}" if cls.cost else cls.title, cls.paper]
+    notes = [f"{cls.title}. Computes {cls.cost}." if cls.cost else cls.title, cls.paper]
     notes += [f"not with these settings: {facts.refused}"] if facts.refused else []
     for note in notes:
         lines += textwrap.wrap(note, width, initial_indent=INDENT, subsequent_indent=INDENT + "  ")
@@ -98,7 +99,8 @@ def method_table(config: argparse.Namespace, width: int | None = None) -> str:
     titles = ("method", "year", "parameters".rjust(WIDTHS[2]), "state".rjust(WIDTHS[3]), "taps", "preset weights")
     intro = (f"Methods for {teacher.name} -> {student.name} on {config.dataset} ({num_class} classes, crop "
              f"{config.crop_size[0]}x{config.crop_size[1]}). parameters: trained beside the student; state: buffers "
-             "(queues, masks). None of it is part of the exported student. taps: what is read of either network.")
+             "(queues, masks). None of it is part of the exported student. taps: what is read of either network. What "
+             "the preset takes from other methods is counted too.")
     header = "  ".join([t.ljust(size) for t, size in zip(titles, (*WIDTHS, 0), strict=True)])
     rows = [_row(method_facts(name, config, student, teacher), width) for name in methods()]
     return "\n".join([*textwrap.wrap(intro, width), "", header, "-" * width, *rows])

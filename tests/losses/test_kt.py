@@ -190,6 +190,9 @@ def test_what_does_not_fit_is_refused():
         KT.build(BuildContext(NetInfo("bare", {"logits": 4}, 4), TEACHER, 4, active=ALL))
     with pytest.raises(UserError, match="kt"):
         KT.build(BuildContext(NetInfo("other", {"logits": 5, "head": 6}, 5), TEACHER, 4, active=ALL))
+    with pytest.raises(UserError, match="--lambda-kt-aux"):
+        bare = NetInfo("bare", {"logits": 4, "head": 6}, 4)
+        KT.build(BuildContext(bare, TEACHER, 4, active=frozenset({"kt_aux"})))
     with pytest.raises(UserError, match=r"kt: .*\(1, 8, 4, 5\)"):
         FeatureTailoring(6, 8)(torch.zeros(1, 6, 4, 4), torch.zeros(1, 8, 4, 5), 0)
     for flag, arguments in (("kt", {"temperature": 0.0}), ("kd", {"kd_temperature": 0.0})):

@@ -1,0 +1,72 @@
+"""Several short runs one after the other in one process group, and a comparison of the processes after each.
+
+    torchrun --nproc_per_node 2 train_methods.py JOBS OUT
+
+JOBS: JSON file {name: arguments of train_kd.py}. OUT: JSON file {name: "" or what went wrong}, written by rank 0.
+"""
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from utils.config import parse_config
+from utils.distributed import Distributed, cleanup, init_distributed
+from utils.trainer import Trainer
+
+#: the longest that all jobs together may take: processes that wait for each other must not outlive the test
+SECONDS = 280
+
+
+def differences(trainer: Trainer) -> list[str]:
+    """Parameters, and buffers that DDP does not copy, that are not the same in both processes (or not finite).
+
+    Running statistics are left out: a batch norm that is never evaluated does not read its own.
+    """
+    shared = dict(trainer.objective.named_parameters())
+    buffers = dict(trainer.objective.named_buffers())
+    shared.update({n: buffers[n] for n in trainer.objective.unsynchronised() if n in buffers and "running_" not in n})
+    found = []
+    for name, value in shared.items():
+        first = value.detach().clone()
+        dist.broadcast(first, 0)
+        if not torch.equal(first, value) or not value.isfinite().all():
+            found.append(name)
+    return found
+
+
+def attempt(arguments: list[str], place: Distributed) -> str:
+    """Train once; "" or the reason why it is not right in this process."""
+    try:
+        trainer = Trainer(parse_config(arguments), place)
+        trainer.fit()
+    except Exception:
+        return traceback.format_exc()
+    differing = differences(trainer)
+    return f"processes disagree or not finite: {', '.join(differing)}" if differing else ""
+
+
+def main() -> None:
+    signal.alarm(SECONDS)
+    torch.set_num_threads(1)
+    jobs, out = Path(sys.argv[1]), Path(sys.argv[2])
+    place = init_distributed(no_cuda=True)
+    results = {}
+    for name, arguments in json.loads(jobs.read_text()).items():
+        everyone: list[str | None] = [None] * place.world_size
+        dist.all_gather_object(everyone, attempt(arguments, place))
+        results[name] = "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text)
+    if place.is_main:
+        out.write_text(json.dumps(results))
+    cleanup()
+
+
+if __name__ == "__main__":
+    main()

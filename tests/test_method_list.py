@@ -1,0 +1,92 @@
+"""``train_kd.py --list-methods``: every method, exact counts, the networks and the data set that were asked for."""
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from helpers import assert_refused
+
+import train_kd
+from losses.composition import active_terms
+from losses.distiller import BuildContext, methods
+from models import get_segmentation_model
+from utils.build import net_info
+from utils.config import parse_config
+from utils.method_list import amount, described_network, method_facts, method_table
+
+SMALL = ["--student-model", "psp", "--student-backbone", "resnet18_w0.125", "--teacher-model", "psp",
+         "--teacher-backbone", "resnet18_w0.25", "--teacher-pretrained", "t.pth", "--dataset", "camvid"]
+
+
+def shown(capsys, *argv: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        train_kd.main(["--list-methods", *argv])
+    assert stop.value.code == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def test_every_method_is_listed_with_paper_preset_and_cost(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    text = shown(capsys)
+    flat = " ".join(text.split())
+    for name, cls in methods().items():
+        assert re.search(rf"^{name}  .*{cls.year}", text, re.MULTILINE), name
+        assert cls.paper in flat and cls.title in flat and cls.cost in flat, name
+    assert max(map(len, text.splitlines())) <= 120
+    row = next(x for x in text.splitlines() if x.startswith("afdcd "))
+    assert "c4" in row and "fd 2e-06" in row and "ctr 0.005" in row and "76.6 M" in row
+    for name in ("adv", "skd"):  # a discriminator is counted wherever a preset asks for it
+        assert re.search(rf"^{name}  .* 3\.19 M ", text, re.MULTILINE), name
+
+
+def test_the_data_set_and_networks_count(capsys) -> None:
+    text = shown(capsys, *SMALL)
+    assert "psp-resnet18_w0.25 -> psp-resnet18_w0.125 on camvid (11 classes" in text
+    row = next(x for x in text.splitlines() if x.startswith("afdcd "))
+    assert "fd 8e-06" in row and "76.6 M" not in row
+
+
+def test_the_counts_are_those_of_the_built_method() -> None:
+    config = parse_config([*SMALL, "--method", "afdcd", "--crop-size", "128"])
+    networks = [get_segmentation_model(model="psp", backbone=f"resnet18_w{w}", num_class=11) for w in (0.125, 0.25)]
+    infos = [net_info(n) for n in networks]
+    assert infos == [described_network("psp", f"resnet18_w{w}", 11) for w in (0.125, 0.25)]
+    real = methods()["afdcd"].build(BuildContext(*infos, 11, active=active_terms(config), crop_size=config.crop_size,
+                                                 dataset="camvid", options=config))
+    facts = method_facts("afdcd", config, *infos)
+    assert facts.parameters == sum(p.numel() for p in real.parameters()) > 0
+    assert facts.state == sum(b.numel() * b.element_size() for b in real.buffers()) > 0
+    assert facts.weights == {"fd": 8e-6, "ctr": 1e-2, "kd": 1.0} and facts.taps == "c4, logits" and not facts.refused
+
+
+def test_a_method_that_the_settings_do_not_allow_says_why() -> None:
+    config = parse_config(["--method", "none", "--crop-size", "64"])
+    text = method_table(config, width=120)
+    assert re.search(r"not with these settings: .*--crop-size", " ".join(text.split()))
+
+
+def test_nothing_is_allocated(monkeypatch) -> None:
+    devices = set()
+    allocate = torch.nn.Conv2d.__init__
+
+    def spy(self, *args, **kwargs) -> None:
+        allocate(self, *args, **kwargs)
+        devices.add(self.weight.device.type)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "__init__", spy)
+    method_table(parse_config([*SMALL, "--method", "none"]), width=120)
+    assert devices == {"meta"}
+
+
+def test_unknown_networks_are_refused_in_one_line(capsys) -> None:
+    assert_refused(capsys, train_kd.main, ["--list-methods", "--student-backbone", "nonsense"], "nonsense")
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "-"), (7, "7"), (33000, "33 k"), (76548096, "76.5 M"),
+                                              (2.5e9, "2.5 G")])
+def test_amounts(number, text) -> None:
+    assert amount(number) == text
+    assert number == 0 or amount(number, "B") == (text + "B" if " " in text else text + " B")
