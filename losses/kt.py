@@ -184,8 +184,8 @@ class KT(Distiller):
         if not all("aux" in net.channels for net in (context.student, context.teacher)):
             active = active - {"kt_aux"}
         if not active & {t.name for t in cls.terms}:
-            raise UserError("--lambda-kt-aux: student and teacher need an auxiliary head each (--aux), and no other term "
-                            "of kt has a weight")
+            raise UserError("--lambda-kt-aux: student and teacher need an auxiliary head each (--aux), and no other "
+                            "term of kt has a weight")
         released = getattr(options, "compat", "fixed") == "reference"
         temperature = getattr(options, "kt_temperature", 4.0)
         features = None
