@@ -21,7 +21,7 @@ from utils.cli import ArgumentParser, number, run_main
 from utils.distributed import Distributed, cleanup, init_distributed
 from utils.errors import UserError
 from utils.evaluate import check_options, evaluate
-from utils.files import write_json
+from utils.files import check_target, write_json
 from utils.logger import setup_logging
 from utils.score import SegmentationMetric
 from utils.visualize import colour_mask, overlay, save_index, save_rgb
@@ -58,8 +58,8 @@ def build_parser() -> ArgumentParser:
                    help="step of the window (default: two thirds of it)")
     g = parser.add_argument_group("output")
     g.add_argument("--json", type=Path, metavar="FILE", help="write all figures, as fractions")
-    parser.boolean(g, "--reference-metric", False, "also what the reference prints as pixel accuracy: the arg max of "
-                   "logits truncated to integers (costs time, so it is off unless asked for)")
+    parser.boolean(g, "--reference-metric", True, "also what the reference prints as pixel accuracy: the arg max of "
+                   "logits truncated to integers")
     g.add_argument("--save-dir", type=Path, default=Path("../runs/logs/"), metavar="DIR",
                    help="pictures go to DIR/<model>_<backbone>_<dataset>_<split>/")
     parser.boolean(g, "--save-pred", False, "write predictions: colour/ (palette PNG) and index/ (grey PNG)")
@@ -101,17 +101,6 @@ def output_names(images: list[str]) -> list[str]:
         root = os.path.commonpath([os.path.dirname(image) for image in images])
         stems = [os.path.splitext(os.path.relpath(image, root))[0].replace(os.sep, "_") for image in images]
     return [f"{stem}.png" for stem in stems]
-
-
-def check_target(path: Path, flag: str, is_folder: bool) -> None:
-    """`UserError` unless the file or folder can be written; nothing is created."""
-    if path.exists() and path.is_dir() != is_folder:
-        raise UserError(f"{flag} {path}: expected a {'folder' if is_folder else 'file'}")
-    place = path if is_folder else path.parent
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"{flag} {path}: cannot be written, {place} is not a folder that this user may write to")
 
 
 def check(config: argparse.Namespace) -> int:
@@ -206,10 +195,8 @@ def main(argv: list[str] | None = None) -> int:
     config = build_parser().parse_args(argv)
     gpu = check(config)
     distributed = init_distributed(config.no_cuda, gpu)
-    try:
-        run(config, distributed)
-    finally:
-        cleanup()
+    run(config, distributed)
+    cleanup()  # not after an error: the other processes may wait in a collective operation
     return 0
 
 

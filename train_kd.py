@@ -18,10 +18,8 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the command line, build the run, train. Returns the exit code."""
     config = parse_config(argv)
     distributed = init_distributed(config.no_cuda)
-    try:
-        Trainer(config, distributed).fit()
-    finally:
-        cleanup()
+    Trainer(config, distributed).fit()
+    cleanup()  # not after an error: the other processes may wait in a collective operation
     return 0
 
 

@@ -92,7 +92,7 @@ TABLES = {
         R18: {"none": 66.92, "skd": 67.46, "ifvd": 67.28, "cwd": 67.71, "cirkd": 68.21, "afdcd": 69.27},
         PSP: {"none": 66.73, "skd": 67.83, "ifvd": 67.61, "cwd": 67.92, "cirkd": 68.65, "afdcd": 69.48}},
         note="Published CamVid figures are of the test images; the Af-DCD program also chose its best model on them. "
-             "Here val chooses and test is reported; --selection-split test restores that habit."),
+             "Here val chooses and test is reported; --selection-split reference restores that habit."),
 }
 
 #: SKD, IFVD and CWD rows: KD and a discriminator beside the method's own terms

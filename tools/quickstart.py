@@ -84,7 +84,8 @@ def train(out: Path, data: Path, role: str, seed: int, recipe: Recipe) -> None:
     lr = recipe.teacher_lr if role == "teacher" else recipe.student_lr
     folder = out / f"{role}_seed{seed}"
     state = folder / f"kd_{model}_{backbone}_toy_streets_state.pth"
-    if state.is_file() and torch.load(state, weights_only=True, mmap=True)["step"] == steps:
+    done = state.is_file() and weights(out, role, seed, recipe).is_file()
+    if done and torch.load(state, weights_only=True, mmap=True)["step"] == steps:
         print(f"{TITLES[role]} (seed {seed}) is trained already: {folder}")
         return
     command = ["train_kd.py", "--dataset", "toy_streets", "--data", str(data), "--no-cuda", "--resume", "auto",
@@ -161,7 +162,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.boolean(parser, "--short", False, "a few iterations on a few images: shows that everything works")
     options = parser.parse_args(argv)
     recipe = SHORT if options.short else Recipe()
-    out = Path(options.out) if options.out else ROOT / "runs" / ("quickstart_short" if options.short else "quickstart")
+    usual = ROOT / "runs" / ("quickstart_short" if options.short else "quickstart")
+    out = Path(options.out).expanduser().resolve() if options.out else usual
     note = out / "recipe.json"
     wanted = json.loads(json.dumps(asdict(recipe)))
     if note.is_file() and json.loads(note.read_text(encoding="utf-8")) != wanted:

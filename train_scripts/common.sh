@@ -57,6 +57,8 @@ launch() {
     shift
     if ((GPUS == 0)); then
         command=("$PYTHON" "$program" --no-cuda "$@")
+    elif ((GPUS == 1 && ${NNODES:-1} == 1)); then
+        command=("$PYTHON" "$program" "$@") # no launcher: an error stays one line
     else
         command=("$PYTHON" -m torch.distributed.run --nproc_per_node "$GPUS")
         if ((${NNODES:-1} > 1)); then

@@ -20,8 +20,11 @@ def versions() -> dict[str, str]:
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a training state (tensors, numbers, strings, lists, dicts) to ``path``, atomically."""
-    write_atomically(path, lambda p: torch.save({"format": FORMAT, "versions": versions(), **state}, p))
+    """Write a training state (tensors, numbers, strings, lists, dicts) to ``path``, atomically; UserError if not."""
+    try:
+        write_atomically(path, lambda p: torch.save({"format": FORMAT, "versions": versions(), **state}, p))
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise UserError(f"{path}: the training state could not be written ({str(error).splitlines()[0]})") from error
 
 
 def load_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:

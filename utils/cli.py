@@ -183,6 +183,18 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
         return 130
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not _is_lost_connection(error):
+            raise
+        sys.stderr.write(f"{prog}: another process failed; its message is above or below\n")
+        return 2
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """What gloo and NCCL raise in a process whose partner has gone."""
+    text = str(error).lower()
+    return any(words in text for words in ("connection closed by peer", "connection reset", "broken pipe",
+                                           "remote process exited", "socket closed"))
 
 
 def _message(error: UserError) -> str:

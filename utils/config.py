@@ -15,6 +15,8 @@ from utils.errors import UserError
 #: accepted so that old command lines still start; they do nothing in the reference either
 DEAD_OPTIONS = ("start_epoch", "save_epoch", "val_epoch")
 
+BASE_HELP = ("ImageNet weights of its backbone: a file, or a name such as torchvision:ResNet50_Weights.IMAGENET1K_V2 "
+             "(for resnet50_original)")
 positive_int, natural = number(int, 1), number(int, 0)
 positive, not_negative = number(float, 0, open_low=True), number(float, 0)
 
@@ -24,7 +26,7 @@ def _networks(parser: ArgumentParser) -> None:
     g.add_argument("--teacher-model", default="deeplabv3", help="architecture of the teacher")
     g.add_argument("--teacher-backbone", default="resnet101", help="backbone of the teacher")
     g.add_argument("--teacher-pretrained", default="None", metavar="FILE", help="trained teacher (required to distil)")
-    g.add_argument("--teacher-pretrained-base", default="None", metavar="FILE", help="ImageNet file of its backbone")
+    g.add_argument("--teacher-pretrained-base", default="None", metavar="FILE", help=BASE_HELP)
     g.add_argument("--teacher-preprocess", choices=("bgr", "rgb"),
                    help="its input: BGR minus mean, or RGB mean/std (default: what its weights say)")
     g.add_argument("--student-model", "--model", default="deeplabv3", help="architecture of the student")
@@ -32,7 +34,7 @@ def _networks(parser: ArgumentParser) -> None:
     g.add_argument("--student-pretrained", "--pretrained", default="None", metavar="FILE",
                    help="segmentation weights to start from")
     g.add_argument("--student-pretrained-base", "--pretrained-base", default="None", metavar="FILE",
-                   help="ImageNet file of its backbone")
+                   help=BASE_HELP)
     g.add_argument("--student-preprocess", "--preprocess", choices=("bgr", "rgb"),
                    help="its input: BGR minus mean, or RGB mean/std (default: what its weights say)")
     parser.boolean(g, "--aux", None, "auxiliary head on c3 of the student (default: on for resnet, off for mobilenet)")
@@ -52,7 +54,8 @@ def _data(parser: ArgumentParser) -> None:
     g.add_argument("--sampling", choices=("reference", "epoch"), default="reference",
                    help="reference: the repeated list shuffled as a whole; epoch: a fresh shuffle of every epoch")
     g.add_argument("--selection-split", default=None, metavar="SPLIT",
-                   help="split that picks the best model (default: val; the reference used test for camvid)")
+                   help="split that picks the best model; reference: the one that the reference used, test for camvid "
+                        "(default: val)")
 
 
 def _optimisation(parser: ArgumentParser) -> None:

@@ -73,6 +73,15 @@ def reduce_mean(values: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
+def same_everywhere(number: int, device: torch.device) -> bool:
+    """True when every process calls this with the same number."""
+    if not is_distributed():
+        return True
+    both = torch.tensor([number, -number], device=device)
+    dist.all_reduce(both, dist.ReduceOp.MAX)
+    return bool(both[0] == -both[1])
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace the gradients by their mean over the processes (for parameters that DDP does not look after)."""
     if is_distributed():

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from utils.errors import UserError
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write(temporary path)``, flush it to the disk and rename it to ``path``: never a half-written file."""
@@ -29,3 +31,14 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def check_target(path: Path, flag: str, is_folder: bool) -> None:
+    """`UserError` unless the file or folder can be written; nothing is created."""
+    if path.exists() and path.is_dir() != is_folder:
+        raise UserError(f"{flag} {path}: expected a {'folder' if is_folder else 'file'}")
+    place = path if is_folder else path.parent
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"{flag} {path}: cannot be written, {place} is not a folder that this user may write to")

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,12 @@ class _TqdmHandler(logging.StreamHandler):
 
 
 def setup_logging(is_main: bool, path: Path | None = None) -> None:
-    """Send the ``afdcd`` log to the terminal and, when given, to a file; other processes only warn."""
-    for handler in list(LOG.handlers):
+    """Send the ``afdcd`` log to the terminal and, when given, to a file; other processes only report errors.
+
+    What is logged before the file is known is kept, and written to it when it is.
+    """
+    early = [h for h in LOG.handlers if isinstance(h, MemoryHandler)]
+    for handler in [h for h in LOG.handlers if h not in early]:
         LOG.removeHandler(handler)
         handler.close()
     LOG.propagate = False
@@ -36,6 +41,13 @@ def setup_logging(is_main: bool, path: Path | None = None) -> None:
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         LOG.addHandler(handler)
+    for handler in early:
+        LOG.removeHandler(handler)
+        if path is not None:
+            handler.setTarget(handlers[-1])
+            handler.close()
+    if is_main and path is None:
+        LOG.addHandler(MemoryHandler(10000, flushLevel=logging.CRITICAL + 1, flushOnClose=True))
 
 
 class RunLogger:

@@ -35,6 +35,11 @@ class RunFiles:
             return Path(choice).expanduser()
         return self.state if self.state.is_file() else None
 
+    def holds(self, choice: str | None) -> bool:
+        """True when ``--resume choice`` goes on with a run of this very folder."""
+        path = self.resume_from(choice)
+        return path is not None and path.parent.resolve() == self.directory.resolve()
+
     def set_aside(self) -> None:
         """Move the weights, state, configuration and log of an earlier run into ``previous-N/``: nothing is lost."""
         for directory, pattern in ((self.directory, f"{self.stem}*.*"), (self.log_directory, f"{self.log_name}*")):

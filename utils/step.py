@@ -75,13 +75,17 @@ class TrainStep:
         self._finite = finite if self._finite is None else self._finite & finite
 
     def check_finite(self, step: int) -> None:
-        """Raise when a loss was NaN or infinite since the last check. Costs a synchronisation: not for every step."""
+        """Raise when a loss was NaN or infinite since the last check, or a weight is now.
+
+        Costs a synchronisation: not for every step.
+        """
         if self._finite is None:
             return
-        flag = self._finite.to(torch.int32)
+        weights = torch.stack([p.detach().sum() for p in self.objective.student.parameters()])
+        flag = (self._finite & weights.isfinite().all()).to(torch.int32)
         self._finite = None
         if is_distributed():
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
         if not flag.item():
-            raise UserError(f"the loss became NaN or infinite at or shortly before iteration {step}: nothing was saved "
-                            "since; try a lower --lr or --lambda-*, the last training state is intact")
+            raise UserError(f"the loss or a weight became NaN or infinite at or shortly before iteration {step}: "
+                            "nothing was saved since; try a lower --lr or --lambda-*, the last training state is good")

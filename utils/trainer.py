@@ -25,8 +25,9 @@ from utils.build import (
 )
 from utils.checkpoint import load_state, save_state
 from utils.config import DEAD_OPTIONS
-from utils.distributed import Distributed, barrier, reduce_mean
+from utils.distributed import Distributed, barrier, reduce_mean, same_everywhere
 from utils.errors import UserError
+from utils.files import check_target
 from utils.logger import LOG, Progress, RunLogger, setup_logging
 from utils.run_files import RunFiles, changed_settings, plain, readable
 from utils.step import StepResult, TrainStep
@@ -54,7 +55,10 @@ class Trainer:
         self.step_fn = TrainStep(self.model, self.teacher, self.optimizer, lr=config.lr,
                                  max_iterations=config.max_iterations, power=config.poly_power, seed=config.seed,
                                  rank=distributed.rank)
+        config.aux = self.student.aux
         self.files = RunFiles(config)
+        for flag, folder in (("--save-dir", self.files.directory), ("--log-dir", self.files.log_directory)):
+            check_target(folder, flag, is_folder=True)
         self.step, self.best = 0, -1.0
         self._resumed = self._resume()
         self.logger: RunLogger | None = None
@@ -65,7 +69,15 @@ class Trainer:
         if self.config.skip_val:
             return None, []
         chosen = self.config.selection_split or self.spec.selection_split
-        selection = build_dataset(self.config, self.spec, chosen, train=False, list_file=self.config.val_list)
+        if chosen == "reference":
+            chosen = self.spec.reference_selection_split
+        if chosen in self.spec.splits and chosen not in self.spec.eval_splits:
+            raise UserError(f"--selection-split {chosen}: {self.spec.title} has no labels of it; "
+                            f"expected one of {', '.join(self.spec.eval_splits)}")
+        try:
+            selection = build_dataset(self.config, self.spec, chosen, train=False, list_file=self.config.val_list)
+        except UserError as error:
+            raise UserError(f"{error} (--selection-split picks another split to validate on, --skip-val none)") from error
         reports = [build_dataset(self.config, self.spec, s, train=False)
                    for s in self.spec.report_splits if s != chosen]
         return selection, reports
@@ -80,11 +92,19 @@ class Trainer:
             self.objective.distillers.load_state_dict(state["distillers"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.student.preprocess = Preprocess.from_dict(state["net_info"]["preprocess"])
-        except (RuntimeError, ValueError, KeyError) as error:
+            self.step, self.best = int(state["step"]), float(state["best"])
+            changes = changed_settings(state["config"], self.config)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--resume {path}: the state is of another model or method than the one asked for "
-                            f"({str(error).splitlines()[0]})") from error
-        self.step, self.best = int(state["step"]), float(state["best"])
-        for change in changed_settings(state["config"], self.config):
+                            f"({(str(error).splitlines() or [type(error).__name__])[0]})") from error
+        if state.get("processes") != self.distributed.world_size:
+            changes.append(f"processes: {state.get('processes')} -> {self.distributed.world_size}")
+        if not same_everywhere(self.step, self.distributed.device):
+            raise UserError(f"--resume {path}: the processes found different states; --save-dir has to be one folder "
+                            "that all machines share")
+        if path.parent.resolve() != self.files.directory.resolve() or not self.files.best.is_file():
+            self.best = -1.0  # the best model so far is not in this folder
+        for change in changes:
             LOG.warning("--resume: %s (the continuation will differ from an uninterrupted run)", change)
         LOG.info("resumed from %s at step %d, best mIoU %.2f", path, self.step, 100 * self.best)
         return True
@@ -92,7 +112,7 @@ class Trainer:
     def _open_files(self) -> None:
         if not self.distributed.is_main:
             return
-        if not self._resumed:
+        if not (self._resumed and self.files.holds(self.config.resume)):
             self.files.set_aside()
         setup_logging(True, self.files.text_log)
         self.logger = RunLogger(self.files.log_directory, self.files.log_name, self.step, self.config.tensorboard)
@@ -128,6 +148,7 @@ class Trainer:
             if self.step % config.log_iter == 0 or last:
                 self._log(result, clock, progress)
             if validator and (self.step % config.val_per_iters == 0 or last):
+                self.step_fn.check_finite(self.step)
                 self._validate(validator)
                 clock.restart()
             if self.step % config.save_per_iters == 0 or last:
@@ -184,7 +205,8 @@ class Trainer:
                            grad_norm={k: float(v) for k, v in result.grad_norms.items()}, diagnostics=notes,
                            images_per_second=round(speed, 3), waiting_for_data=round(waiting, 4))
         terms = "  ".join(f"{k} {weighted[k]:.4g} ({raw[k]:.4g})" for k in names)
-        progress.show(f"loss {values[-1]:.3f} lr {result.lr:.4f} {speed:.1f} img/s")
+        short = " ".join(f"{k} {weighted[k]:.3g}" for k in names)
+        progress.show(f"{short} lr {result.lr:.4f} {speed:.1f} img/s")
         LOG.info("step %d/%d  lr %.5f  loss %.4f = %s  %.1f img/s  data %.0f%%  ETA %s", self.step,
                  self.config.max_iterations, result.lr, values[-1].item(), terms, speed, 100 * waiting, left)
 
@@ -200,15 +222,19 @@ class Trainer:
     def _save(self) -> None:
         self.step_fn.check_finite(self.step)
         if self.distributed.is_main:
+            save_state_dict(self.student, self.files.student)
             save_state(self.files.state, {
                 "model": self.student.state_dict(), "net_info": describe(self.student),
                 "distillers": self.objective.distillers.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "step": self.step, "best": self.best, "config": plain(self.config)})
-            save_state_dict(self.student, self.files.student)
+                "step": self.step, "best": self.best, "config": plain(self.config),
+                "processes": self.distributed.world_size})
 
     def _report(self, workers: int) -> None:
         """Evaluate the best model on the splits that are reported but not selected on (CamVid: test)."""
         if self.val_set is None:
+            return
+        if self.best < 0:
+            LOG.warning("no validation of this run has left a best model in %s", self.files.directory)
             return
         LOG.info("best %s mIoU %.2f  %s", self.val_set.split, 100 * self.best, self.files.best)
         if not self.report_sets:

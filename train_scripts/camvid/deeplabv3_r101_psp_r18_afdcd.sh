@@ -2,7 +2,7 @@
 # CamVid, DeepLabV3-ResNet101 -> PSPNet-ResNet18, Af-DCD: 69.48 mIoU published (teacher 69.84, student alone 66.73).
 # The contrast is not pooled on CamVid, whatever --pool-size says.
 # Published CamVid figures are of the test images; the Af-DCD program also chose its best model on them. Here val
-# chooses and test is reported; --selection-split test restores that habit.
+# chooses and test is reported; --selection-split reference restores that habit.
 # GPUS, DATA, TEACHER, ...: see ../common.sh. More flags are passed on. Written by tools/make_scripts.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh" camvid

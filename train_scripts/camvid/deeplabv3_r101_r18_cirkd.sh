@@ -3,7 +3,7 @@
 # The released code fills the pixel queues with pixels of other classes, and the published figure was made with it:
 # --compat reference does the same.
 # Published CamVid figures are of the test images; the Af-DCD program also chose its best model on them. Here val
-# chooses and test is reported; --selection-split test restores that habit.
+# chooses and test is reported; --selection-split reference restores that habit.
 # GPUS, DATA, TEACHER, ...: see ../common.sh. More flags are passed on. Written by tools/make_scripts.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh" camvid

@@ -4,7 +4,7 @@
 # 360 gives logits of 45x45, on which the released discriminator crashes: this row runs without the adversarial term
 # (--lambda-adv 0.001 --adv-upsample switches it on).
 # Published CamVid figures are of the test images; the Af-DCD program also chose its best model on them. Here val
-# chooses and test is reported; --selection-split test restores that habit.
+# chooses and test is reported; --selection-split reference restores that habit.
 # GPUS, DATA, TEACHER, ...: see ../common.sh. More flags are passed on. Written by tools/make_scripts.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh" camvid

@@ -3,7 +3,7 @@
 # We do not know the schedule of the released file; this is that of the students. To distil from yours:
 # TEACHER=work_dir/camvid/deeplabv3_r101_teacher/kd_deeplabv3_resnet101_camvid_best_model.pth bash SCRIPT
 # Published CamVid figures are of the test images; the Af-DCD program also chose its best model on them. Here val
-# chooses and test is reported; --selection-split test restores that habit.
+# chooses and test is reported; --selection-split reference restores that habit.
 # GPUS, DATA, TEACHER, ...: see ../common.sh. More flags are passed on. Written by tools/make_scripts.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh" camvid

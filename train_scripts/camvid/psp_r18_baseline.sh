@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # CamVid, PSPNet-ResNet18, not distilled: 66.73 mIoU published.
 # Published CamVid figures are of the test images; the Af-DCD program also chose its best model on them. Here val
-# chooses and test is reported; --selection-split test restores that habit.
+# chooses and test is reported; --selection-split reference restores that habit.
 # GPUS, DATA, TEACHER, ...: see ../common.sh. More flags are passed on. Written by tools/make_scripts.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh" camvid
