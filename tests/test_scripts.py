@@ -154,6 +154,7 @@ def test_launcher_for_gpus_cpu_and_several_machines():
     assert "--no-cuda" not in eight
     cpu = printed(SCRIPT, GPUS="0")
     assert cpu[:3] == [sys.executable, "train_kd.py", "--no-cuda"]
+    assert printed(SCRIPT, GPUS="1")[:2] == [sys.executable, "train_kd.py"]
     second = printed(SCRIPT, GPUS="4", NNODES="2", NODE_RANK="1", MASTER_ADDR="first", PORT="1234")
     assert second[3:second.index("train_kd.py")] == ["--nproc_per_node", "4", "--nnodes", "2", "--node_rank", "1",
                                                      "--master_addr", "first", "--master_port", "1234"]

@@ -92,6 +92,7 @@ def base(tmp_path_factory) -> Path:
     (base / "garbage.pth").write_bytes(b"not a checkpoint")
     (base / "hostile.pth").write_bytes(pickle.dumps(Path("x")))
     torch.save({"step": 3}, base / "other.pth")
+    torch.save({"format": 1, "optimizer": {}, "model": []}, base / "hollow.pth")
     return base
 
 
@@ -128,7 +129,10 @@ WRONG = [
     (["--resume", "{base}/hostile.pth"], ["hostile.pth"]),
     (["--resume", "{base}/other.pth"], ["other.pth"]),
     (["--resume", "{base}/teacher.pth"], ["--student-pretrained"]),
-    (["--selection-split", "nonsense"], ["nonsense", "val"]),
+    (["--resume", "{base}/hollow.pth"], ["hollow.pth"]),
+    (["--save-dir", "{base}/teacher.pth"], ["--save-dir", "folder"]),
+    (["--log-dir", "{base}/teacher.pth/logs"], ["--log-dir"]),
+    (["--selection-split", "nonsense"], ["nonsense", "val", "--skip-val"]),
     (["--train-list", "{base}/missing.lst"], ["missing.lst"]),
 ]
 

@@ -126,6 +126,27 @@ class TestResume:
         assert train_kd.main([*argv, "--resume", "auto"]) == 0
         assert same(before, weights(tmp_path))
 
+    def test_a_state_goes_on_in_another_folder(self, data, teacher, whole, tmp_path, monkeypatch) -> None:
+        first, second = tmp_path / "first", tmp_path / "second"
+        method = distil_arguments(teacher)
+        interrupted(monkeypatch, train_arguments(data, first, *method), at=5)
+        state = first / f"{STEM}_state.pth"
+        assert train_kd.main(train_arguments(data, second, *method, "--resume", str(state))) == 0
+        assert same(weights(second), weights(whole))
+        # the best model of the first folder is not here: that of the second is its own
+        assert weights(second, "_state")["best"] == pytest.approx(records(second, "val")[-1]["mIoU"])
+        assert (second / f"{STEM}_best_model.pth").is_file()
+
+    def test_a_finished_run_without_validation_reports_none(self, data, tmp_path) -> None:
+        argv = train_arguments(data, tmp_path, "--method", "none", "--max-iterations", "1")
+        train_kd.main([*argv, "--skip-val"])
+        assert train_kd.main([*argv, "--resume", "auto"]) == 0
+        assert not (tmp_path / f"{STEM}_best_model.pth").exists()
+
+    def test_the_text_log_holds_what_was_said_before_it_existed(self, whole) -> None:
+        (text,) = (whole / "logs").glob("*_log.txt")
+        assert "tensors matched" in text.read_text() and "configuration" in text.read_text()
+
     def test_a_fresh_run_in_the_same_folder_moves_the_old_one_aside(self, data, tmp_path) -> None:
         argv = train_arguments(data, tmp_path, "--method", "none", "--max-iterations", "1")
         train_kd.main(argv)

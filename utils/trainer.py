@@ -77,7 +77,7 @@ class Trainer:
         try:
             selection = build_dataset(self.config, self.spec, chosen, train=False, list_file=self.config.val_list)
         except UserError as error:
-            raise UserError(f"{error} (--selection-split picks another split to validate on, --skip-val none)") from error
+            raise UserError(f"{error} (--selection-split: another split to validate on; --skip-val: none)") from error
         reports = [build_dataset(self.config, self.spec, s, train=False)
                    for s in self.spec.report_splits if s != chosen]
         return selection, reports
