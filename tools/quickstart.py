@@ -9,10 +9,13 @@ Safe to interrupt and to run again: finished parts are kept, an unfinished train
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -63,12 +66,34 @@ SHORT = replace(Recipe(), height=72, width=96, train=24, val=4, test=8, crop=(64
                 student_iterations=8)
 
 
+#: one thread per program: two trainings side by side use two cores better than one with two threads does, and the
+#: figures do not depend on the number of cores
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
 def run(arguments: list[str]) -> None:
     """Run a program of this repository with this Python, its output on our terminal; stop when it fails."""
     print("\n$ python " + " ".join(arguments), flush=True)
-    code = subprocess.run([sys.executable, *arguments], cwd=ROOT).returncode
+    code = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=ENVIRONMENT).returncode
     if code:
         raise UserError(f"{arguments[0]} failed with exit code {code}: its message is above")
+
+
+@contextmanager
+def beside(arguments: list[str], log: Path) -> Iterator[None]:
+    """Run a program while the body of the ``with`` runs, its output in a file; wait for it; stop when it fails."""
+    print(f"\n$ python {' '.join(arguments)} > {log} &", flush=True)
+    with open(log, "w", encoding="utf-8") as output:
+        running = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=ENVIRONMENT, stdout=output,
+                                   stderr=subprocess.STDOUT)
+        try:
+            yield
+        except BaseException:
+            running.terminate()
+            running.wait()
+            raise
+        if running.wait():
+            raise UserError(f"{arguments[0]} failed with exit code {running.returncode}: see the end of {log}")
 
 
 def weights(out: Path, role: str, seed: int, recipe: Recipe, best: bool = False) -> Path:
@@ -77,17 +102,20 @@ def weights(out: Path, role: str, seed: int, recipe: Recipe, best: bool = False)
     return out / f"{role}_seed{seed}" / f"kd_{model}_{backbone}_toy_streets{'_best_model' if best else ''}.pth"
 
 
-def train(out: Path, data: Path, role: str, seed: int, recipe: Recipe) -> None:
-    """Train one network, or finish the training that an interrupted run began."""
+def is_trained(out: Path, role: str, seed: int, recipe: Recipe) -> bool:
+    """True when the role's last iteration is done and its network written."""
+    network = weights(out, role, seed, recipe)
+    state = network.with_name(f"{network.stem}_state.pth")
+    steps = recipe.teacher_iterations if role == "teacher" else recipe.student_iterations
+    return network.is_file() and state.is_file() and torch.load(state, weights_only=True, mmap=True)["step"] == steps
+
+
+def training(out: Path, data: Path, role: str, seed: int, recipe: Recipe) -> list[str]:
+    """The command that trains one network, or finishes the training that an interrupted run began."""
     model, backbone = recipe.teacher if role == "teacher" else recipe.student
     steps = recipe.teacher_iterations if role == "teacher" else recipe.student_iterations
     lr = recipe.teacher_lr if role == "teacher" else recipe.student_lr
     folder = out / f"{role}_seed{seed}"
-    state = folder / f"kd_{model}_{backbone}_toy_streets_state.pth"
-    done = state.is_file() and weights(out, role, seed, recipe).is_file()
-    if done and torch.load(state, weights_only=True, mmap=True)["step"] == steps:
-        print(f"{TITLES[role]} (seed {seed}) is trained already: {folder}")
-        return
     command = ["train_kd.py", "--dataset", "toy_streets", "--data", str(data), "--no-cuda", "--resume", "auto",
                "--student-model", model, "--student-backbone", backbone, "--crop-size", *map(str, recipe.crop),
                "--batch-size", str(recipe.batch), "--max-iterations", str(steps), "--lr", str(lr),
@@ -102,7 +130,19 @@ def train(out: Path, data: Path, role: str, seed: int, recipe: Recipe) -> None:
                     "--patch-size", *map(str, recipe.patch_size)]
     else:
         command += ["--method", "none"]
-    run(command)
+    return command
+
+
+def train(out: Path, data: Path, seed: int, recipe: Recipe) -> None:
+    """Train what is not trained yet: the plain student beside the teacher, and after the teacher the distilled one."""
+    wanted = [role for role in ROLES if not is_trained(out, role, seed, recipe)]
+    missing = ", ".join(TITLES[role] for role in wanted) or "nothing, all is there"
+    print(f"\nseed {seed}, to be trained: {missing}", flush=True)
+    commands = {role: training(out, data, role, seed, recipe) for role in wanted}
+    plain = commands.pop("plain", None)
+    with beside(plain, out / f"plain_seed{seed}.txt") if plain else nullcontext():
+        for command in commands.values():
+            run(command)
 
 
 def test(out: Path, data: Path, role: str, seed: int, recipe: Recipe) -> dict:
@@ -168,6 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     wanted = json.loads(json.dumps(asdict(recipe)))
     if note.is_file() and json.loads(note.read_text(encoding="utf-8")) != wanted:
         raise UserError(f"{out} holds runs of another recipe: remove it, or choose another folder with --out")
+    torch.set_num_threads(1)
     start = time.perf_counter()
     data = ROOT / "data" / f"toy_streets_{recipe.height}x{recipe.width}_{recipe.train}"
     if not data.is_dir():
@@ -177,8 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     write_json(note, wanted)
     results: dict[int, dict[str, dict]] = {}
     for seed in options.seeds:
-        for role in ROLES:
-            train(out, data, role, seed, recipe)
+        train(out, data, seed, recipe)
         results[seed] = {role: test(out, data, role, seed, recipe) for role in ROLES}
     first = options.seeds[0]
     path = picture(out, data, first, recipe, results[first])
