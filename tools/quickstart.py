@@ -9,13 +9,10 @@ Safe to interrupt and to run again: finished parts are kept, an unfinished train
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -66,34 +63,12 @@ SHORT = replace(Recipe(), height=72, width=96, train=24, val=4, test=8, crop=(64
                 student_iterations=8)
 
 
-#: one thread per program: two trainings side by side use two cores better than one with two threads does, and the
-#: figures do not depend on the number of cores
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 def run(arguments: list[str]) -> None:
     """Run a program of this repository with this Python, its output on our terminal; stop when it fails."""
     print("\n$ python " + " ".join(arguments), flush=True)
-    code = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=ENVIRONMENT).returncode
+    code = subprocess.run([sys.executable, *arguments], cwd=ROOT).returncode
     if code:
         raise UserError(f"{arguments[0]} failed with exit code {code}: its message is above")
-
-
-@contextmanager
-def beside(arguments: list[str], log: Path) -> Iterator[None]:
-    """Run a program while the body of the ``with`` runs, its output in a file; wait for it; stop when it fails."""
-    print(f"\n$ python {' '.join(arguments)} > {log} &", flush=True)
-    with open(log, "w", encoding="utf-8") as output:
-        running = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=ENVIRONMENT, stdout=output,
-                                   stderr=subprocess.STDOUT)
-        try:
-            yield
-        except BaseException:
-            running.terminate()
-            running.wait()
-            raise
-        if running.wait():
-            raise UserError(f"{arguments[0]} failed with exit code {running.returncode}: see the end of {log}")
 
 
 def weights(out: Path, role: str, seed: int, recipe: Recipe, best: bool = False) -> Path:
@@ -120,7 +95,7 @@ def training(out: Path, data: Path, role: str, seed: int, recipe: Recipe) -> lis
                "--student-model", model, "--student-backbone", backbone, "--crop-size", *map(str, recipe.crop),
                "--batch-size", str(recipe.batch), "--max-iterations", str(steps), "--lr", str(lr),
                "--workers", "1", "--seed", str(seed), "--save-dir", str(folder), "--log-dir", str(folder),
-               "--log-iter", "50", "--save-per-iters", "100", "--val-per-iters", str(steps)]
+               "--log-iter", "50", "--save-per-iters", "100", "--skip-val"]
     if role == "afdcd":
         teacher_model, teacher_backbone = recipe.teacher
         command += ["--method", "afdcd", "--teacher-model", teacher_model, "--teacher-backbone", teacher_backbone,
@@ -134,15 +109,12 @@ def training(out: Path, data: Path, role: str, seed: int, recipe: Recipe) -> lis
 
 
 def train(out: Path, data: Path, seed: int, recipe: Recipe) -> None:
-    """Train what is not trained yet: the plain student beside the teacher, and after the teacher the distilled one."""
-    wanted = [role for role in ROLES if not is_trained(out, role, seed, recipe)]
-    missing = ", ".join(TITLES[role] for role in wanted) or "nothing, all is there"
-    print(f"\nseed {seed}, to be trained: {missing}", flush=True)
-    commands = {role: training(out, data, role, seed, recipe) for role in wanted}
-    plain = commands.pop("plain", None)
-    with beside(plain, out / f"plain_seed{seed}.txt") if plain else nullcontext():
-        for command in commands.values():
-            run(command)
+    """Train what is not trained yet: the teacher, then the student without and with it."""
+    for role in ROLES:
+        if is_trained(out, role, seed, recipe):
+            print(f"{TITLES[role]} (seed {seed}) is trained already: {out / f'{role}_seed{seed}'}")
+        else:
+            run(training(out, data, role, seed, recipe))
 
 
 def test(out: Path, data: Path, role: str, seed: int, recipe: Recipe) -> dict:
@@ -208,7 +180,6 @@ def main(argv: list[str] | None = None) -> int:
     wanted = json.loads(json.dumps(asdict(recipe)))
     if note.is_file() and json.loads(note.read_text(encoding="utf-8")) != wanted:
         raise UserError(f"{out} holds runs of another recipe: remove it, or choose another folder with --out")
-    torch.set_num_threads(1)
     start = time.perf_counter()
     data = ROOT / "data" / f"toy_streets_{recipe.height}x{recipe.width}_{recipe.train}"
     if not data.is_dir():
