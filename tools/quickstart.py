@@ -71,10 +71,10 @@ def run(arguments: list[str]) -> None:
         raise UserError(f"{arguments[0]} failed with exit code {code}: its message is above")
 
 
-def weights(out: Path, role: str, seed: int, recipe: Recipe, best: bool = False) -> Path:
-    """Where the final (or best) network of a role is."""
+def weights(out: Path, role: str, seed: int, recipe: Recipe) -> Path:
+    """Where the final network of a role is."""
     model, backbone = recipe.teacher if role == "teacher" else recipe.student
-    return out / f"{role}_seed{seed}" / f"kd_{model}_{backbone}_toy_streets{'_best_model' if best else ''}.pth"
+    return out / f"{role}_seed{seed}" / f"kd_{model}_{backbone}_toy_streets.pth"
 
 
 def is_trained(out: Path, role: str, seed: int, recipe: Recipe) -> bool:
