@@ -95,7 +95,7 @@ def training(out: Path, data: Path, role: str, seed: int, recipe: Recipe) -> lis
                "--student-model", model, "--student-backbone", backbone, "--crop-size", *map(str, recipe.crop),
                "--batch-size", str(recipe.batch), "--max-iterations", str(steps), "--lr", str(lr),
                "--workers", "1", "--seed", str(seed), "--save-dir", str(folder), "--log-dir", str(folder),
-               "--log-iter", "50", "--save-per-iters", "100", "--skip-val"]
+               "--log-iter", "50", "--save-per-iters", "100", "--skip-val", "--no-tensorboard"]
     if role == "afdcd":
         teacher_model, teacher_backbone = recipe.teacher
         command += ["--method", "afdcd", "--teacher-model", teacher_model, "--teacher-backbone", teacher_backbone,
