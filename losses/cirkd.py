@@ -28,11 +28,11 @@ from losses.cirkd_memory import (
     pixel_rows,
     queue_names,
     random_priorities,
-    relation_divergence,
     small_labels,
     take_pixels,
 )
 from losses.distiller import BuildContext, Distiller, Term, register
+from losses.relations import relation_divergence
 from losses.task import at_least_float32
 from models.output import SegOutput
 from utils.cli import BooleanAction, number
@@ -40,13 +40,12 @@ from utils.errors import UserError
 from utils.randomness import step_generator
 
 
-def grouped_relation_loss(student: Tensor, teacher: Tensor, group_size: int = 0, tau: float = 0.1,
-                          block: int = 0) -> Tensor:
+def grouped_relation_loss(student: Tensor, teacher: Tensor, group_size: int = 0, tau: float = 0.1) -> Tensor:
     """Mean over images i, their R rows and the images j of i's group of KL(teacher || student).
 
     student: [B, R, C], teacher: [B, R, D], rows of unit length; a row of image i gives a distribution over the R rows
     of image j. Groups are ``group_size`` neighbouring images (0 = all), the last one may be smaller; every image has
-    the same weight. block: see :func:`relation_divergence`.
+    the same weight. The teacher gets no gradient.
     """
     batch, rows, _ = student.shape
     size = min(group_size or batch, batch)
@@ -57,12 +56,12 @@ def grouped_relation_loss(student: Tensor, teacher: Tensor, group_size: int = 0,
             continue
         keys = [x[images].unflatten(0, (-1, count)) for x in (student, teacher)]
         weight = student.new_full((len(keys[0]), count * rows), 1 / (batch * count * rows))
-        total = total + relation_divergence(*(k.flatten(1, 2) for k in keys), *keys, weight, tau, block=block)
+        total = total + relation_divergence(*(k.flatten(1, 2) for k in keys), *keys, weight, tau)
     return total
 
 
-def minibatch_pixel_loss(student: Tensor, teacher: Tensor, group_size: int = 2, tau: float = 0.1, pool: int = 1,
-                         block: int = 0) -> Tensor:
+def minibatch_pixel_loss(student: Tensor, teacher: Tensor, group_size: int = 2, tau: float = 0.1,
+                         pool: int = 1) -> Tensor:
     """Mini-batch pixel-to-pixel relations of student [B, C, h, w] and teacher [B, D, h, w], a scalar.
 
     For each ordered pair (i, j) of images of a group, the mean over the pixels of i of the KL divergence between the
@@ -76,7 +75,7 @@ def minibatch_pixel_loss(student: Tensor, teacher: Tensor, group_size: int = 2, 
     maps = [at_least_float32(x) for x in (student, teacher.detach())]
     if pool > 1:
         maps = [F.avg_pool2d(x, pool, ceil_mode=True) for x in maps]
-    return grouped_relation_loss(*map(pixel_rows, maps), group_size, tau, block)
+    return grouped_relation_loss(*map(pixel_rows, maps), group_size, tau)
 
 
 def projection(student_channels: int, teacher_channels: int) -> nn.Sequential:
@@ -93,8 +92,7 @@ class MemorySettings:
     pixel_queue, region_queue: slots; 0 = that term is off. pixel_contrast, region_contrast: slots compared with in a
     step. pixel_update: largest number of pixels that an image adds. tau, kd_tau: temperatures of the similarities and
     of the divergence. only_filled: compare with written slots only. as_released: enqueue the pixels that the published
-    code enqueues. group_size: the mean over labelled pixels is taken in each group of so many images. block: see
-    :func:`relation_divergence`.
+    code enqueues. group_size: the mean over labelled pixels is taken in each group of so many images.
     """
 
     pixel_queue: int = 20000
@@ -108,7 +106,6 @@ class MemorySettings:
     dtype: torch.dtype = torch.float32
     as_released: bool = False
     group_size: int = 2
-    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -165,7 +162,7 @@ class MemoryRelations(nn.Module):
                 vectors, usable = queue.sample(order, most, s.only_filled)
                 keys = vectors.to(student_rows.dtype)[None, None]
                 losses[name] = s.kd_tau ** 2 * relation_divergence(
-                    *rows, keys, keys, weight, s.tau * s.kd_tau, usable, s.block)
+                    *rows, keys, keys, weight, s.tau * s.kd_tau, usable)
         return losses
 
     def draw(self, batch: int, positions: int, device: torch.device, generator: torch.Generator | None = None) -> Draws:
@@ -198,8 +195,8 @@ class MemoryRelations(nn.Module):
 #: Option name -> default, those of the released scripts.
 DEFAULTS = {"cirkd_tau": 0.1, "cirkd_kd_tau": 1.0, "cirkd_pool": 1, "cirkd_pixel_queue": 20000,
             "cirkd_region_queue": 2000, "cirkd_pixel_contrast": 4096, "cirkd_region_contrast": 1024,
-            "cirkd_pixel_update": 16, "cirkd_only_filled": False, "cirkd_queue_dtype": "float32", "cirkd_rows": 2048,
-            "group_size": 2, "compat": "fixed", "seed": 0}
+            "cirkd_pixel_update": 16, "cirkd_only_filled": False, "cirkd_queue_dtype": "float32", "group_size": 2,
+            "compat": "fixed", "seed": 0}
 
 
 def read_options(context: BuildContext) -> dict:
@@ -214,7 +211,7 @@ def build_memory(context: BuildContext, pixel: bool, region: bool, name: str) ->
         o["cirkd_pixel_queue"] if pixel else 0, o["cirkd_region_queue"] if region else 0,
         o["cirkd_pixel_contrast"] // classes + 1, o["cirkd_region_contrast"] // classes + 1, o["cirkd_pixel_update"],
         o["cirkd_tau"], o["cirkd_kd_tau"], o["cirkd_only_filled"], getattr(torch, o["cirkd_queue_dtype"]),
-        o["compat"] == "reference", o["group_size"], o["cirkd_rows"])
+        o["compat"] == "reference", o["group_size"])
     return MemoryRelations(context.student.channels["head"], context.teacher.channels["head"], classes, settings,
                            context.ignore_label, step_generator(torch.device("cpu"), o["seed"], name, "queues"))
 
@@ -242,11 +239,11 @@ class CIRKD(Distiller):
               "voc": {"lambda_cirkd_pixel": 0.01, "lambda_cirkd_region": 0.01}}
 
     def __init__(self, memory: MemoryRelations | None, batch: bool = True, tau: float = 0.1, pool: int = 1,
-                 group_size: int = 2, block: int = 0, seed: int = 0) -> None:
+                 group_size: int = 2, seed: int = 0) -> None:
         """memory: None leaves out the queues; batch: False leaves out ``cirkd_batch``."""
         super().__init__()
         self.memory, self.batch, self.seed = memory, batch, seed
-        self.batch_options = {"group_size": group_size, "tau": tau, "pool": pool, "block": block}
+        self.batch_options = {"group_size": group_size, "tau": tau, "pool": pool}
 
     @classmethod
     def add_arguments(cls, group: argparse._ArgumentGroup) -> None:
@@ -270,7 +267,6 @@ class CIRKD(Distiller):
                                 "with the random vectors that fill them at the start")
         group.add_argument("--cirkd-queue-dtype", choices=("float32", "float16", "bfloat16"), default="float32",
                            help="precision of the queues; a half one takes half the memory")
-        add("--cirkd-rows", number(int, 0), "pixels compared at a time: less memory, same result; 0 = all")
 
     @classmethod
     def build(cls, context: BuildContext) -> CIRKD:
@@ -280,7 +276,7 @@ class CIRKD(Distiller):
         pixel, region = (term in context.active for term in ("cirkd_pixel", "cirkd_region"))
         memory = build_memory(context, pixel, region, cls.method) if pixel or region else None
         return cls(memory, "cirkd_batch" in context.active, o["cirkd_tau"], o["cirkd_pool"], o["group_size"],
-                   o["cirkd_rows"], o["seed"])
+                   o["seed"])
 
     def forward(self, student: SegOutput, teacher: SegOutput, target: Tensor, step: int,
                 generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -1,5 +1,5 @@
-"""What CIRKD and CIRKDv2 share: queues of teacher vectors that outlive a step, the class means and picked pixels that
-fill them, and the divergence between two networks' similarities to a set of vectors.
+"""What CIRKD and CIRKDv2 share: queues of teacher vectors that outlive a step, and the class means and picked pixels
+that fill them.
 
 A queue belongs to a class and is written in the order of the images. Here all images and classes are written at once,
 with the same result, and every process writes the vectors of all processes, so that the queues stay equal without
@@ -13,22 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from losses.distiller import BuildContext, Distiller, check_taps
+from losses.relations import full_precision
 from losses.task import at_least_float32
 from utils.distributed import is_distributed
 from utils.errors import UserError
 
 #: random numbers below this order the pixels of a class
 PRIORITIES = 2 ** 32
-#: finite, so that a row without any usable column gives 0 rather than NaN
-UNUSABLE = -1e30
-
-
-def full_precision(x: Tensor) -> torch.autocast:
-    """Context on the device of ``x`` in which matrix products keep the dtype of their operands."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def process_place() -> tuple[int, int]:
@@ -205,7 +198,7 @@ def random_priorities(batch: int, positions: int, device: torch.device,
 
 def pixel_rows(feature: Tensor) -> Tensor:
     """A map [B, C, h, w] as vectors [B, h * w, C] of unit length, in float32 or better."""
-    return F.normalize(at_least_float32(feature), dim=1).flatten(2).transpose(1, 2)
+    return F.normalize(at_least_float32(feature), dim=1).flatten(2).transpose(1, 2).contiguous()
 
 
 def check_heads(method: type[Distiller], context: BuildContext) -> None:
@@ -221,35 +214,3 @@ def check_maps(student: Tensor, teacher: Tensor, method: str) -> None:
     if len(student) != len(teacher) or student.shape[-2:] != teacher.shape[-2:]:
         raise UserError(f"{method}: the head maps of student {tuple(student.shape)} and teacher "
                         f"{tuple(teacher.shape)} must agree in batch, height and width")
-
-
-def _divergence(student: Tensor, teacher: Tensor, student_keys: Tensor, teacher_keys: Tensor, weight: Tensor,
-                usable: Tensor | None, tau: float) -> Tensor:
-    """The sum of :func:`relation_divergence` over one block of rows."""
-    logs = []
-    with full_precision(student):
-        for rows, keys in ((student, student_keys), (teacher, teacher_keys)):
-            logits = (rows / tau) @ keys.flatten(1, 2).transpose(1, 2)
-            logits = logits.unflatten(-1, keys.shape[1:3])
-            if usable is not None:
-                logits = logits.masked_fill(~usable, UNUSABLE)
-            logs.append(logits.log_softmax(dim=-1))
-        rows = F.kl_div(*logs, log_target=True, reduction="none").sum((-2, -1))
-        return (rows * weight).sum()
-
-
-def relation_divergence(student: Tensor, teacher: Tensor, student_keys: Tensor, teacher_keys: Tensor, weight: Tensor,
-                        tau: float, usable: Tensor | None = None, block: int = 0) -> Tensor:
-    """Sum over g, r, j of ``weight[g, r]`` * KL(teacher || student) of the softmax over the M keys of set j.
-
-    student [G, R, C], teacher [G, R, D]: rows, of unit length. student_keys [G, J, M, C], teacher_keys [G, J, M, D]:
-    G times J sets of vectors that each row of the same g is compared with. weight: [G, R]. usable: bool [M], which
-    columns take part (None = all). tau: temperature of the similarities. block: rows (over all g) computed at a time,
-    each block once more in the backward pass, so that the memory is about 5 * block * J * M numbers; 0 = all at once.
-    """
-    step = max(block // len(student), 1) if block else student.shape[1]
-    if step >= student.shape[1]:
-        return _divergence(student, teacher, student_keys, teacher_keys, weight, usable, tau)
-    blocks = zip(student.split(step, 1), teacher.split(step, 1), weight.split(step, 1), strict=True)
-    return torch.stack([checkpoint(_divergence, s, t, student_keys, teacher_keys, w, usable, tau, use_reentrant=False,
-                                   preserve_rng_state=False) for s, t, w in blocks]).sum()

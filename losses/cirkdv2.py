@@ -30,9 +30,9 @@ from losses.cirkd_memory import (
     gather_batch,
     process_place,
     queue_names,
-    relation_divergence,
 )
 from losses.distiller import BuildContext, Distiller, Term, register
+from losses.relations import relation_divergence
 from losses.task import at_least_float32
 from models.output import SegOutput
 from utils.cli import number
@@ -93,12 +93,12 @@ class ChannelRelations(nn.Module):
 
     def __init__(self, student_channels: int, teacher_channels: int, size: tuple[int, int], queue: int = 10000,
                  contrast: int = 2048, terms: frozenset[str] = frozenset({"batch", "memory", "mse"}),
-                 group_size: int = 2, tau: float = 0.1, kd_tau: float = 1.0, block: int = 0,
+                 group_size: int = 2, tau: float = 0.1, kd_tau: float = 1.0,
                  dtype: torch.dtype = torch.float32, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.project_head = projection(student_channels, teacher_channels)
         self.size, self.contrast, self.terms = tuple(size), contrast, terms
-        self.group_size, self.tau, self.kd_tau, self.block = group_size, tau, kd_tau, block
+        self.group_size, self.tau, self.kd_tau = group_size, tau, kd_tau
         self.channel = None
         if "memory" in terms:
             length = math.prod(-(-side // POOL) for side in size)
@@ -120,7 +120,7 @@ class ChannelRelations(nn.Module):
         s, t = (F.normalize(at_least_float32(x).flatten(2), dim=2) for x in (self.project_head(maps[0]), maps[1]))
         losses = {}
         if "batch" in self.terms:
-            losses["batch"] = grouped_relation_loss(s, t, self.group_size, self.tau, self.block)
+            losses["batch"] = grouped_relation_loss(s, t, self.group_size, self.tau)
         if "memory" in self.terms:
             losses["memory"] = self._memory(s, t, draws, generator)
         if "mse" in self.terms:
@@ -138,7 +138,7 @@ class ChannelRelations(nn.Module):
         keys = self.channel.sample(draws[1], self.contrast)[0].to(student.dtype)[None, None]
         weight = student.new_full((1, batch * channels), self.kd_tau ** 2 / (batch * channels))
         return relation_divergence(*(x.flatten(0, 1)[None] for x in (student, teacher)), keys, keys, weight,
-                                   self.tau * self.kd_tau, block=self.block)
+                                   self.tau * self.kd_tau)
 
 
 #: Option name -> default, those of the released scripts.
@@ -208,8 +208,7 @@ class CIRKDv2(Distiller):
         if pixel or region:
             memory = build_memory(context, pixel, region, cls.method)
         if "cirkdv2_batch" in active:
-            batch = {"group_size": o["group_size"], "tau": o["cirkd_tau"], "pool": o["cirkd_pool"],
-                     "block": o["cirkd_rows"]}
+            batch = {"group_size": o["group_size"], "tau": o["cirkd_tau"], "pool": o["cirkd_pool"]}
         if active & set(CHANNEL_TERMS):
             channels = cls._build_channels(context, widths, o)
         return cls(block, fitnet, memory, channels, batch, o["seed"])
@@ -221,7 +220,7 @@ class CIRKDv2(Distiller):
         return ChannelRelations(
             *widths, size, own["cirkdv2_channel_queue"], own["cirkdv2_channel_contrast"],
             frozenset(kind for term, kind in CHANNEL_TERMS.items() if term in context.active), o["group_size"],
-            o["cirkd_tau"], o["cirkd_kd_tau"], o["cirkd_rows"], getattr(torch, o["cirkd_queue_dtype"]),
+            o["cirkd_tau"], o["cirkd_kd_tau"], getattr(torch, o["cirkd_queue_dtype"]),
             step_generator(torch.device("cpu"), o["seed"], cls.method, "channels"))
 
     def forward(self, student: SegOutput, teacher: SegOutput, target: Tensor, step: int,

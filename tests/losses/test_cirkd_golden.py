@@ -12,6 +12,12 @@ from losses.cirkdv2 import ChannelRelations, ContextBlock, FitNet
 DTYPES = (torch.float32, torch.float64)
 
 
+@pytest.fixture(params=[2 ** 23, 3000])
+def block(request, monkeypatch):
+    """Similarities computed at a time: all, a part."""
+    monkeypatch.setattr("losses.relations.BLOCK", request.param)
+
+
 def widths(inputs: dict) -> tuple[int, int]:
     return inputs["student"].shape[1], inputs["teacher"].shape[1]
 
@@ -22,12 +28,12 @@ def close(got: float, want: float, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", golden.case_ids("cirkd/minibatch"))
-@pytest.mark.parametrize("block", [0, 50])
-def test_minibatch(name, dtype, block):
+@pytest.mark.usefixtures("block")
+def test_minibatch(name, dtype):
     case = golden.load_case(name)
     inputs = golden.make_inputs(case, dtype)
     loss = minibatch_pixel_loss(inputs["student"], inputs["teacher"], group_size=0, tau=case["config"]["temperature"],
-                                pool=2 if case["config"]["avg_pool_2x2"] else 1, block=block)
+                                pool=2 if case["config"]["avg_pool_2x2"] else 1)
     golden.check_losses(case, {"minibatch_pixel": loss}, inputs)
 
 
@@ -37,12 +43,13 @@ MEMORY_NAMES = {"pixel.queue": "teacher_pixel_queue", "region.queue": "teacher_s
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", golden.case_ids("cirkd/memory"))
+@pytest.mark.usefixtures("block")
 def test_memory(name, dtype):
     case = golden.load_case(name)
     c, inputs, labels = case["config"], golden.make_inputs(case, dtype), golden.make_labels(case)
     settings = MemorySettings(c["pixel_memory_size"], c["region_memory_size"], c["pixel_contrast_per_class"],
                               c["region_contrast_per_class"], c["pixel_update_freq"], c["contrast_temperature"],
-                              c["contrast_kd_temperature"], dtype=dtype, as_released=c["bug_compatible"], block=50)
+                              c["contrast_kd_temperature"], dtype=dtype, as_released=c["bug_compatible"])
     memory = MemoryRelations(*widths(inputs), c["num_classes"], settings).to(dtype)
     golden.fill_params(memory, case, MEMORY_NAMES)
     batch, _, height, width = inputs["student"].shape
@@ -65,13 +72,14 @@ CHANNEL_NAMES = {"channel.queue": "teacher_channel_queue"}
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", golden.case_ids("cirkdv2/channel"))
+@pytest.mark.usefixtures("block")
 def test_channels(name, dtype):
     case = golden.load_case(name)
     c, inputs = case["config"], golden.make_inputs(case, dtype)
     batch, width = len(inputs["teacher"]), inputs["teacher"].shape[1]
     module = ChannelRelations(*widths(inputs), inputs["student"].shape[-2:], c["channel_memory_size"],
                               c["channel_contrast_size"], tau=c["contrast_temperature"],
-                              kd_tau=c["contrast_kd_temperature"], dtype=dtype, block=13).to(dtype)
+                              kd_tau=c["contrast_kd_temperature"], dtype=dtype).to(dtype)
     golden.fill_params(module, case, CHANNEL_NAMES)
     draws = torch.arange(batch * width), torch.arange(c["channel_memory_size"])
     losses = module(inputs["student"], inputs["teacher"], draws=draws)
