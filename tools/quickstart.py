@@ -26,7 +26,7 @@ from dataset.toy_streets import write_toy_streets
 from models import get_segmentation_model
 from utils.cli import ArgumentParser, number, run_main
 from utils.errors import UserError
-from utils.evaluate import evaluate
+from utils.evaluate import available_cpus, evaluate
 from utils.files import write_json
 from utils.visualize import comparison, save_rgb
 
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     if not data.is_dir():
         print(f"painting {recipe.train + recipe.val + recipe.test} toy streets into {data} ...", flush=True)
     write_toy_streets(str(data), train=recipe.train, val=recipe.val, test=recipe.test, height=recipe.height,
-                      width=recipe.width)
+                      width=recipe.width, workers=available_cpus())
     write_json(note, wanted)
     results: dict[int, dict[str, dict]] = {}
     for seed in options.seeds:

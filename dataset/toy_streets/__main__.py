@@ -2,50 +2,51 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 
 from dataset.toy_streets.writer import write_toy_streets
-from utils.errors import UserError
+from utils.cli import ArgumentParser, number, run_main
+from utils.evaluate import available_cpus
+
+PROG = "python -m dataset.toy_streets"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """The command line of the generator."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dataset.toy_streets",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = ArgumentParser(
+        prog=PROG,
         description="Generate toy streets: painted road scenes with exact labels, in CamVid's layout and classes.",
     )
-    parser.add_argument("--data", default="data/toy_streets", help="folder to write")
+    parser.add_argument("--data", default="data/toy_streets", metavar="DIR", help="folder to write")
     parser.add_argument("--train", type=int, default=320, help="scenes to train on")
     parser.add_argument("--val", type=int, default=60, help="scenes to choose the best weights on")
     parser.add_argument("--test", type=int, default=100, help="scenes to report on")
     parser.add_argument("--height", type=int, default=120, help="height of the images in pixels")
     parser.add_argument("--width", type=int, default=160, help="width of the images in pixels")
     parser.add_argument("--seed", type=int, default=0, help="every seed is another set of streets")
-    parser.add_argument("--overwrite", action="store_true", help="replace toy streets made with other parameters")
+    parser.add_argument(
+        "--workers", type=number(int, 1), default=available_cpus(), help="paint in at most this many processes"
+    )
+    parser.boolean(parser, "--overwrite", False, "replace toy streets made with other parameters")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the generator; the exit code is 0, or 2 after an error that is told in one line on stderr."""
+    """Run the generator; returns the exit code. Raises UserError as :func:`write_toy_streets`."""
     args = build_parser().parse_args(argv)
     start = time.perf_counter()
-    try:
-        wrote = write_toy_streets(
-            args.data,
-            train=args.train,
-            val=args.val,
-            test=args.test,
-            height=args.height,
-            width=args.width,
-            seed=args.seed,
-            overwrite=args.overwrite,
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    wrote = write_toy_streets(
+        args.data,
+        train=args.train,
+        val=args.val,
+        test=args.test,
+        height=args.height,
+        width=args.width,
+        seed=args.seed,
+        overwrite=args.overwrite,
+        workers=args.workers,
+    )
     count = f"{args.train} train, {args.val} val, {args.test} test"
     if wrote:
         print(
@@ -58,4 +59,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main, prog=PROG))

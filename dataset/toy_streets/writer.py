@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 import cv2
@@ -18,6 +25,8 @@ SPLIT_IDS = {"train": 0, "val": 1, "test": 2}
 VERSION = 1
 """Raise it when the painter changes what a seed looks like: folders of another version count as different."""
 _MIN_SIDE = 32
+_PROCESS_SCENES = 32
+"""Fewer scenes than these are painted before a process has started (it imports torch, as all of `dataset` does)."""
 
 
 def toy_street(seed: int, split: str, index: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -38,6 +47,7 @@ def write_toy_streets(
     width: int = 160,
     seed: int = 0,
     overwrite: bool = False,
+    workers: int = 1,
 ) -> bool:
     """Write `<root>/{train,val,test}/*.png` with `<root>/{train,val,test}annot/*.png` and a description.
 
@@ -49,12 +59,15 @@ def write_toy_streets(
         height, width: size of the images in pixels, at least 32.
         seed: not negative.
         overwrite: replace toy streets that were made with other parameters.
+        workers: paint in at most this many processes; the files do not depend on it. More than one are started
+            afresh ("spawn"), so that a script which asks for them needs `if __name__ == "__main__":`.
 
     Returns:
         True if it wrote, False if the same toy streets lay there already.
 
     Raises:
-        UserError: bad parameters; other toy streets in `root` (unless `overwrite`); anything else in `root` (always).
+        UserError: bad parameters; other toy streets in `root` (unless `overwrite`); anything else in `root` (always);
+            a file that cannot be written; a process that died.
     """
     wanted = {
         "dataset": "toy_streets",
@@ -66,17 +79,17 @@ def write_toy_streets(
         "width": width,
         "seed": seed,
     }
-    _check(wanted)
+    _check(wanted, workers)
     root = Path(root).resolve()
     try:
-        return _write(root, wanted, overwrite)
+        return _write(root, wanted, overwrite, workers)
     except OSError as error:
         raise UserError(
             f"{root}: cannot be written ({error.strerror}); expected a folder that can be created"
         ) from error
 
 
-def _write(root: Path, wanted: dict[str, int | str], overwrite: bool) -> bool:
+def _write(root: Path, wanted: dict[str, int | str], overwrite: bool, workers: int) -> bool:
     if _occupied(root):
         if _complete(root, wanted):
             return False
@@ -90,7 +103,9 @@ def _write(root: Path, wanted: dict[str, int | str], overwrite: bool) -> bool:
         draft, old = Path(folder, "new"), Path(folder, "old")
         draft.mkdir()
         for split in SPLIT_IDS:
-            _write_split(draft, split, wanted)
+            for name in (split, f"{split}annot"):
+                (draft / name).mkdir()
+        _write_scenes(draft, wanted, workers)
         (draft / DESCRIPTION).write_text(json.dumps(wanted, indent=2) + "\n")
         if root.exists():
             root.rename(old)
@@ -98,7 +113,7 @@ def _write(root: Path, wanted: dict[str, int | str], overwrite: bool) -> bool:
     return True
 
 
-def _check(wanted: dict[str, int | str]) -> None:
+def _check(wanted: dict[str, int | str], workers: int) -> None:
     for name in SPLIT_IDS:
         if wanted[name] < 1:
             raise UserError(f"--{name} {wanted[name]}: expected at least one scene")
@@ -107,6 +122,8 @@ def _check(wanted: dict[str, int | str]) -> None:
             raise UserError(f"--{name} {wanted[name]}: expected at least {_MIN_SIDE} pixels")
     if wanted["seed"] < 0:
         raise UserError(f"--seed {wanted['seed']}: expected 0 or more")
+    if workers < 1:
+        raise UserError(f"--workers {workers}: expected at least one process")
 
 
 def _occupied(root: Path) -> bool:
@@ -143,12 +160,61 @@ def _difference(root: Path, wanted: dict[str, int | str]) -> str:
     return "; ".join(differing) or "files are missing"
 
 
-def _write_split(root: Path, split: str, wanted: dict[str, int | str]) -> None:
-    for folder in (split, f"{split}annot"):
-        (root / folder).mkdir()
-    for index in range(wanted[split]):
-        image, label = toy_street(wanted["seed"], split, index, wanted["height"], wanted["width"])
-        name = f"{split}_{index:05d}.png"
-        for folder, pixels in ((split, image), (f"{split}annot", label)):
-            _, encoded = cv2.imencode(".png", pixels)
-            (root / folder / name).write_bytes(encoded.tobytes())
+def _write_scenes(root: Path, wanted: dict[str, int | str], workers: int) -> None:
+    """All files of all splits, into folders that exist."""
+    scenes = [(split, index) for split in SPLIT_IDS for index in range(wanted[split])]
+    processes = min(workers, len(scenes) // _PROCESS_SCENES)
+    if processes < 2:
+        for scene in scenes:
+            _write_scene(root, wanted, *scene)
+        return
+    strangers = set(active_children())
+    # spawned, not forked: the caller may have threads (of torch) that hold locks
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_start_painter)
+    try:
+        with _interrupts_held_back():
+            tasks = [pool.submit(_write_scene, root, wanted, *scene) for scene in scenes]
+        for task in as_completed(tasks):
+            task.result()
+    except BaseException as error:
+        for child in set(active_children()) - strangers:
+            child.terminate()
+        if not isinstance(error, BrokenProcessPool):
+            raise
+        raise UserError(
+            f"--workers {workers}: a painting process ended unexpectedly (out of memory?); "
+            f"--workers 1 needs no further process"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _write_scene(root: Path, wanted: dict[str, int | str], split: str, index: int) -> None:
+    image, label = toy_street(wanted["seed"], split, index, wanted["height"], wanted["width"])
+    for folder, pixels in ((split, image), (f"{split}annot", label)):
+        _, encoded = cv2.imencode(".png", pixels)
+        (root / folder / f"{split}_{index:05d}.png").write_bytes(encoded.tobytes())
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block; processes that are started in it never see one."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_painter() -> None:
+    """Set up a painting process: one thread, and no life without the process that started it."""
+    cv2.setNumThreads(0)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)

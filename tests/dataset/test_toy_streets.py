@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+from multiprocessing import active_children
 
 import cv2
 import numpy as np
@@ -10,9 +12,10 @@ import pytest
 
 from dataset import SegmentationDataset, get_dataset_spec
 from dataset.toy_streets import labels, paint_scene, toy_street, write_toy_streets
-from dataset.toy_streets.__main__ import main
+from dataset.toy_streets.__main__ import PROG, main
 from dataset.toy_streets.world import sample_noise
 from dataset.toy_streets.writer import DESCRIPTION
+from utils.cli import run_main
 from utils.errors import UserError
 
 SMALL = {"train": 3, "val": 1, "test": 2, "height": 48, "width": 64}
@@ -186,10 +189,57 @@ class TestWriter:
         assert tuple(train[0, 5]["image"].shape) == (3, *spec.train_crop)
 
 
+class TestProcesses:
+    """Painting in several processes: the same files, and nothing left behind when one fails."""
+
+    @pytest.fixture(autouse=True)
+    def pool_for_few_scenes(self, monkeypatch):
+        monkeypatch.setattr("dataset.toy_streets.writer._PROCESS_SCENES", 1)
+
+    def test_files_do_not_depend_on_them(self, root, tmp_path, monkeypatch):
+        here = []
+        monkeypatch.setattr("dataset.toy_streets.writer.toy_street", lambda *scene: here.append(scene))
+        assert write_toy_streets(tmp_path / "two", **SMALL, workers=2)
+        assert contents(tmp_path / "two") == contents(root)
+        assert not here and not active_children() and sorted(os.listdir(tmp_path)) == ["streets", "two"]
+
+    def test_few_scenes_are_painted_here(self, root, tmp_path, monkeypatch):
+        monkeypatch.setattr("dataset.toy_streets.writer._PROCESS_SCENES", 4)
+        monkeypatch.setattr("dataset.toy_streets.writer.ProcessPoolExecutor", None)
+        assert write_toy_streets(tmp_path / "here", **SMALL, workers=64)
+        assert contents(tmp_path / "here") == contents(root)
+
+    def test_a_file_that_cannot_be_written(self, tmp_path):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))  # the processes inherit it
+        try:
+            with pytest.raises(UserError, match=r"streets: cannot be written \(File too large\); expected a folder"):
+                write_toy_streets(tmp_path / "streets", **SMALL, workers=2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert os.listdir(tmp_path) == [] and not active_children()
+
+    def test_a_process_that_dies(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("dataset.toy_streets.writer._start_painter", os.abort)
+        with pytest.raises(UserError, match="--workers 2: a painting process ended unexpectedly.*--workers 1"):
+            write_toy_streets(tmp_path / "streets", **SMALL, workers=2)
+        assert os.listdir(tmp_path) == [] and not active_children()
+
+    def test_an_interruption(self, tmp_path, monkeypatch):
+        def stop(tasks):
+            assert len(tasks) == sum(COUNTS.values()) and len(active_children()) == 2
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("dataset.toy_streets.writer.as_completed", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write_toy_streets(tmp_path / "streets", **SMALL, workers=2)
+        assert os.listdir(tmp_path) == [] and not active_children()
+
+
 class TestCommandLine:
     """`python -m dataset.toy_streets`."""
 
-    ARGS = ["--train", "1", "--val", "1", "--test", "1", "--height", "32", "--width", "40"]
+    ARGS = ["--train", "1", "--val", "1", "--test", "1", "--height", "32", "--width", "40", "--workers", "1"]
 
     def test_writes_then_has_nothing_to_do(self, tmp_path, capsys):
         for expected in ("wrote toy streets (1 train, 1 val, 1 test; 32 x 40, seed 0)", "nothing to do"):
@@ -201,17 +251,22 @@ class TestCommandLine:
         (["--train", "0"], "--train 0: expected at least one scene"),
         (["--width", "20"], "--width 20: expected at least 32 pixels"),
         (["--seed", "-1"], "--seed -1: expected 0 or more"),
+        (["--workers", "0"], "argument --workers: expected a whole number of at least 1, got '0'"),
+        (["--train", "many"], "argument --train: invalid int value: 'many'"),
     ])
     def test_bad_numbers(self, tmp_path, capsys, change, message):
-        assert main(["--data", str(tmp_path / "new"), *self.ARGS, *change]) == 2
+        try:
+            code = run_main(main, ["--data", str(tmp_path / "new"), *self.ARGS, *change], prog=PROG)
+        except SystemExit as stop:
+            code = stop.code
         out, err = capsys.readouterr()
-        assert err == f"error: {message}\n" and not out
+        assert code == 2 and err == f"{PROG}: error: {message}\n" and not out
         assert os.listdir(tmp_path) == []
 
     @pytest.mark.parametrize("below", ["", "/deeper"])
     def test_a_file_is_in_the_way(self, tmp_path, capsys, below):
         (tmp_path / "file").write_text("mine")
-        assert main(["--data", f"{tmp_path}/file{below}", *self.ARGS]) == 2
+        assert run_main(main, ["--data", f"{tmp_path}/file{below}", *self.ARGS], prog=PROG) == 2
         err = capsys.readouterr().err
-        assert err.startswith(f"error: {tmp_path}/file") and "expected a" in err and err.count("\n") == 1
+        assert err.startswith(f"{PROG}: error: {tmp_path}/file") and "expected a" in err and err.count("\n") == 1
         assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "mine"
