@@ -24,7 +24,7 @@ Size = tuple[int, int]
 def evaluate(net: nn.Module, dataset: Dataset, *, device: torch.device, metric: SegmentationMetric | None = None,
              scales: Sequence[float] = (1.0,), flip: bool = False, window: Size | None = None,
              stride: Size | None = None, workers: int = 0,
-             on_prediction: Callable[[Tensor, dict[str, Any]], None] | None = None,
+             on_prediction: Callable[[Tensor, dict[str, Any]], None] | None = None, prediction_limit: int | None = None,
              progress: bool | None = None) -> dict[str, Any]:
     """Evaluate ``net`` (on ``device``, not wrapped in DDP) on every item of ``dataset``.
 
@@ -35,6 +35,7 @@ def evaluate(net: nn.Module, dataset: Dataset, *, device: torch.device, metric: 
     scales, flip, window, stride   see `predict`
     workers         loading processes, at most one per CPU of this process
     on_prediction   called on the process that predicted, with int64 [H,W] class indices on the CPU and the item
+    prediction_limit   only for the first so many of each process (default: all); the others stay on the device
     progress        a bar on stderr; default: on the first process, when stderr is a terminal
     Returns the dict of `SegmentationMetric.result` and "images", the number of images.
     """
@@ -46,13 +47,13 @@ def evaluate(net: nn.Module, dataset: Dataset, *, device: torch.device, metric: 
     was_training = net.training
     net.eval()
     try:
-        for item in _items(dataset, device, workers, progress):
+        for done, item in enumerate(_items(dataset, device, workers, progress)):
             label = item["label"].to(device, non_blocking=True).unsqueeze(0)
             logits = predict(net, item["image"].to(device, non_blocking=True).unsqueeze(0),
                              item["valid"].to(device, non_blocking=True).unsqueeze(0), size=label.shape[-2:],
                              scales=scales, flip=flip, window=window, stride=stride)
             metric.update(logits, label)
-            if on_prediction is not None:
+            if on_prediction is not None and (prediction_limit is None or done < prediction_limit):
                 on_prediction(logits.argmax(1)[0].cpu(), item)
     finally:
         net.train(was_training)

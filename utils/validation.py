@@ -25,11 +25,10 @@ class Validator:
         pictures: list[np.ndarray] = []
 
         def draw(prediction, item) -> None:
-            if len(pictures) < self.panels:
-                pictures.append(self._panel(prediction, item))
+            pictures.append(self._panel(prediction, item))
 
         result = evaluate(net, self.dataset, device=self.distributed.device, workers=self.workers,
-                          on_prediction=draw if self.logger and self.panels else None)
+                          on_prediction=draw if self.logger else None, prediction_limit=self.panels)
         LOG.info("%s %s step %d  mIoU %.2f  pixAcc %.2f  mAcc %.2f  (%d images)", kind, self.dataset.split, step,
                  100 * result["mIoU"], 100 * result["pixAcc"], 100 * result["mAcc"], len(self.dataset))
         if self.logger is not None:

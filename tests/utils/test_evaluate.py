@@ -1,6 +1,7 @@
 """Evaluation: scales, flip, sliding window, counts, and what it must leave alone."""
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,11 +10,14 @@ import torch.nn.functional as F
 from reference import fill
 from torch import Tensor, nn
 
+from dataset import get_dataset_spec
 from models.output import SegOutput
 from models.preprocess import CAFFE_BGR
+from utils.distributed import Distributed
 from utils.errors import UserError
 from utils.evaluate import evaluate, predict
 from utils.score import SegmentationMetric
+from utils.validation import Validator
 
 CPU = torch.device("cpu")
 
@@ -126,6 +130,43 @@ def test_evaluate_counts_every_image_once() -> None:
             assert item["index"] == i and torch.equal(item["label"], Data()[i]["label"])
             assert torch.equal(item["image"], Data()[i]["image"])
     assert result == {**direct.result(), "images": 3}
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Sizes of the predictions that were copied from the device."""
+    sizes, cpu = [], Tensor.cpu
+
+    def copy(tensor: Tensor) -> Tensor:
+        if tuple(tensor.shape) in Data.shapes:
+            sizes.append(tuple(tensor.shape))
+        return cpu(tensor)
+
+    monkeypatch.setattr(Tensor, "cpu", copy)
+    return sizes
+
+
+@pytest.mark.parametrize(("limit", "count"), [(None, 3), (5, 3), (2, 2), (0, 0)])
+def test_only_the_predictions_that_are_wanted_are_copied(copied: list[tuple[int, ...]], limit: int | None,
+                                                         count: int) -> None:
+    seen = []
+    result = evaluate(Net(), Data(), device=CPU, on_prediction=lambda _, item: seen.append(item["index"]),
+                      prediction_limit=limit)
+    assert seen == [0, 1, 2][:count] and copied == list(Data.shapes[:count])
+    assert result == evaluate(Net(), Data(), device=CPU), "every image counts"
+
+
+@pytest.mark.parametrize(("panels", "is_main", "count"), [(2, True, 2), (0, True, 0), (9, True, 3), (2, False, 0)])
+def test_validation_copies_what_it_draws(copied: list[tuple[int, ...]], panels: int, is_main: bool,
+                                         count: int) -> None:
+    data, pictures, records = Data(), {}, []
+    data.spec, data.split = get_dataset_spec("camvid"), "val"
+    logger = SimpleNamespace(record=lambda kind, step, **values: records.append(values),
+                             picture=lambda name, image, step: pictures.update({name: image}))
+    validator = Validator(data, Distributed(0, 1, 0, CPU), 0, logger if is_main else None, panels)
+    assert validator(Net(), 7) == evaluate(Net(), data, device=CPU)
+    assert copied == list(Data.shapes[:count]) and list(pictures) == [f"val/{i}" for i in range(count)]
+    assert all(p.ndim == 3 and p.std() > 0 for p in pictures.values()) and len(records) == is_main
 
 
 def test_workers_do_not_matter_and_the_metric_starts_afresh() -> None:
