@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from losses.distiller import BuildContext, Distiller, Term, register
+from losses.logits import check_logit_maps
 from losses.task import at_least_float32
 from models.output import SegOutput
 from utils.cli import number
@@ -20,9 +21,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
     Both logits [B, K, h, w] at the networks' stride: every position counts, also where the label is ignored. No
     gradient reaches the teacher. Raises UserError when the shapes differ.
     """
-    if student_logits.shape != teacher_logits.shape:
-        raise UserError(f"kd: the logits of student {tuple(student_logits.shape)} and teacher "
-                        f"{tuple(teacher_logits.shape)} must have the same shape (classes and output stride)")
+    check_logit_maps("kd", student_logits, teacher_logits)
     batch, _, height, width = student_logits.shape
     log_q = F.log_softmax(at_least_float32(student_logits) / temperature, dim=1)
     log_p = F.log_softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=1)

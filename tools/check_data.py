@@ -17,19 +17,20 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 
 from dataset import DatasetSpec, SegmentationDataset, get_dataset_spec, list_datasets
+from utils.cli import ArgumentParser, number, run_main
 from utils.errors import UserError
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ArgumentParser(prog="check_data.py", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", required=True, help=f"one of {', '.join(list_datasets())}")
     parser.add_argument("--data", required=True, metavar="DIR", help="root folder of the data set")
     parser.add_argument("--split", action="append", metavar="NAME", help="check this split only (may be repeated)")
     parser.add_argument("--list", action="append", default=[], metavar="SPLIT=FILE", help="list file of a split")
-    parser.add_argument("--sample", type=int, default=20, metavar="N",
-                        help="images to decode per split, evenly spread (default: %(default)s; 0: none)")
-    parser.add_argument("--all", action="store_true", help="decode every image")
+    parser.add_argument("--sample", type=number(int, 0), default=20, metavar="N",
+                        help="images to decode per split, evenly spread; 0: none")
+    parser.boolean(parser, "--all", False, "decode every image")
     return parser.parse_args(argv)
 
 
@@ -57,7 +58,7 @@ def count_pixels(data: SegmentationDataset, indices: Sequence[int]) -> np.ndarra
 def check_split(spec: DatasetSpec, args: argparse.Namespace, split: str, list_file: str | None) -> np.ndarray:
     """Print one line about a split; pixels per class of what was decoded, as :func:`count_pixels`."""
     data = SegmentationDataset(spec, args.data, split, train=False, list_file=list_file)
-    wanted = len(data) if args.all else min(max(args.sample, 0), len(data))
+    wanted = len(data) if args.all else min(args.sample, len(data))
     indices = np.unique(np.linspace(0, len(data) - 1, wanted).astype(int)) if wanted else []
     counts = count_pixels(data, indices)
     published = spec.split(split).published
@@ -94,13 +95,9 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    try:
-        run(parse(argv))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    run(parse(argv))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

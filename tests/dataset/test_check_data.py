@@ -11,6 +11,7 @@ from PIL import Image
 from reference import tiny_data
 
 from tools.check_data import main
+from utils.cli import run_main
 
 REPO = Path(__file__).parents[2]
 
@@ -19,7 +20,10 @@ REPO = Path(__file__).parents[2]
 def check(capsys):
     """Run the program in this process."""
     def run(*args: object) -> subprocess.CompletedProcess:
-        code = main([*map(str, args)])
+        try:
+            code = run_main(main, [*map(str, args)], prog="check_data.py")
+        except SystemExit as stop:
+            code = stop.code
         return subprocess.CompletedProcess(args, code, *capsys.readouterr())
     return run
 
@@ -29,6 +33,7 @@ def test_as_a_program(camvid_root):
     got = subprocess.run([sys.executable, "tools/check_data.py", "--dataset", "camvid", "--data", str(camvid_root)],
                          cwd=REPO, text=True, capture_output=True, check=False)
     assert got.returncode == 2 and "valannot/a.png: truncated label" in got.stderr and got.stderr.count("\n") == 1
+    assert got.stderr.startswith("check_data.py: error: ")
 
 
 def test_report(check, camvid_root):
@@ -63,9 +68,18 @@ def test_damage(check, camvid_root, damage, expected):
     assert got.returncode == 2 and expected in got.stderr and got.stderr.count("\n") == 1
 
 
+def test_nothing_need_be_decoded(check, camvid_root):
+    (camvid_root / "val/b.png").write_bytes(b"no")
+    got = check("--dataset", "camvid", "--data", camvid_root, "--sample", 0)
+    assert got.returncode == 0 and "val: 2 images, PUBLISHED: 101; 0 decoded" in got.stdout
+
+
 @pytest.mark.parametrize("args, expected", [
     (("--dataset", "camvod"), "unknown data set 'camvod'"), (("--dataset", "camvid", "--list", "val"), "SPLIT=FILE"),
     (("--dataset", "camvid", "--list", "dev=x"), "no split 'dev'"),
+    (("--dataset", "camvid", "--sample", "-1"), "--sample: expected a whole number of at least 0, got '-1'"),
+    (("--dataset", "camvid", "--sample", "few"), "--sample: expected a whole number of at least 0, got 'few'"),
+    (("--dataset", "camvid", "--slpit", "val"), "did you mean --split?"), ((), "required: --dataset"),
 ])
 def test_bad_arguments(check, camvid_root, args, expected):
     got = check(*args, "--data", camvid_root)
