@@ -120,6 +120,16 @@ def test_two_processes_equal_one(place: Path, tmp_path: Path) -> None:
     assert one == two and len(one) == 6
 
 
+def test_an_error_that_one_of_two_processes_finds_is_told(place: Path, tmp_path: Path) -> None:
+    data = tmp_path / "camvid"
+    shutil.copytree(place / "camvid", data)
+    (data / "val" / "b.png").write_bytes((data / "val" / "b.png").read_bytes()[:200])  # the first of process 1
+    run = launched(2, arguments(place, "--data", str(data), "--json", str(tmp_path / "r.json")), tmp_path)
+    assert run.returncode != 0 and not (tmp_path / "r.json").exists()
+    told = [line for line in run.stderr.splitlines() if line.startswith("eval.py: error: ")]
+    assert len(told) == 1 and "b.png" in told[0], run.stderr
+
+
 def test_pictures(place: Path, tmp_path: Path) -> None:
     argv = arguments(place, "--save-pred", "--blend", "--save_ids", "--save_dir", str(tmp_path), "--limit", "2")
     assert run_main(program.main, argv) == 0

@@ -1,7 +1,8 @@
 """Command line: one parser class and one wrapper for every program of the repository.
 
 * both spellings of every option (``--rand-mask``, ``--rand_mask``), booleans that work, no abbreviations;
-* wrong input is one line on stderr and exit code 2, without usage text and without a traceback.
+* wrong input is one line on stderr and exit code 2, without usage text and without a traceback; when all processes
+  under ``torchrun`` find the same fault, one of them says so.
 
     def main(argv: list[str] | None = None) -> int | None:
         parser = ArgumentParser(prog="train_kd.py", description="...")
@@ -19,10 +20,13 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, NoReturn
 
 from utils.errors import UserError
 
+#: seconds to wait for the launcher's store before a message is written in any case
+STORE_PATIENCE = 5.0
 _TRUE = frozenset({"true", "1", "yes", "on"})
 _FALSE = frozenset({"false", "0", "no", "off"})
 
@@ -88,7 +92,7 @@ class HelpFormatter(argparse.HelpFormatter):
         default = action.default
         if not action.option_strings or action.nargs == 0 and not isinstance(action, BooleanAction):
             return text
-        if default is None or default is argparse.SUPPRESS or default == "" or "(default" in text:
+        if default in (None, argparse.SUPPRESS, "", []) or "(default" in text:
             return text
         if isinstance(default, bool):
             shown = str(default).lower()
@@ -146,7 +150,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line on stderr, exit code 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        _say(f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2)
 
     def _normalise(self, args: list[str]) -> list[str]:
         end = args.index("--") if "--" in args else len(args)
@@ -176,9 +181,7 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
     try:
         return main(argv) or 0
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f" (rank {rank})"
-        sys.stderr.write(f"{prog}: error{where}: {_message(error)}\n")
+        _say(f"{prog}: error: {_message(error)}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
@@ -186,8 +189,33 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
     except RuntimeError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not _is_lost_connection(error):
             raise
-        sys.stderr.write(f"{prog}: another process failed; its message is above or below\n")
+        _say(f"{prog}: another process failed; its message is above or below\n")
         return 2
+
+
+def _say(line: str) -> None:
+    """Write a line to stderr, unless another process of this machine has written the same one."""
+    if _is_first(line):
+        sys.stderr.write(line)
+
+
+def _is_first(line: str) -> bool:
+    """True for the first of the processes that ``torchrun`` started on this machine with this line, and when in doubt.
+
+    They count in the launcher's store, which outlives them and is there before any process group. Nobody waits, and a
+    line that only one process has is its first.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    from torch.distributed import TCPStore  # the command line itself needs no torch
+
+    patience = timedelta(seconds=STORE_PATIENCE)
+    run = [os.environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "GROUP_RANK")]
+    try:
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=patience)
+        return store.add(f"said/{'/'.join(run)}/{line}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):  # no store any more
+        return True
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

@@ -1,7 +1,10 @@
 """The command-line parser and the wrapper of the programs."""
 from __future__ import annotations
 
+import socket
+
 import pytest
+from torch.distributed import TCPStore
 from torch.utils.data import DataLoader
 
 from utils.cli import ArgumentParser, number, run_main
@@ -17,6 +20,7 @@ def make_parser() -> ArgumentParser:
     group.add_argument("--mask-ratio", type=number(float, 0, 1), default=0.75, help="share of zeroed positions")
     group.add_argument("--crop-size", type=number(int, 1), nargs="+", default=[512, 1024], help="height and width")
     group.add_argument("--save-dir", help="where to write")
+    group.add_argument("--only", action="append", default=[], help="may be repeated")
     group.add_argument("--pattern", default="50%", help="100%% of it")
     return parser
 
@@ -94,6 +98,7 @@ def test_help_shows_groups_and_defaults(capsys: pytest.CaptureFixture[str]) -> N
     assert "--rand-mask, --no-rand-mask" in out
     assert "(default: true)" in out and "(default: 512 1024)" in out and "(default: 0.75)" in out
     assert "100% of it (default: 50%)" in out
+    assert "may be repeated\n" in out, "an empty default is not shown"
     assert out.startswith("usage: prog.py [options]\n")
     assert max(len(line) for line in out.splitlines()) <= 110
 
@@ -115,6 +120,54 @@ def test_run_main(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     assert run_main(lambda argv: len(argv or []), ["a", "b", "c"]) == 3
     with pytest.raises(ZeroDivisionError):
         run_main(lambda argv: 1 // 0, [])
+
+
+def test_processes_that_fail_alike_say_so_once(capsys: pytest.CaptureFixture[str],
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as the launcher does
+    launcher = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+
+    def said(error: Exception | None, **environment: str) -> str:
+        def fails(argv: list[str] | None) -> int:
+            if error is None:
+                make_parser().parse_args(["--zzz"])
+            raise error
+
+        for name, value in {"WORLD_SIZE": "4", "GROUP_RANK": "0", "TORCHELASTIC_RESTART_COUNT": "0", **launcher,
+                            **environment}.items():
+            monkeypatch.setenv(name, value)
+        try:
+            assert run_main(fails, [], prog="prog.py") == 2
+        except SystemExit as stop:
+            assert stop.code == 2
+        return capsys.readouterr().err
+
+    missing, broken = UserError("--data: folder 'ü' does not exist"), UserError("7.png: truncated file")
+    first = "prog.py: error: --data: folder 'ü' does not exist\n"
+    assert [said(missing, RANK=rank) for rank in "312"] == [first, "", ""]
+    assert [said(broken, RANK=rank) for rank in "01"] == ["prog.py: error: 7.png: truncated file\n", ""]
+    assert [said(None, RANK=rank) for rank in "01"] == ["prog.py: error: unrecognized arguments: --zzz\n", ""]
+    lost = "prog.py: another process failed; its message is above or below\n"
+    assert [said(RuntimeError("Broken pipe"), RANK=rank) for rank in "01"] == [lost, ""]
+    assert said(missing, RANK="4", GROUP_RANK="1") == first, "every machine has a terminal of its own"
+    assert said(missing, RANK="0", TORCHELASTIC_RESTART_COUNT="1") == first
+    for elsewhere in ({"TORCHELASTIC_USE_AGENT_STORE": "False"}, {"MASTER_PORT": "none"}):
+        assert said(missing, RANK="1", **elsewhere) == first, "in doubt it is said again"
+
+
+def test_an_error_is_not_lost_with_the_store(capsys: pytest.CaptureFixture[str],
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(argv: list[str] | None) -> int:
+        raise UserError("7.png: truncated file")
+
+    with socket.socket() as taken:  # bound and never listening: nothing answers there
+        taken.bind(("127.0.0.1", 0))
+        for name, value in {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True",
+                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("utils.cli.STORE_PATIENCE", 0.5)
+        assert run_main(fails, [], prog="prog.py") == 2
+    assert capsys.readouterr().err == "prog.py: error: 7.png: truncated file\n"
 
 
 class Unreadable:
