@@ -55,7 +55,8 @@ class Objective(nn.Module):
         output = self.student(images)
         terms = task_loss(output, target, self.criterion)
         for distiller in self.distillers.values():
-            found = distiller(output, teacher, target, step, generator)
+            more = {"images": images} if distiller.uses_images else {}
+            found = distiller(output, teacher, target, step, generator, **more)
             terms.update({name: value for name, value in found.items() if self.weights[name]})
         return terms
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from models.preprocess import CAFFE_BGR, Preprocess
 from utils.errors import UserError
 
 
@@ -41,24 +42,27 @@ class Term:
 
 @dataclass(frozen=True)
 class NetInfo:
-    """What a method may know about a network without running it: channels per tap, class count, output stride."""
+    """What a method may know about a network without running it: channels per tap, class count, output stride, and the
+    preprocessing of its images."""
 
     name: str
     channels: Mapping[str, int]
     num_class: int
     stride: int = 8
+    preprocess: Preprocess = CAFFE_BGR
 
 
 @dataclass(frozen=True)
 class BuildContext:
     """Everything a distiller is built from.
 
-    options: the parsed command line (see ``Distiller.add_arguments``). active: the terms with a non-zero weight; a
-    method neither builds nor computes what only the others need.
+    teacher: None when only methods run that read none (``teacher_taps = ()``). options: the parsed command line (see
+    ``Distiller.add_arguments``). active: the terms with a non-zero weight; a method neither builds nor computes what
+    only the others need.
     """
 
     student: NetInfo
-    teacher: NetInfo
+    teacher: NetInfo | None
     num_class: int
     ignore_label: int = -1
     active: frozenset[str] = frozenset()
@@ -71,16 +75,17 @@ class BuildContext:
 class Preparation:
     """What a stage before training may use (see ``Distiller.prepare``).
 
-    batches(steps, batch_size, start): iterator of (teacher images float [B, 3, H, W] on the device, target int64
-    [B, H, W]) for the steps from ``start`` on, the same whatever the number of processes; each process gets its share.
-    directory: where to cache the result; only the main process writes. log: takes one line of text.
+    teacher: None when no method reads one. batches(steps, batch_size, start, role): iterator of (images float
+    [B, 3, H, W] on the device, as the "teacher" or the "student" wants them, target int64 [B, H, W]) for the steps from
+    ``start`` on, the same whatever the number of processes; each process gets its share. directory: where to cache the
+    result; only the main process writes. log: takes one line of text.
     """
 
-    teacher: nn.Module
+    teacher: nn.Module | None
     device: torch.device
     directory: Path
     is_main: bool
-    batches: Callable[[int, int, int], Iterator[tuple[Tensor, Tensor]]]
+    batches: Callable[[int, int, int, str], Iterator[tuple[Tensor, Tensor]]]
     log: Callable[[str], None]
 
 
@@ -92,7 +97,9 @@ class Distiller(nn.Module):
         method   registry name (set by :func:`register`)
         title, paper, year   for ``--list-methods``
         terms    the :class:`Term` objects that ``forward`` may return
-        student_taps, teacher_taps   fields of ``SegOutput`` that the method reads
+        student_taps, teacher_taps   fields of ``SegOutput`` that the method reads; a class without any of the teacher
+                 needs no teacher
+        uses_images  forward gets the student's images as the keyword argument ``images`` (float [B, 3, H, W])
         preset   published settings by data set ("*": any other): option name -> value, applied by ``--method NAME``
         clip_norm  largest L2 norm of the gradient of the method's own parameters, None = not clipped
         cost     what it computes beyond the two networks, in a short phrase, for ``--list-methods``
@@ -106,6 +113,7 @@ class Distiller(nn.Module):
     terms: tuple[Term, ...] = ()
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
+    uses_images: bool = False
     preset: Mapping[str, Mapping[str, object]] = {}
     clip_norm: float | None = None
     cost: str = ""
@@ -124,8 +132,9 @@ class Distiller(nn.Module):
                 generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return {term name: unweighted scalar}.
 
-        student, teacher: ``SegOutput``; the teacher's tensors carry no graph. target: int64 [B, H, W] at crop size.
-        step: iterations done so far. generator: source of the method's random numbers, on the tensors' device.
+        student, teacher: ``SegOutput``; the teacher's tensors carry no graph (None when no method needs a teacher).
+        target: int64 [B, H, W] at crop size. step: iterations done so far. generator: source of the method's random
+        numbers, on the tensors' device.
         """
         raise NotImplementedError
 
@@ -182,10 +191,10 @@ def methods() -> dict[str, type[Distiller]]:
     return dict(sorted(_REGISTRY.items()))
 
 
-def check_taps(distiller: Distiller, student: NetInfo, teacher: NetInfo) -> None:
+def check_taps(distiller: Distiller, student: NetInfo, teacher: NetInfo | None) -> None:
     """Raise :class:`UserError` when a network lacks a tensor that the method wants, listing what it has."""
     for role, net, taps in (("student", student, distiller.student_taps), ("teacher", teacher, distiller.teacher_taps)):
-        missing = [t for t in taps if t not in net.channels]
+        missing = [t for t in taps if net is None or t not in net.channels]
         if missing:
             raise UserError(f"method {distiller.method!r} needs {', '.join(missing)} of the {role}, "
                             f"but {net.name} offers only {', '.join(net.channels)}")

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from losses.distiller import BuildContext, Distiller, Preparation, Term, check_taps, register
 from losses.feature_mse import check_maps
 from losses.maskd import dice_overlap
-from losses.maskd_stage import INITIAL_STD, StageSettings, find_tokens, learn_tokens
+from losses.maskd_stage import INITIAL_STD, find_tokens, learn_tokens
+from losses.stage import StageSettings, data_words
 from losses.task import SegCrossEntropyLoss, at_least_float32
 from models.output import SegOutput
 from utils.cli import number
@@ -186,10 +187,8 @@ class FreeKD(Distiller):
             tokens = _given_prompts(Path(given).expanduser(), width)
         else:
             tokens = initial_prompts(getattr(o, "freekd_tokens", 6), width, seed)
-            data = (tap, context.dataset, *context.crop_size, context.ignore_label,
-                    getattr(o, "sampling", "reference"), getattr(o, "train_list", None))
             settings = StageSettings(getattr(o, "freekd_steps", 10000), getattr(o, "freekd_batch_size", 16),
-                                     getattr(o, "freekd_lr", 0.01), False, seed, data,
+                                     getattr(o, "freekd_lr", 0.01), False, seed, (tap, *data_words(context)),
                                      getattr(o, "save_per_iters", 800), "freekd")
         return cls(student.channels[tap], tokens, settings, tap, context.ignore_label, context.active)
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from losses.distiller import BuildContext, Distiller, Preparation, Term, register
 from losses.logits import check_logit_maps, check_logit_nets
-from losses.maskd_stage import StageSettings, initial_tokens, learn_tokens, read_tokens
+from losses.maskd_stage import initial_tokens, learn_tokens, read_tokens
+from losses.stage import StageSettings, data_words
 from losses.task import SegCrossEntropyLoss, at_least_float32
 from models.output import SegOutput
 from utils.cli import number
@@ -123,11 +124,9 @@ class MasKD(Distiller):
             tokens = read_tokens(Path(given).expanduser(), classes)
         else:
             tokens = initial_tokens(getattr(o, "maskd_tokens", 8), classes, seed)
-            data = (context.dataset, *context.crop_size, context.ignore_label, getattr(o, "sampling", "reference"),
-                    getattr(o, "train_list", None))
             settings = StageSettings(getattr(o, "maskd_steps", 10000), getattr(o, "maskd_batch_size", 16),
                                      getattr(o, "maskd_lr", 0.1), getattr(o, "compat", "fixed") == "reference", seed,
-                                     data, getattr(o, "save_per_iters", 800))
+                                     data_words(context), getattr(o, "save_per_iters", 800))
         both = "aux" in context.student.channels and "aux" in context.teacher.channels
         aux_weight = getattr(o, "maskd_aux_weight", 0.4) if both else 0.0
         return cls(tokens, settings, aux_weight, context.ignore_label)

@@ -1,6 +1,7 @@
 """The one network class: a backbone, a head and, if wanted, an auxiliary head."""
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone
@@ -19,6 +20,7 @@ class SegmentationNet(nn.Module):
         name            "<model>-<backbone>", e.g. "deeplabv3-resnet18"
         model, backbone the two parts of the name
         num_class       K
+        in_channels     3, see :func:`add_input_channels`
         aux             True when there is an auxiliary head
         output_stride   8
         channels        {tap: channel count} of exactly the fields that ``forward`` fills, in their order
@@ -34,6 +36,7 @@ class SegmentationNet(nn.Module):
         super().__init__()
         self.model, self.backbone, self.name = model, backbone_name, f"{model}-{backbone_name}"
         self.num_class = num_class
+        self.in_channels = 3
         self.preprocess = preprocess
         self.pretrained = backbone
         self.head = head
@@ -50,14 +53,28 @@ class SegmentationNet(nn.Module):
         return "pretrained." + self.pretrained.key_prefix
 
     def forward(self, x: Tensor) -> SegOutput:
-        """x: float [B, 3, H, W], H and W at least 8. Every output is at stride 8 (rounded up), c1 at stride 4.
+        """x: float [B, in_channels, H, W], H and W at least 8. Outputs are at stride 8 (rounded up), c1 at stride 4.
 
         Raises UserError for another shape or an integer type.
         """
-        if x.dim() != 4 or x.shape[1] != 3 or min(x.shape[2:]) < MIN_SIDE or not x.is_floating_point():
-            raise UserError(f"{self.name} expects a float image batch [B, 3, H, W] with H and W of at least "
-                            f"{MIN_SIDE}, got {x.dtype} {list(x.shape)}")
+        if x.dim() != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < MIN_SIDE or not x.is_floating_point():
+            raise UserError(f"{self.name} expects a float image batch [B, {self.in_channels}, H, W] with H and W "
+                            f"of at least {MIN_SIDE}, got {x.dtype} {list(x.shape)}")
         c1, c2, c3, c4 = self.pretrained(x)
         logits, feature = self.head(c4)
         aux = self.auxlayer(c3)[0] if self.aux else None
         return SegOutput(logits, aux, c1, c2, c3, c4, feature)
+
+
+def add_input_channels(net: SegmentationNet, count: int) -> SegmentationNet:
+    """Give a network ``count`` more input channels, in place: new random weights in its first convolution.
+
+    The weights of the other channels stay, so zeros in the new ones leave the output as it was. Returns the network.
+    """
+    stem = next(m for m in net.pretrained.modules() if isinstance(m, nn.Conv2d))
+    new = torch.empty_like(stem.weight[:, :1]).repeat(1, count, 1, 1)
+    nn.init.kaiming_normal_(new, mode="fan_out", nonlinearity="relu")
+    stem.weight = nn.Parameter(torch.cat([stem.weight.detach(), new], dim=1))
+    stem.in_channels += count
+    net.in_channels += count
+    return net

@@ -117,7 +117,15 @@ def run(distiller: Distiller, student: SegOutput, teacher: SegOutput, target: Te
         seed: int = 0) -> dict[str, Tensor]:
     """One forward pass with a seeded generator; the default generator is set elsewhere, it must not matter."""
     generator = torch.Generator(target.device).manual_seed(1000 * seed + step)
-    return distiller(student, teacher, target, step, generator)
+    more = {"images": images_like(student, target, step)} if distiller.uses_images else {}
+    return distiller(student, teacher, target, step, generator, **more)
+
+
+def images_like(student: SegOutput, target: Tensor, seed: int = 0) -> Tensor:
+    """Random images [B, 3, H, W] for labels, in the precision of the student's output."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn((len(target), 3, *target.shape[1:]), generator=generator, dtype=torch.float64)
+    return (50 * images).to(target.device, student.logits.dtype)
 
 
 def check_gradients(name: str, distiller: Distiller, student: SegOutput, teacher: SegOutput, terms: dict) -> None:

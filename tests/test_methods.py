@@ -17,6 +17,7 @@ from method_cases import (
     build,
     check_gradients,
     context,
+    images_like,
     labels,
     outputs,
     own_terms,
@@ -249,9 +250,11 @@ class TestDevices:
         train(distiller, crop, range(2), device="cuda")
         student, teacher = outputs(STUDENT, crop, device="cuda"), outputs(TEACHER, crop, seed=1, device="cuda")
         target, generator = labels(crop, device="cuda"), torch.Generator("cuda").manual_seed(0)
+        images = images_like(student, target)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            sum(distiller(student, teacher, target, 0, generator).values()).backward()
+            more = {"images": images} if distiller.uses_images else {}
+            sum(distiller(student, teacher, target, 0, generator, **more).values()).backward()
             distiller.after_step(0)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -34,7 +34,7 @@ from losses.distiller import Preparation, methods
 from models import get_segmentation_model
 from utils.build import build_objective, build_optimizer
 from utils.cli import ArgumentParser, number, run_main
-from utils.config import parse_config
+from utils.config import needs_teacher, parse_config
 from utils.errors import UserError
 from utils.step import TrainStep
 
@@ -89,7 +89,7 @@ def network(name: str, num_class: int) -> nn.Module:
 def random_batches(options: argparse.Namespace, num_class: int) -> Callable[..., Iterator[tuple[Tensor, Tensor]]]:
     """What ``Preparation.batches`` asks for, with noise as images and random labels."""
 
-    def batches(steps: int, batch_size: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(steps: int, batch_size: int, start: int, role: str) -> Iterator[tuple[Tensor, Tensor]]:
         for _ in range(start, steps):
             yield (torch.randn(batch_size, 3, *options.crop, device=options.device),
                    torch.randint(0, num_class, (batch_size, *options.crop), device=options.device))
@@ -97,7 +97,7 @@ def random_batches(options: argparse.Namespace, num_class: int) -> Callable[...,
     return batches
 
 
-def prepare(objective: Objective, teacher: nn.Module, options: argparse.Namespace, num_class: int) -> None:
+def prepare(objective: Objective, teacher: nn.Module | None, options: argparse.Namespace, num_class: int) -> None:
     """Run the methods' stages before training, on noise."""
     with tempfile.TemporaryDirectory() as folder:
         stage = Preparation(teacher, torch.device(options.device), Path(folder), True,
@@ -117,8 +117,10 @@ def measure_method(name: str, options: argparse.Namespace) -> dict[str, float]:
         vars(config).update(methods()[method].quick)
     torch.manual_seed(0)
     student = network(options.student, num_class).train()
-    teacher = None if name == "none" else network(options.teacher, num_class).eval().requires_grad_(False).to(device)
-    objective = build_objective(config, student, None if method == "none" else teacher).to(device)
+    teacher = None
+    if name == "teacher" or needs_teacher(config):
+        teacher = network(options.teacher, num_class).eval().requires_grad_(False).to(device)
+    objective = build_objective(config, student, teacher).to(device)
     step_fn = TrainStep(objective, teacher, build_optimizer(config, objective), lr=1e-4, max_iterations=10**6)
     images = torch.randn(options.batch, 3, *options.crop, device=device)
     target = torch.randint(0, num_class, (options.batch, *options.crop), device=device)

@@ -11,7 +11,7 @@ import dataset as data
 from losses.composition import Objective, active_terms, build_distillers, term_weights
 from losses.distiller import BuildContext, NetInfo
 from models import get_segmentation_model
-from utils.config import distils
+from utils.config import distils, needs_teacher
 from utils.distributed import Distributed, synchronise_batch_norm
 from utils.errors import UserError
 from utils.randomness import seed_everything
@@ -19,7 +19,7 @@ from utils.randomness import seed_everything
 
 def net_info(net: nn.Module) -> NetInfo:
     """What distillers may know about a network."""
-    return NetInfo(net.name, dict(net.channels), net.num_class, net.output_stride)
+    return NetInfo(net.name, dict(net.channels), net.num_class, net.output_stride, net.preprocess)
 
 
 def build_student(config: argparse.Namespace, num_class: int) -> nn.Module:
@@ -32,8 +32,8 @@ def build_student(config: argparse.Namespace, num_class: int) -> nn.Module:
 
 
 def build_teacher(config: argparse.Namespace, num_class: int) -> nn.Module | None:
-    """The frozen teacher in eval mode, or None when nothing is distilled."""
-    if not distils(config):
+    """The frozen teacher in eval mode, or None when no method of the run reads one."""
+    if not needs_teacher(config):
         return None
     teacher = get_segmentation_model(
         model=config.teacher_model, backbone=config.teacher_backbone, num_class=num_class,
@@ -45,10 +45,10 @@ def build_teacher(config: argparse.Namespace, num_class: int) -> nn.Module | Non
 def build_objective(config: argparse.Namespace, student: nn.Module, teacher: nn.Module | None) -> Objective:
     """Student and distillers with their weights, as the one module that is trained."""
     distillers = nn.ModuleDict()
-    if teacher is not None:
+    if distils(config):
         seed_everything(config.seed, "distillers")
         distillers = build_distillers(BuildContext(
-            net_info(student), net_info(teacher), student.num_class, config.ignore_label,
+            net_info(student), teacher and net_info(teacher), student.num_class, config.ignore_label,
             active_terms(config), config.crop_size, config.dataset, config))
     return Objective(student, distillers, term_weights(config), config.aux_weight, config.ignore_label)
 

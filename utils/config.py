@@ -154,8 +154,17 @@ def parse_config(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def distils(config: argparse.Namespace) -> bool:
-    """True when any distillation term has a weight, so that a teacher is needed."""
-    return any(getattr(config, t.dest) for cls in methods().values() for t in cls.terms)
+    """True when any distillation term has a weight."""
+    return bool(_active_methods(config))
+
+
+def needs_teacher(config: argparse.Namespace) -> bool:
+    """True when a method with a weight reads a teacher."""
+    return any(cls.teacher_taps for cls in _active_methods(config))
+
+
+def _active_methods(config: argparse.Namespace) -> list[type[Distiller]]:
+    return [cls for cls in methods().values() if any(getattr(config, t.dest) for t in cls.terms)]
 
 
 def _check(config: argparse.Namespace) -> None:
@@ -164,7 +173,7 @@ def _check(config: argparse.Namespace) -> None:
         raise UserError(f"--method none trains without a teacher: drop {', '.join(wanted)}, or choose a method")
     if config.method != "none" and not distils(config):
         raise UserError("every --lambda-* is 0, so nothing would be distilled: use --method none for plain training")
-    if distils(config) and config.teacher_pretrained is None:
+    if needs_teacher(config) and config.teacher_pretrained is None:
         raise UserError("--teacher-pretrained is missing: distillation needs a trained teacher (a .pth file); "
                         "--method none trains without one")
     if min(config.crop_size) < 32:

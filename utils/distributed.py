@@ -48,7 +48,11 @@ def init_distributed(no_cuda: bool = False, gpu: int | None = None) -> Distribut
 
 
 def cleanup() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one, when every process has come here.
+
+    Without the wait, gloo's threads may still hold a tensor of the last operation while Python shuts down, and abort.
+    """
+    barrier()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -98,6 +102,14 @@ def broadcast_buffers(module: nn.Module) -> None:
     if is_distributed():
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
+
+
+def broadcast_state(module: nn.Module) -> None:
+    """Give every process rank 0's parameters and buffers."""
+    broadcast_buffers(module)
+    if is_distributed():
+        for parameter in module.parameters():
+            dist.broadcast(parameter.data, 0)
 
 
 class CrossProcessBatchNorm2d(nn.BatchNorm2d):

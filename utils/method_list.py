@@ -41,7 +41,7 @@ def described_network(model: str, backbone: str, num_class: int, aux: bool | Non
     """Channels of a network that is never allocated."""
     with torch.device("meta"):
         net = get_segmentation_model(model=model, backbone=backbone, num_class=num_class, aux=aux)
-    return NetInfo(net.name, dict(net.channels), net.num_class, net.output_stride)
+    return NetInfo(net.name, dict(net.channels), net.num_class, net.output_stride, net.preprocess)
 
 
 def method_facts(name: str, config: argparse.Namespace, student: NetInfo, teacher: NetInfo) -> MethodFacts:

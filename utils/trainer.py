@@ -106,7 +106,8 @@ class Trainer:
             self.best = -1.0  # the best model so far is not in this folder
         for change in changes:
             LOG.warning("--resume: %s (the continuation will differ from an uninterrupted run)", change)
-        LOG.info("resumed from %s at step %d, best mIoU %.2f", path, self.step, 100 * self.best)
+        best = f", best mIoU {100 * self.best:.2f}" if self.best >= 0 else ""
+        LOG.info("resumed from %s at step %d%s", path, self.step, best)
         return True
 
     def _open_files(self) -> None:
@@ -120,6 +121,9 @@ class Trainer:
         for name in DEAD_OPTIONS:
             if getattr(self.config, name) is not None:
                 LOG.warning("--%s has no effect (nor has it in the reference)", name)
+        if self.teacher is None and self.config.teacher_pretrained:
+            LOG.warning("--teacher-pretrained %s is not read: no method of this run has a use for it",
+                        self.config.teacher_pretrained)
         LOG.info("configuration (also in %s):\n%s", self.files.config, readable(self.config))
         count = sum(p.numel() for p in self.student.parameters()) / 1e6
         extra = sum(p.numel() for p in self.objective.distillers.parameters()) / 1e6
@@ -161,19 +165,20 @@ class Trainer:
 
     def _prepare(self) -> None:
         """Run the stages that methods need before training; a resumed run has their results in its state."""
-        if self._resumed or self.teacher is None:
+        if self._resumed:
             return
         stage = Preparation(self.teacher, self.distributed.device, self.files.directory, self.distributed.is_main,
-                            self._teacher_batches, LOG.info)
+                            self._stage_batches, LOG.info)
         for distiller in self.objective.distillers.values():
             distiller.prepare(stage)
             barrier()
 
-    def _teacher_batches(self, steps: int, batch_size: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _stage_batches(self, steps: int, batch_size: int, start: int, role: str) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.distributed.device
+        preprocess = (self.teacher if role == "teacher" else self.student).preprocess
         for batch in build_loader(self.config, self.train_set, self.distributed, start, steps, batch_size):
             images, valid, target = (batch[k].to(device, non_blocking=True) for k in ("image", "valid", "label"))
-            yield self.teacher.preprocess(images, valid), target.long()
+            yield preprocess(images, valid), target.long()
 
     def train_step(self, batch: dict) -> StepResult:
         """Train on one batch from the loader (uint8 images, int16 labels): normalise for each network, then step."""

@@ -209,7 +209,7 @@ class Batches:
     def __init__(self, dies_at: int | None = None, same: bool = False) -> None:
         self.dies_at, self.same, self.made = dies_at, same, 0
 
-    def __call__(self, steps: int, batch_size: int, start: int):
+    def __call__(self, steps: int, batch_size: int, start: int, role: str = "teacher"):
         for step in range(start, steps):
             if step == self.dies_at:
                 raise KeyboardInterrupt

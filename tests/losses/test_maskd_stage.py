@@ -14,7 +14,8 @@ from torch import nn
 
 from losses.distiller import BuildContext, NetInfo, Preparation
 from losses.maskd import MasKD, mask_learning_losses
-from losses.maskd_stage import StageSettings, initial_tokens, learn_tokens
+from losses.maskd_stage import initial_tokens, learn_tokens
+from losses.stage import StageSettings
 from models.output import SegOutput
 from utils.errors import UserError
 
@@ -46,7 +47,7 @@ class Batches:
     def __init__(self, dies_at: int | None = None) -> None:
         self.dies_at, self.made = dies_at, 0
 
-    def __call__(self, steps: int, batch_size: int, start: int):
+    def __call__(self, steps: int, batch_size: int, start: int, role: str = "teacher"):
         for step in range(start, steps):
             if step == self.dies_at:
                 raise KeyboardInterrupt
@@ -93,7 +94,7 @@ def test_the_stage_is_plain_sgd_on_the_frozen_teacher(tmp_path, make_stage):
 
 def test_the_masks_learn(tmp_path, make_stage):
     class OneBatch(Batches):
-        def __call__(self, steps, batch_size, start):
+        def __call__(self, steps, batch_size, start, role="teacher"):
             yield from [next(super().__call__(1, batch_size, 0))] * (steps - start)
 
     teacher, built = Teacher(), method(maskd_steps=100, maskd_lr=1.0)
@@ -156,7 +157,7 @@ def test_compat_reference_learns_with_the_teacher_in_train_mode_and_leaves_it_as
     with pytest.raises(KeyboardInterrupt):
         learned(make_stage(tmp_path / "cut", Batches(dies_at=5)), compat="reference")
     assert learned(make_stage(tmp_path / "cut"), compat="reference").equal(got)
-    with pytest.raises(UserError, match="--maskd-batch-size 1: with --compat reference"):
+    with pytest.raises(UserError, match="--maskd-batch-size 1: batch norm needs at least 2"):
         learned(make_stage(tmp_path), compat="reference", maskd_batch_size=1)
 
 
@@ -213,7 +214,7 @@ parts = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(parts)
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 
-def batches(steps, batch_size, start):
+def batches(steps, batch_size, start, role):
     for images, target in parts.LabelledBatches()(steps, batch_size, start):
         yield images.chunk(2)[rank], target.chunk(2)[rank]
 
@@ -234,7 +235,7 @@ dist.destroy_process_group()
 class LabelledBatches(Batches):
     """Every pixel labelled, so that the mean over processes is the mean over the batch."""
 
-    def __call__(self, steps, batch_size, start):
+    def __call__(self, steps, batch_size, start, role="teacher"):
         for images, target in super().__call__(steps, batch_size, start):
             yield images, target.clamp(min=0)
 

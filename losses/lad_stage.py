@@ -1,0 +1,94 @@
+"""The stage before training of LAD: a teacher whose input has the label as a fourth channel.
+
+A step shows it the same images with two label channels, whose codes and noise are independent, and minimises
+
+    CE(z_1) + CE(z_2) + 0.4 (CE(aux_1) + CE(aux_2)) + 5 (CWD(z_1, z_2) + CWD(z_2, z_1))
+
+where CWD takes its second argument as constant. ``stage.py`` has the loop, the cache and the resume.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from losses.cwd import cwd_loss
+from losses.label_channel import random_codes, with_labels
+from losses.stage import StageSettings, StageState
+from losses.task import SegCrossEntropyLoss, task_loss
+from models.output import SegOutput
+from models.weights import load_weights, save_state_dict
+from utils.distributed import average_gradients, is_distributed
+from utils.randomness import seed_everything, step_generator
+from utils.step import poly_lr
+
+NOISE, AUX_WEIGHT, CONSISTENCY_WEIGHT = 0.03, 0.4, 5.0
+
+
+@dataclass(frozen=True)
+class TeacherRecipe:
+    """How the teacher learns beyond ``StageSettings``: SGD, the exponent of the learning rate's decay, the scale of the
+    label channel, the label of ignored pixels."""
+
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    power: float = 0.9
+    scale: float = 100.0
+    ignore_label: int = -1
+
+
+def teacher_losses(one: SegOutput, two: SegOutput, target: Tensor, ignore_label: int = -1) -> dict[str, Tensor]:
+    """{"task", "aux", "consistency"}: the unweighted scalars of the two outputs for labels int64 [B, H, W]; "aux" only
+    where there is an auxiliary head."""
+    criterion = SegCrossEntropyLoss(ignore_label)
+    first, second = (task_loss(output, target, criterion) for output in (one, two))
+    terms = {name: first[name] + second[name] for name in first}
+    return {**terms, "consistency": cwd_loss(one.logits, two.logits) + cwd_loss(two.logits, one.logits)}
+
+
+class TeacherState(StageState):
+    """The network in training, the momentum of its parameters as buffers, and the number of steps done."""
+
+    def __init__(self, network: nn.Module, settings: StageSettings, recipe: TeacherRecipe) -> None:
+        super().__init__()
+        self.network = network.train().requires_grad_(True)
+        self._settings, self._recipe = settings, recipe
+        self._optimizer = torch.optim.SGD(network.parameters(), lr=settings.lr, momentum=recipe.momentum,
+                                          weight_decay=recipe.weight_decay)
+        for i, parameter in enumerate(network.parameters()):
+            self.register_buffer(f"momentum_{i}", torch.zeros_like(parameter))
+            # the optimizer adds to this very tensor, so that saving and restoring the buffers is enough
+            self._optimizer.state[parameter]["momentum_buffer"] = self.get_buffer(f"momentum_{i}")
+
+    def learn(self, images: Tensor, target: Tensor, done: int) -> dict[str, Tensor]:
+        """One step on this process's share: images float [B, 3, H, W], target int64 [B, H, W]."""
+        settings, recipe = self._settings, self._recipe
+        rank = torch.distributed.get_rank() if is_distributed() else 0
+        seed_everything(settings.seed, "lad stage", done, rank)  # of dropout
+        generator = step_generator(images.device, settings.seed, "lad stage noise", done, rank)
+        outputs = []
+        for _ in range(2):
+            codes = random_codes(len(images), self.network.num_class, generator, images.device)
+            outputs.append(self.network(with_labels(images, target, codes, NOISE, recipe.scale, recipe.ignore_label,
+                                                    generator)))
+        terms = teacher_losses(*outputs, target, recipe.ignore_label)
+        weights = {"aux": AUX_WEIGHT, "consistency": CONSISTENCY_WEIGHT}
+        self._optimizer.param_groups[0]["lr"] = poly_lr(settings.lr, done, settings.steps, recipe.power)
+        self._optimizer.zero_grad(set_to_none=True)
+        sum(weights.get(name, 1.0) * value for name, value in terms.items()).backward()
+        average_gradients(self.network.parameters())
+        self._optimizer.step()
+        self.step += 1
+        return terms
+
+    def save_result(self, path: Path) -> None:
+        """The network alone, as a plain weights file."""
+        save_state_dict(self.network, path)
+
+    def load_result(self, path: Path, steps: int) -> None:
+        """A weights file of :meth:`save_result`."""
+        load_weights(self.network, path)
+        self.step.fill_(steps)

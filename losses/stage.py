@@ -1,0 +1,162 @@
+"""A stage of its own before training (masks of MasKD and FreeKD, the teacher of LAD): the loop, its cache, its resume.
+
+The result lies in ``<method>_<result>_<digest>.pth``, where the digest covers the network that the stage starts from
+and every setting that the result depends on; a stage that was cut off lies beside it as ``..._partial.pth`` and goes on
+from there.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from losses.distiller import BuildContext, Preparation
+from utils.distributed import broadcast_state, is_distributed, reduce_mean
+from utils.errors import UserError
+from utils.files import write_atomically
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """What the result depends on besides the network, and how often to save (which it does not depend on).
+
+    steps, batch_size (all processes together), lr: of the stage. train_mode: a network normalises by the statistics of
+    the batch (shared_norm: of all processes) and drops out. data: :func:`data_words`, and whatever else the loss
+    depends on. method, result: name files, messages and flags.
+    """
+
+    steps: int = 10000
+    batch_size: int = 16
+    lr: float = 0.1
+    train_mode: bool = False
+    seed: int = 0
+    data: tuple = ()
+    save_every: int = 800
+    method: str = "maskd"
+    result: str = "masks"
+    shared_norm: bool = False
+
+
+def data_words(context: BuildContext) -> tuple:
+    """What tells one training set, with its crops and its order, from another (for ``StageSettings.data``)."""
+    o = context.options
+    return (context.dataset, *context.crop_size, context.ignore_label, getattr(o, "sampling", "reference"),
+            getattr(o, "train_list", None))
+
+
+class StageState(nn.Module):
+    """Base of what a stage learns: parameters and buffers, which hold momentum and everything else of a resume too.
+
+    step: buffer, the number of steps done.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def learn(self, images: Tensor, target: Tensor, done: int) -> dict[str, Tensor]:
+        """Step number ``done`` (from 0) on this process's share of a batch, which adds 1 to the buffer ``step``.
+
+        Returns {name: scalar} of the losses.
+        """
+        raise NotImplementedError
+
+    def save_result(self, path: Path) -> None:
+        """Write what :meth:`load_result` reads; by default the whole state."""
+        self.save(path)
+
+    def load_result(self, path: Path, steps: int) -> None:
+        """Take over a finished result of so many steps. Raises UserError for another file."""
+        self.restore(path)
+
+    def save(self, path: Path) -> None:
+        """Write the state of an unfinished stage, atomically."""
+        write_atomically(path, lambda p: torch.save(self.state_dict(), p))
+
+    def restore(self, path: Path) -> None:
+        """Go on from a file of :meth:`save`. Raises UserError for another one."""
+        saved = read_file(path)
+        try:
+            self.load_state_dict(saved)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise UserError(f"{path}: not a state of this stage; delete it to learn anew") from error
+
+
+def run_stage(stage: Preparation, state: StageState, net: nn.Module, settings: StageSettings,
+              role: str = "teacher") -> None:
+    """Bring ``state`` (on ``stage.device``) to its last step: from the cache in ``stage.directory``, or by training.
+
+    net: the network that the result depends on, as it is before the stage. role: whose images the batches hold. Called
+    by every process; only the main one reads and writes files. Raises UserError when the result becomes infinite or a
+    file is not readable.
+    """
+    _check_shares(settings)
+    partial = None
+    if stage.is_main:
+        name = f"{settings.method}_{settings.result}_{stage_digest(net, settings)}"
+        final, partial = stage.directory / f"{name}.pth", stage.directory / f"{name}_partial.pth"
+        if final.is_file():
+            state.load_result(final, settings.steps)
+        elif partial.is_file():
+            state.restore(partial)
+        if int(state.step):
+            stage.log(f"{settings.method}: {settings.result} of step {int(state.step)} from "
+                      f"{final if final.is_file() else partial}")
+    broadcast_state(state)
+    if int(state.step) < settings.steps:
+        _train(stage, state, settings, partial, role)
+        broadcast_state(state)  # statistics of a batch norm may have gone apart
+        if stage.is_main:
+            state.save_result(final)
+            partial.unlink(missing_ok=True)
+            stage.log(f"{settings.method}: {settings.result} in {final}")
+
+
+def _train(stage: Preparation, state: StageState, settings: StageSettings, partial: Path | None, role: str) -> None:
+    done, log_every = int(state.step), max(1, settings.steps // 100)
+    for images, target in stage.batches(settings.steps, settings.batch_size, done, role):
+        values = state.learn(images, target, done)
+        done += 1
+        if done % log_every == 0 or done == settings.steps:
+            mean = reduce_mean(torch.stack([v.detach() for v in values.values()])).tolist()
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in zip(values, mean, strict=True))
+            stage.log(f"{settings.method}: {settings.result}, step {done}/{settings.steps}  {shown}")
+            if not all(t.isfinite().all() for t in (*state.parameters(), *state.buffers())):
+                raise UserError(f"{settings.method}: the {settings.result} became NaN or infinite by step {done} of "
+                                f"the stage before training: try a lower --{settings.method}-lr")
+        if partial is not None and done % settings.save_every == 0 and done < settings.steps:
+            state.save(partial)
+
+
+def _check_shares(settings: StageSettings) -> None:
+    world = torch.distributed.get_world_size() if is_distributed() else 1
+    flag = f"--{settings.method}-batch-size {settings.batch_size}"
+    if settings.batch_size % world:
+        raise UserError(f"{flag} does not divide by {world} processes: use a multiple of {world}")
+    together = settings.batch_size // (1 if settings.shared_norm and world > 1 else world)
+    if settings.train_mode and together < 2:
+        raise UserError(f"{flag}: batch norm needs at least 2 images per process in the stage before training")
+
+
+def stage_digest(net: nn.Module, settings: StageSettings) -> str:
+    """16 hexadecimal digits of a network's weights and the settings."""
+    known = {k: v for k, v in asdict(settings).items() if k != "save_every"}
+    known |= {"preprocess": repr(getattr(net, "preprocess", None))}
+    found = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(net.state_dict().items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+def read_file(path: Path) -> object:
+    """What ``torch.save`` wrote, of tensors and plain values only. Raises UserError for anything else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make the reader raise nearly anything
+        raise UserError(f"{path}: not readable as a file of tensors") from error
