@@ -35,15 +35,16 @@ class Objective(nn.Module):
     """Student and distillers together: the one module that DDP wraps and that the optimizer trains.
 
     student: network returning ``SegOutput``. distillers: name -> :class:`Distiller`. weights: term name -> lambda.
-    aux_weight: weight of the cross entropy of the auxiliary logits (0.4 in the published runs).
+    aux_weight: weight of the cross entropy of the auxiliary logits (0.4 in the published runs). group_size: images over
+    whose labelled pixels the cross entropies are averaged, 0 = all (:func:`losses.task.image_weights`).
     """
 
     def __init__(self, student: nn.Module, distillers: Mapping[str, Distiller], weights: Mapping[str, float],
-                 aux_weight: float = 0.4, ignore_label: int = -1) -> None:
+                 aux_weight: float = 0.4, ignore_label: int = -1, group_size: int = 0) -> None:
         super().__init__()
         self.student = student
         self.distillers = nn.ModuleDict(distillers)
-        self.criterion = SegCrossEntropyLoss(ignore_index=ignore_label)
+        self.criterion = SegCrossEntropyLoss(ignore_label, group_size)
         self.weights = {"task": 1.0, "aux": aux_weight, **weights}
 
     def forward(self, images: Tensor, teacher, target: Tensor, step: int,

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from losses.distiller import BuildContext, Distiller, Term, register
 from losses.logits import check_logit_maps, check_logit_nets, labels_at
-from losses.task import at_least_float32
+from losses.task import at_least_float32, image_weights
 from models.output import SegOutput
 from utils.cli import number
 
@@ -28,8 +28,8 @@ def _decouple(logits: Tensor, index: Tensor, is_label: Tensor) -> tuple[Tensor, 
 
 
 def dkd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, alpha: float = 1.0, beta: float = 8.0,
-             temperature: float = 1.0, ignore_label: int = -1) -> Tensor:
-    """DKD of two logit maps [B, K, h, w], K >= 2, averaged over the labelled positions.
+             temperature: float = 1.0, ignore_label: int = -1, group_size: int = 0) -> Tensor:
+    """DKD of two logit maps [B, K, h, w], K >= 2, averaged over the labelled positions of groups of images (0 = all).
 
     target: integers [B, H, W], brought to logit size by nearest neighbour; negative labels and ``ignore_label`` do not
     count, and without any label the loss is 0. Gradients reach the student only. Raises UserError when the logits'
@@ -47,7 +47,8 @@ def dkd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, alp
     # at the label both logarithms are -inf
     of_others = (t_others.exp() * (t_others - s_others).masked_fill(is_label, 0)).sum(dim=1, keepdim=True)
     per_pixel = (alpha * of_label + beta * of_others) * counts
-    return per_pixel.sum() / counts.sum().clamp(min=1) * temperature ** 2
+    weights = image_weights(counts.sum((1, 2, 3)), group_size, per_pixel.dtype)
+    return (per_pixel.sum((1, 2, 3)) * weights).sum() * temperature ** 2
 
 
 @register("dkd")
@@ -65,9 +66,10 @@ class DKD(Distiller):
     cost = "four softmaxes of the logits"
 
     def __init__(self, alpha: float = 1.0, beta: float = 0.5, temperature: float = 1.0,
-                 ignore_label: int = -1) -> None:
+                 ignore_label: int = -1, group_size: int = 0) -> None:
         super().__init__()
-        self.alpha, self.beta, self.temperature, self.ignore_label = alpha, beta, temperature, ignore_label
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+        self.ignore_label, self.group_size = ignore_label, group_size
 
     @classmethod
     def add_arguments(cls, group: argparse._ArgumentGroup) -> None:
@@ -84,9 +86,9 @@ class DKD(Distiller):
         check_logit_nets(cls, context, least_classes=2)
         o = context.options
         return cls(getattr(o, "dkd_alpha", 1.0), getattr(o, "dkd_beta", 0.5), getattr(o, "dkd_temperature", 1.0),
-                   context.ignore_label)
+                   context.ignore_label, getattr(o, "group_size", 2))
 
     def forward(self, student: SegOutput, teacher: SegOutput, target: Tensor, step: int,
                 generator: torch.Generator | None = None) -> dict[str, Tensor]:
         return {"dkd": dkd_loss(student.logits, teacher.logits, target, self.alpha, self.beta, self.temperature,
-                                self.ignore_label)}
+                                self.ignore_label, self.group_size)}

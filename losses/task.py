@@ -13,12 +13,28 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class SegCrossEntropyLoss(nn.Module):
-    """Mean cross entropy over the pixels whose label is not ``ignore_index``."""
+def image_weights(labelled: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """Weights [B] that turn the sums of B images over their labelled pixels into the mean over each group's pixels, and
+    that into the mean over the groups, by their number of images.
 
-    def __init__(self, ignore_index: int = -1) -> None:
+    labelled: pixels that count in each image, [B]. Groups are ``group_size`` neighbouring images (0 = all), so that the
+    result is that of as many processes with one group each. A group without a labelled pixel counts as 0.
+    """
+    batch = len(labelled)
+    group = torch.arange(batch, device=labelled.device) // min(group_size or batch, batch)
+    same = (group[:, None] == group).to(dtype)
+    return same.sum(1) / (batch * (same @ labelled.to(dtype)).clamp(min=1))
+
+
+class SegCrossEntropyLoss(nn.Module):
+    """Mean cross entropy over the pixels whose label is not ``ignore_index``, in groups of images (0 = all).
+
+    The published runs took the mean over the two images of a GPU, then over the GPUs.
+    """
+
+    def __init__(self, ignore_index: int = -1, group_size: int = 0) -> None:
         super().__init__()
-        self.ignore_index = ignore_index
+        self.ignore_index, self.group_size = ignore_index, group_size
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Scalar in nats. logits: [B, K, h, w], resized bilinearly to the labels; target: integers [B, H, W].
@@ -26,9 +42,9 @@ class SegCrossEntropyLoss(nn.Module):
         A batch without a single labelled pixel gives 0 with a zero gradient (a mean over nothing would be NaN).
         """
         logits = F.interpolate(at_least_float32(logits), size=target.shape[-2:], mode="bilinear", align_corners=True)
-        total = F.cross_entropy(logits, target.long(), ignore_index=self.ignore_index, reduction="sum")
-        labelled = (target != self.ignore_index).sum()
-        return total / labelled.clamp(min=1)
+        per_pixel = F.cross_entropy(logits, target.long(), ignore_index=self.ignore_index, reduction="none")
+        labelled = (target != self.ignore_index).sum((1, 2))
+        return (per_pixel.sum((1, 2)) * image_weights(labelled, self.group_size, per_pixel.dtype)).sum()
 
 
 def task_loss(output: SegOutput, target: Tensor, criterion: nn.Module) -> dict[str, Tensor]:

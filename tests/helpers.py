@@ -20,8 +20,12 @@ CLASSES = 5
 TEACHER, STUDENT = "mobilenetv2_w0.5", "mobilenetv2_w0.25"
 
 
-def write_folder_dataset(root: Path, train: int = 8, val: int = 3, size: tuple[int, int] = (128, 128)) -> Path:
-    """A ``folder`` data set of blocky random pictures whose colours follow the class; every pixel is labelled."""
+def write_folder_dataset(root: Path, train: int = 8, val: int = 3, size: tuple[int, int] = (128, 128),
+                         ignored: float = 0.0) -> Path:
+    """A ``folder`` data set of blocky random pictures whose colours follow the class.
+
+    ignored: largest share of the blocks without a label; it differs from image to image. 0: every pixel is labelled.
+    """
     (root / "images").mkdir(parents=True)
     (root / "classes.txt").write_text("".join(f"class{i}\n" for i in range(CLASSES)))
     colours = np.random.default_rng(0).integers(30, 220, (CLASSES, 3))
@@ -33,6 +37,8 @@ def write_folder_dataset(root: Path, train: int = 8, val: int = 3, size: tuple[i
             label = rng.integers(0, CLASSES, (size[0] // 16, size[1] // 16)).repeat(16, 0).repeat(16, 1)
             image = colours[label] + rng.normal(0, 25, (*label.shape, 3))
             cv2.imwrite(str(root / "images" / split / f"{i}.png"), image.clip(0, 255).astype(np.uint8))
+            if ignored:
+                label = np.where(rng.random(label.shape) < rng.uniform(0, ignored), 255, label)
             cv2.imwrite(str(root / "labels" / split / f"{i}.png"), label.astype(np.uint8))
     return root
 

@@ -23,12 +23,13 @@ STEM = "kd_deeplab_mobile_mobilenetv2_w0.25_folder"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[int, Path]:
-    """{process count: folder} of the same Af-DCD run. The centre mask is the same in every process.
+    """{process count: folder} of the same Af-DCD run. The centre mask is the same in every process, and the pixels
+    without a label are spread unevenly over the images.
 
     Three steps: rounding (1e-15) grows about fiftyfold a step even in float64.
     """
     base = tmp_path_factory.mktemp("runs")
-    data, teacher = write_folder_dataset(base / "set"), write_teacher(base / "teacher.pth")
+    data, teacher = write_folder_dataset(base / "set", ignored=0.8), write_teacher(base / "teacher.pth")
     folders = {}
     for count in (1, 2):
         folders[count] = base / f"processes{count}"

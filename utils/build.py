@@ -50,7 +50,8 @@ def build_objective(config: argparse.Namespace, student: nn.Module, teacher: nn.
         distillers = build_distillers(BuildContext(
             net_info(student), teacher and net_info(teacher), student.num_class, config.ignore_label,
             active_terms(config), config.crop_size, config.dataset, config))
-    return Objective(student, distillers, term_weights(config), config.aux_weight, config.ignore_label)
+    return Objective(student, distillers, term_weights(config), config.aux_weight, config.ignore_label,
+                     config.group_size)
 
 
 def build_optimizer(config: argparse.Namespace, objective: Objective) -> torch.optim.SGD:

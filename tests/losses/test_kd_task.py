@@ -77,6 +77,18 @@ def test_cross_entropy_golden(dtype):
     golden.check_losses(case, {"ce": loss}, inputs)
 
 
+def test_cross_entropy_of_groups_is_the_mean_of_processes():
+    logits = fill.tensor("z", (5, 4, 3, 3), 1, 1.0, torch.float64)
+    target = fill.labels("y", (5, 24, 24), 4, ignore_frac=0.2)
+    target[1], target[2, :12], target[3] = -1, -1, target[0]
+    alone = SegCrossEntropyLoss()
+    for size, parts in ((2, ((0, 2), (2, 4), (4, 5))), (3, ((0, 3), (3, 5))), (0, ((0, 5),)), (9, ((0, 5),))):
+        expected = sum((b - a) / 5 * alone(logits[a:b], target[a:b]).item() for a, b in parts)
+        assert SegCrossEntropyLoss(group_size=size)(logits, target).item() == pytest.approx(expected, rel=1e-12)
+    target[:2] = -1
+    assert SegCrossEntropyLoss(group_size=2)(logits, target).isfinite()
+
+
 def test_kd_teacher_gets_no_gradient():
     student, teacher = (torch.randn(2, 5, 4, 4, requires_grad=True) for _ in range(2))
     kd_loss(student, teacher).backward()
