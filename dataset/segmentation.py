@@ -1,7 +1,9 @@
 """The one dataset class. Images travel as uint8 BGR; every network normalises them itself, on its device."""
 from __future__ import annotations
 
+import hashlib
 import os
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -78,6 +80,16 @@ class SegmentationDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def digest(self) -> str:
+        """16 hexadecimal digits of what tells this training set from others, wherever its folder is: split, names of
+        the files in their order, label values and their classes, crop, augmentation. Not the content of the files.
+        """
+        words = [self.spec.name, self.split, self.crop_size, self.ignore_label, self.scale, self.mirror]
+        found = hashlib.sha256(repr(words).encode() + self._table.tobytes())
+        for sample in self.samples:
+            found.update(f"{sample.name}\0{Path(sample.image).name}\n".encode())
+        return found.hexdigest()[:16]
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         if not isinstance(key, tuple):

@@ -51,7 +51,8 @@ class AT(Distiller):
                              "it with the area of the crop)"),)
     student_taps = ("head",)
     teacher_taps = ("head",)
-    preset = {"*": {"lambda_kd": 1.0, "lambda_at": 10000.0}}  # train_scripts of CIRKD (Cityscapes, crop 512x1024)
+    # train_scripts of CIRKD (Cityscapes): 10000 is for crops of 512x1024; at 512x512, half the h*w, it weighs twice
+    preset = {"*": {"lambda_kd": 1.0, "lambda_at": 10000.0}}
 
     @classmethod
     def build(cls, context: BuildContext) -> AT:

@@ -11,7 +11,7 @@ student's after a 1x1 convolution and batch norm, each divided by its Frobenius 
 
 Kept from the released code: the teacher's CBAM is random, is never trained and normalises by the batch.
 Not kept: there the teacher itself ran in train mode and with gradients, and the convolutions towards the teacher's
-width were trained in the first epoch only.
+width were trained in the first epoch only, by an optimizer of their own with ten times the learning rate.
 """
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def attnfd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], group_size
 
 @register("attnfd")
 class AttnFD(Distiller):
-    """The last backbone stage and the head maps (outputs of ASPP or pyramid pooling) of both networks.
+    """The last backbone stage and the last feature before the classifier (``head``: a 3x3 block after ASPP or pyramid
+    pooling, whose own output the released code takes) of both networks.
 
     student, teacher: (c4, head) channel counts. group_size: as in :func:`attnfd_loss`.
     """
@@ -90,7 +91,9 @@ class AttnFD(Distiller):
     terms = (Term("attnfd", 0.0, "weight of AttnFD's attention-refined features"),)
     student_taps = TAPS
     teacher_taps = TAPS
-    # the authors' DeepLabV3+ runs: weight 2, no KD, and a weight decay of 5e-4
+    # the authors' DeepLabV3+ runs: weight 2, no KD, and a weight decay of 5e-4. They had 6 images per process, and the
+    # term is divided by the images of a group: with --group-size 2 (the default) the same weight is about three times
+    # as strong, and --group-size 6 on one process gives the published scale
     preset = {"*": {"lambda_attnfd": 2.0, "weight_decay": 5e-4}}
     cost = "attention on c4 and head of both networks, one 1x1 conv each"
 

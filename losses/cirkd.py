@@ -33,7 +33,7 @@ from losses.cirkd_memory import (
 )
 from losses.distiller import BuildContext, Distiller, Term, register
 from losses.relations import relation_divergence
-from losses.task import at_least_float32
+from losses.task import at_least_float32, image_weights
 from models.output import SegOutput
 from utils.cli import BooleanAction, number
 from utils.errors import UserError
@@ -185,11 +185,8 @@ class MemoryRelations(nn.Module):
     def pixel_weights(self, valid: Tensor, dtype: torch.dtype) -> Tensor:
         """Weights [B, P] that turn a sum over pixels into the mean over the valid ones (bool [B, P]) of each group,
         and that into the mean over the groups, by their number of images."""
-        batch = len(valid)
-        group = torch.arange(batch, device=valid.device) // min(self.settings.group_size or batch, batch)
-        same = (group[:, None] == group).to(dtype)
-        count = same @ valid.sum(1).to(dtype)
-        return valid * (same.sum(1) / (batch * count.clamp(min=1)))[:, None]
+        weights = image_weights(valid.sum(1), self.settings.group_size, dtype)
+        return valid * weights[:, None]
 
 
 #: Option name -> default, those of the released scripts.
@@ -221,10 +218,10 @@ class CIRKD(Distiller):
     """The head maps of both networks through :func:`minibatch_pixel_loss` and :class:`MemoryRelations`.
 
     Queues: classes * 22000 * teacher width numbers, that is 0.43 GB for 19 classes of width 256 in float32, 3.4 GB for
-    150 and 3.9 GB for 171, on every GPU and in every training state.
+    150 and 4.1 GB for 182, on every GPU and in every training state.
     """
 
-    title = "cross-image relations; queues take 0.43 GB (19 classes) to 4 GB (171 classes)"
+    title = "cross-image relations; queues take 0.43 GB (19 classes) to 4.1 GB (182 classes)"
     paper = "Yang et al., Cross-Image Relational Knowledge Distillation for Semantic Segmentation"
     year = 2022
     terms = (Term("cirkd_batch", 0.0, "weight of CIRKD's pixel relations between the images of a group"),

@@ -17,16 +17,11 @@ from torch.nn import functional as F
 from losses.distiller import BuildContext, Distiller, check_taps
 from losses.relations import full_precision
 from losses.task import at_least_float32
-from utils.distributed import is_distributed
+from utils.distributed import is_distributed, place
 from utils.errors import UserError
 
 #: random numbers below this order the pixels of a class
 PRIORITIES = 2 ** 32
-
-
-def process_place() -> tuple[int, int]:
-    """(rank, number of processes); (0, 1) when standing alone."""
-    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
 
 
 def gather_batch(x: Tensor) -> Tensor:
@@ -46,7 +41,7 @@ def random_unit_vectors(shape: tuple[int, ...], dtype: torch.dtype = torch.float
                         generator: torch.Generator | None = None) -> Tensor:
     """Vectors of length 1 along the last axis, in uniformly random directions, on the CPU."""
     vectors = torch.empty(math.prod(shape[:-1]), shape[-1], dtype=dtype)
-    for part in vectors.split(65536):  # the queues of 171 classes have 3.8 million rows: no second copy in float32
+    for part in vectors.split(65536):  # the queues of 182 classes have 4 million rows: no second copy in float32
         part.copy_(F.normalize(torch.randn(part.shape, generator=generator, dtype=torch.float32), dim=1))
     return vectors.view(shape)
 
@@ -191,7 +186,7 @@ def random_priorities(batch: int, positions: int, device: torch.device,
     The numbers of all processes' images are drawn and this process's rows kept: with equally seeded generators an
     image gets the same numbers whatever the number of processes.
     """
-    rank, processes = process_place()
+    rank, processes = place()
     draw = torch.randint(PRIORITIES, (processes * batch, positions), device=device, generator=generator)
     return draw[rank * batch:(rank + 1) * batch]
 

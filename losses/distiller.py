@@ -58,7 +58,8 @@ class BuildContext:
 
     teacher: None when only methods run that read none (``teacher_taps = ()``). options: the parsed command line (see
     ``Distiller.add_arguments``). active: the terms with a non-zero weight; a method neither builds nor computes what
-    only the others need.
+    only the others need. resumed: a training state will be loaded over what is built, so that weight files need not be
+    read.
     """
 
     student: NetInfo
@@ -69,6 +70,7 @@ class BuildContext:
     crop_size: tuple[int, int] = (512, 1024)
     dataset: str = "citys"
     options: argparse.Namespace = field(default_factory=argparse.Namespace)
+    resumed: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Preparation:
     teacher: None when no method reads one. batches(steps, batch_size, start, role): iterator of (images float
     [B, 3, H, W] on the device, as the "teacher" or the "student" wants them, target int64 [B, H, W]) for the steps from
     ``start`` on, the same whatever the number of processes; each process gets its share. directory: where to cache the
-    result; only the main process writes. log: takes one line of text.
+    result; only the main process writes. log: takes one line of text. data: what tells the training set from others.
     """
 
     teacher: nn.Module | None
@@ -87,6 +89,7 @@ class Preparation:
     is_main: bool
     batches: Callable[[int, int, int, str], Iterator[tuple[Tensor, Tensor]]]
     log: Callable[[str], None]
+    data: str = ""
 
 
 class Distiller(nn.Module):
@@ -100,10 +103,13 @@ class Distiller(nn.Module):
         student_taps, teacher_taps   fields of ``SegOutput`` that the method reads; a class without any of the teacher
                  needs no teacher
         uses_images  forward gets the student's images as the keyword argument ``images`` (float [B, 3, H, W])
-        preset   published settings by data set ("*": any other): option name -> value, applied by ``--method NAME``
+        preset   published settings, applied by ``--method NAME``: {key: {option name: value}}. A key is "*" (always),
+                 "*/BACKBONE" (of the student, without a width suffix), "DATASET" or "DATASET/BACKBONE"; of two keys
+                 that set an option the later one in this order wins
         clip_norm  largest L2 norm of the gradient of the method's own parameters, None = not clipped
         cost     what it computes beyond the two networks, in a short phrase, for ``--list-methods``
         quick    options that make a trial of a few steps cheap (a short preparation), for the tests and the benchmark
+        stage_options  options that only ``prepare`` and the reading of files depend on, not the steps after it
     """
 
     method: str = ""
@@ -118,6 +124,7 @@ class Distiller(nn.Module):
     clip_norm: float | None = None
     cost: str = ""
     quick: Mapping[str, object] = {}
+    stage_options: tuple[str, ...] = ()
 
     @classmethod
     def add_arguments(cls, group: argparse._ArgumentGroup) -> None:
@@ -192,9 +199,12 @@ def methods() -> dict[str, type[Distiller]]:
 
 
 def check_taps(distiller: Distiller, student: NetInfo, teacher: NetInfo | None) -> None:
-    """Raise :class:`UserError` when a network lacks a tensor that the method wants, listing what it has."""
+    """Raise :class:`UserError` when there is no network, or it lacks a tensor that the method wants."""
     for role, net, taps in (("student", student, distiller.student_taps), ("teacher", teacher, distiller.teacher_taps)):
-        missing = [t for t in taps if net is None or t not in net.channels]
+        if taps and net is None:
+            raise UserError(f"method {distiller.method!r} needs a {role}: it reads {', '.join(taps)} of it, "
+                            f"but there is none")
+        missing = [t for t in taps if t not in net.channels]
         if missing:
             raise UserError(f"method {distiller.method!r} needs {', '.join(missing)} of the {role}, "
                             f"but {net.name} offers only {', '.join(net.channels)}")

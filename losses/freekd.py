@@ -25,7 +25,7 @@ from losses.distiller import BuildContext, Distiller, Preparation, Term, check_t
 from losses.feature_mse import check_maps
 from losses.maskd import dice_overlap
 from losses.maskd_stage import INITIAL_STD, find_tokens, learn_tokens
-from losses.stage import StageSettings, data_words
+from losses.stage import StageSettings, check_shares, order_words
 from losses.task import SegCrossEntropyLoss, at_least_float32
 from models.output import SegOutput
 from utils.cli import number
@@ -147,6 +147,7 @@ class FreeKD(Distiller):
     preset = {"*": {"lambda_freekd": 1.0, "lambda_freekd_mse": 5.0}}
     cost = "one 1x1 conv, Haar transforms; before training, a stage of teacher passes"
     quick = {"freekd_steps": 2, "freekd_batch_size": 2}
+    stage_options = ("freekd_masks", "freekd_steps", "freekd_batch_size", "freekd_lr")
 
     def __init__(self, student_channels: int, tokens: Tensor, settings: StageSettings | None = None, tap: str = "c4",
                  ignore_label: int = -1, active: frozenset[str] = frozenset({"freekd", "freekd_mse"})) -> None:
@@ -188,8 +189,9 @@ class FreeKD(Distiller):
         else:
             tokens = initial_prompts(getattr(o, "freekd_tokens", 6), width, seed)
             settings = StageSettings(getattr(o, "freekd_steps", 10000), getattr(o, "freekd_batch_size", 16),
-                                     getattr(o, "freekd_lr", 0.01), False, seed, (tap, *data_words(context)),
+                                     getattr(o, "freekd_lr", 0.01), False, seed, (tap, *order_words(context)),
                                      getattr(o, "save_per_iters", 800), "freekd")
+            check_shares(settings)
         return cls(student.channels[tap], tokens, settings, tap, context.ignore_label, context.active)
 
     def prepare(self, stage: Preparation) -> None:

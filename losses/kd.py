@@ -53,6 +53,8 @@ class KD(Distiller):
     terms = (Term("kd", 1.0, "weight of the KL divergence between the logits"),)
     student_taps = ("logits",)
     teacher_taps = ("logits",)
+    # no script for KD alone was released: 1 is the row "KD" of CIRKD's tables; 0.5, on these two sets, is the weight of
+    # KD inside Af-DCD
     preset = {"*": {"lambda_kd": 1.0}, "ade20k": {"lambda_kd": 0.5}, "coco_stuff_164k": {"lambda_kd": 0.5}}
     cost = "two softmaxes of the logits"
 

@@ -7,9 +7,9 @@ a pixel value. While the teacher learns (``lad_stage.py``), every image draws it
 0.03, so that it has to look at the image too; while the student learns, the codes are fixed and sigma is 0.02. The
 student's loss is CWD of the logits. The released student has a fourth channel of zeros: a student without it.
 
-Public code exists for one network on Pascal VOC. Ours: the fixed codes, 22 written-out numbers there, are quantiles of
-N(0, 1) for any number of classes; a network whose input is not in pixel units gets the channel in its own units; and
-the teacher's stage follows the schedule of the run.
+Public code exists for one network on Pascal VOC. Ours: fixed codes for any number of classes; the channel in the units
+of a network whose input is not in pixel units; the schedule of the run for both stages, where the released one has a
+learning rate of 1e-3 and a student that starts from trained weights (--lr 0.001 --student-pretrained FILE does that).
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from losses.distiller import BuildContext, Distiller, Preparation, Term, registe
 from losses.label_channel import channel_scale, fixed_codes, with_labels
 from losses.lad_stage import TeacherRecipe, TeacherState
 from losses.logits import labels_at
-from losses.stage import StageSettings, data_words, run_stage
+from losses.stage import StageSettings, check_shares, order_words, run_stage
 from models import get_segmentation_model
 from models.output import SegOutput
 from models.segmentation import add_input_channels
@@ -35,16 +35,18 @@ NOISE = 0.02
 
 
 def own_network(context: BuildContext) -> nn.Module:
-    """The label-assisted network that the options describe, with its weights (none on the meta device).
+    """The label-assisted network that the options describe, with its weights (none on the meta device or where a state
+    will be loaded).
 
     Raises UserError for unknown networks, and for weights that do not fit or want other images than the student's.
     """
     o, wanted = context.options, context.student.preprocess
     network = get_segmentation_model(model=o.lad_model or o.student_model, num_class=context.num_class,
                                      backbone=o.lad_backbone or o.student_backbone, preprocess=wanted)
-    if next(network.parameters()).is_meta:
+    if context.resumed or next(network.parameters()).is_meta:
         return add_input_channels(network, 1)
-    base = o.lad_pretrained_base or (None if o.lad_backbone else o.student_pretrained_base)
+    same = o.lad_backbone in (None, o.student_backbone)
+    base = o.lad_pretrained_base or (o.student_pretrained_base if same else None)
     if not is_given(o.lad_teacher):
         load_weights(network, base, "backbone", preprocess=o.student_preprocess)
     add_input_channels(network, 1)
@@ -75,13 +77,15 @@ class LAD(Distiller):
     # the released code, for Pascal VOC; there is none for other data sets
     preset = {"*": {"lambda_lad": 3.0, "aux_weight": 0.02}}
     cost = "a pass of its own teacher, softmaxes of the logits; before training, that of the teacher"
-    quick = {"lad_model": "psp", "lad_backbone": "resnet18_w0.125", "lad_steps": 2, "lad_batch_size": 2}
+    quick = {"lad_steps": 2, "lad_batch_size": 2}
+    stage_options = ("lad_teacher", "lad_pretrained_base", "lad_steps", "lad_batch_size", "lad_lr")
 
     def __init__(self, network: nn.Module, recipe: TeacherRecipe,
                  settings: StageSettings | None = None) -> None:
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self.register_buffer("codes", fixed_codes(network.num_class))
+        self.register_buffer("scale", torch.tensor(recipe.scale))
         self.recipe, self.settings = recipe, settings
         self._last: tuple[Tensor, Tensor] | None = None
 
@@ -109,18 +113,22 @@ class LAD(Distiller):
                                context.ignore_label)
         if is_given(o.lad_teacher):
             return cls(network, recipe)
-        words = (network.name, o.momentum, o.weight_decay, o.poly_power, *data_words(context))
+        words = (network.name, o.momentum, o.weight_decay, o.poly_power, *order_words(context))
         settings = StageSettings(o.lad_steps or o.max_iterations, o.lad_batch_size or o.batch_size, o.lad_lr or o.lr,
-                                 train_mode=True, seed=o.seed, data=words, save_every=o.save_per_iters, method="lad",
+                                 train_mode=True, seed=o.seed, words=words, save_every=o.save_per_iters, method="lad",
                                  result="teacher", shared_norm=o.sync_bn)
+        check_shares(settings)
         return cls(network, recipe, settings)
 
     def prepare(self, stage: Preparation) -> None:
         """Train the network, or take it from the cache (:func:`losses.stage.run_stage`)."""
+        stage.log(f"lad: the label-assisted teacher is {self.network.name}"
+                  f"{'' if self.settings else ', trained already: the options of its training have no effect'}")
         if self.settings is not None:
-            state = TeacherState(self.network, self.settings, self.recipe).to(stage.device)
+            # the network is moved first: the optimizer and the state share the tensors of its momentum
+            state = TeacherState(self.network.to(stage.device), self.settings, self.recipe).to(stage.device)
             run_stage(stage, state, self.network, self.settings, role="student")
-            self.network.eval().requires_grad_(False)
+            self.network.eval().requires_grad_(False).zero_grad(set_to_none=True)
 
     def train(self, mode: bool = True) -> LAD:
         """As every module, but for the network, which stays in eval mode."""
@@ -134,9 +142,9 @@ class LAD(Distiller):
     def forward(self, student: SegOutput, teacher: SegOutput | None, target: Tensor, step: int,
                 generator: torch.Generator | None = None, images: Tensor | None = None) -> dict[str, Tensor]:
         with torch.no_grad():
-            taught = self.network(with_labels(images, target, self.codes, NOISE, self.recipe.scale,
+            taught = self.network(with_labels(images, target, self.codes, NOISE, self.scale,
                                               self.recipe.ignore_label, generator)).logits
-        self._last = taught, target
+        self._last = taught, labels_at(target, taught.shape[-2:])
         return {"lad": cwd_loss(student.logits, taught)}
 
     def diagnostics(self) -> dict[str, Tensor]:
@@ -144,8 +152,7 @@ class LAD(Distiller):
         with the help of the labels."""
         if self._last is None:
             return {}
-        logits, target = self._last
-        labels = labels_at(target, logits.shape[-2:])
+        logits, labels = self._last
         labelled = labels != self.recipe.ignore_label
         right = ((logits.argmax(dim=1) == labels) & labelled).sum()
         return {"teacher_accuracy": right / labelled.sum().clamp(min=1)}

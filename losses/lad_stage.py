@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from losses.cwd import cwd_loss
@@ -21,7 +20,7 @@ from losses.stage import StageSettings, StageState
 from losses.task import SegCrossEntropyLoss, task_loss
 from models.output import SegOutput
 from models.weights import load_weights, save_state_dict
-from utils.distributed import average_gradients, is_distributed
+from utils.distributed import average_gradients, place
 from utils.randomness import seed_everything, step_generator
 from utils.step import poly_lr
 
@@ -66,7 +65,7 @@ class TeacherState(StageState):
     def learn(self, images: Tensor, target: Tensor, done: int) -> dict[str, Tensor]:
         """One step on this process's share: images float [B, 3, H, W], target int64 [B, H, W]."""
         settings, recipe = self._settings, self._recipe
-        rank = torch.distributed.get_rank() if is_distributed() else 0
+        rank, _ = place()
         seed_everything(settings.seed, "lad stage", done, rank)  # of dropout
         generator = step_generator(images.device, settings.seed, "lad stage noise", done, rank)
         outputs = []

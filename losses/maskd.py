@@ -17,7 +17,7 @@ from torch import Tensor
 from losses.distiller import BuildContext, Distiller, Preparation, Term, register
 from losses.logits import check_logit_maps, check_logit_nets
 from losses.maskd_stage import initial_tokens, learn_tokens, read_tokens
-from losses.stage import StageSettings, data_words
+from losses.stage import StageSettings, check_shares, order_words
 from losses.task import SegCrossEntropyLoss, at_least_float32
 from models.output import SegOutput
 from utils.cli import number
@@ -88,9 +88,10 @@ class MasKD(Distiller):
     teacher_taps = ("logits",)
     # the authors' Cityscapes scripts: 1 on the main and 0.4 on the auxiliary logits, no KD, and a weight decay of 5e-4
     # where the rows that their table compares with have 1e-4; their MobileNetV2 script has 2e-4
-    preset = {"*": {"lambda_maskd": 1.0, "weight_decay": 5e-4}}
+    preset = {"*": {"lambda_maskd": 1.0, "weight_decay": 5e-4}, "*/mobilenetv2": {"weight_decay": 2e-4}}
     cost = "masks and one matrix product on the logits; before training, a stage of teacher passes"
     quick = {"maskd_steps": 2, "maskd_batch_size": 2}
+    stage_options = ("maskd_masks", "maskd_steps", "maskd_batch_size", "maskd_lr")
 
     def __init__(self, tokens: Tensor, settings: StageSettings | None = None, aux_weight: float = 0.0,
                  ignore_label: int = -1) -> None:
@@ -126,7 +127,8 @@ class MasKD(Distiller):
             tokens = initial_tokens(getattr(o, "maskd_tokens", 8), classes, seed)
             settings = StageSettings(getattr(o, "maskd_steps", 10000), getattr(o, "maskd_batch_size", 16),
                                      getattr(o, "maskd_lr", 0.1), getattr(o, "compat", "fixed") == "reference", seed,
-                                     data_words(context), getattr(o, "save_per_iters", 800))
+                                     order_words(context), getattr(o, "save_per_iters", 800))
+            check_shares(settings)
         both = "aux" in context.student.channels and "aux" in context.teacher.channels
         aux_weight = getattr(o, "maskd_aux_weight", 0.4) if both else 0.0
         return cls(tokens, settings, aux_weight, context.ignore_label)

@@ -10,13 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from losses.distiller import Preparation
 from losses.stage import StageSettings, StageState, read_file, run_stage
 from models.output import SegOutput
-from utils.distributed import average_gradients, is_distributed
+from utils.distributed import average_gradients, place
 from utils.errors import UserError
 from utils.randomness import seed_everything, step_generator
 from utils.step import poly_lr
@@ -44,8 +43,7 @@ class TokenState(StageState):
         """One step of SGD with momentum and weight decay."""
         settings = self._settings
         if settings.train_mode:
-            rank = torch.distributed.get_rank() if is_distributed() else 0
-            seed_everything(settings.seed, f"{settings.method} stage", done, rank)  # of the teacher's dropout
+            seed_everything(settings.seed, f"{settings.method} stage", done, place()[0])  # of the teacher's dropout
         with torch.no_grad():
             output = self._teach(images)
         tokens = nn.Parameter(self.tokens.clone())
@@ -70,7 +68,7 @@ def learn_tokens(stage: Preparation, tokens: Tensor, settings: StageSettings, lo
 
     loss: see :class:`TokenState`. Called by every process. Raises UserError as :func:`losses.stage.run_stage` does.
     """
-    settings = replace(settings, data=(*settings.data, *tokens.shape))
+    settings = replace(settings, words=(*settings.words, *tokens.shape))
     state = TokenState(tokens, stage.teacher, settings, loss).to(stage.device)
     with _train_mode(stage.teacher) if settings.train_mode else nullcontext():
         run_stage(stage, state, stage.teacher, settings)

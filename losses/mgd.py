@@ -62,10 +62,12 @@ class MGD(Distiller):
     title = "masked generative distillation"
     paper = "Yang et al., Masked Generative Distillation"
     year = 2022
-    terms = (Term("mgd", 0.0, "weight of MGD's restored features (a sum over the map, hence tiny)"),)
+    terms = (Term("mgd", 0.0, "weight of MGD's restored features (a sum over C*h*w, hence tiny; 2e-5 is for "
+                              "crops of 512x512)"),)
     student_taps = ("c4",)
     teacher_taps = ("c4",)
-    # the authors' Cityscapes configurations: alpha 2e-5, masked share 0.75, and CWD on the logits with weight 3
+    # the authors' Cityscapes configurations: alpha 2e-5, masked share 0.75, and CWD on the logits with weight 3; their
+    # crops are 512x512 and the term is a sum over C*h*w: at 512x1024 it is twice as strong
     preset = {"*": {"lambda_mgd": 2e-5, "lambda_cwd_logit": 3.0}}
     cost = "two 3x3 convs at teacher width"
 

@@ -12,13 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from losses.distiller import BuildContext, Preparation
-from utils.distributed import broadcast_state, is_distributed, reduce_mean
+from utils.distributed import broadcast_state, place, reduce_mean
 from utils.errors import UserError
 from utils.files import write_atomically
+
+#: to be raised when a stage computes something else from the same settings
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class StageSettings:
     """What the result depends on besides the network, and how often to save (which it does not depend on).
 
     steps, batch_size (all processes together), lr: of the stage. train_mode: a network normalises by the statistics of
-    the batch (shared_norm: of all processes) and drops out. data: :func:`data_words`, and whatever else the loss
-    depends on. method, result: name files, messages and flags.
+    the batch (shared_norm: of all processes) and drops out. words: whatever else the result depends on. method, result:
+    name files, messages and flags.
     """
 
     steps: int = 10000
@@ -35,18 +37,16 @@ class StageSettings:
     lr: float = 0.1
     train_mode: bool = False
     seed: int = 0
-    data: tuple = ()
+    words: tuple = ()
     save_every: int = 800
     method: str = "maskd"
     result: str = "masks"
     shared_norm: bool = False
 
 
-def data_words(context: BuildContext) -> tuple:
-    """What tells one training set, with its crops and its order, from another (for ``StageSettings.data``)."""
-    o = context.options
-    return (context.dataset, *context.crop_size, context.ignore_label, getattr(o, "sampling", "reference"),
-            getattr(o, "train_list", None))
+def order_words(context: BuildContext) -> tuple:
+    """What the order of the samples depends on beside the seed, and the ignored label (for ``StageSettings.words``)."""
+    return getattr(context.options, "sampling", "reference"), context.ignore_label
 
 
 class StageState(nn.Module):
@@ -75,8 +75,11 @@ class StageState(nn.Module):
         self.restore(path)
 
     def save(self, path: Path) -> None:
-        """Write the state of an unfinished stage, atomically."""
-        write_atomically(path, lambda p: torch.save(self.state_dict(), p))
+        """Write the state of an unfinished stage, atomically. Raises UserError when it cannot be written."""
+        try:
+            write_atomically(path, lambda p: torch.save(self.state_dict(), p))
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
 
     def restore(self, path: Path) -> None:
         """Go on from a file of :meth:`save`. Raises UserError for another one."""
@@ -95,10 +98,9 @@ def run_stage(stage: Preparation, state: StageState, net: nn.Module, settings: S
     by every process; only the main one reads and writes files. Raises UserError when the result becomes infinite or a
     file is not readable.
     """
-    _check_shares(settings)
     partial = None
     if stage.is_main:
-        name = f"{settings.method}_{settings.result}_{stage_digest(net, settings)}"
+        name = f"{settings.method}_{settings.result}_{stage_digest(net, settings, stage.data)}"
         final, partial = stage.directory / f"{name}.pth", stage.directory / f"{name}_partial.pth"
         if final.is_file():
             state.load_result(final, settings.steps)
@@ -126,27 +128,37 @@ def _train(stage: Preparation, state: StageState, settings: StageSettings, parti
             mean = reduce_mean(torch.stack([v.detach() for v in values.values()])).tolist()
             shown = "  ".join(f"{name} {value:.4f}" for name, value in zip(values, mean, strict=True))
             stage.log(f"{settings.method}: {settings.result}, step {done}/{settings.steps}  {shown}")
-            if not all(t.isfinite().all() for t in (*state.parameters(), *state.buffers())):
-                raise UserError(f"{settings.method}: the {settings.result} became NaN or infinite by step {done} of "
-                                f"the stage before training: try a lower --{settings.method}-lr")
-        if partial is not None and done % settings.save_every == 0 and done < settings.steps:
-            state.save(partial)
+            _check_finite(state, settings, done)
+        if done % settings.save_every == 0 and done < settings.steps:
+            _check_finite(state, settings, done)
+            if partial is not None:
+                state.save(partial)
 
 
-def _check_shares(settings: StageSettings) -> None:
-    world = torch.distributed.get_world_size() if is_distributed() else 1
+def _check_finite(state: StageState, settings: StageSettings, done: int) -> None:
+    if not all(t.isfinite().all() for t in (*state.parameters(), *state.buffers())):
+        raise UserError(f"{settings.method}: the {settings.result} became NaN or infinite by step {done} of the stage "
+                        f"before training: try a lower --{settings.method}-lr")
+
+
+def check_shares(settings: StageSettings) -> None:
+    """Raise UserError when the processes cannot share the stage's batches, or batch norm cannot train on a share."""
+    world = place()[1]
     flag = f"--{settings.method}-batch-size {settings.batch_size}"
     if settings.batch_size % world:
         raise UserError(f"{flag} does not divide by {world} processes: use a multiple of {world}")
     together = settings.batch_size // (1 if settings.shared_norm and world > 1 else world)
     if settings.train_mode and together < 2:
-        raise UserError(f"{flag}: batch norm needs at least 2 images per process in the stage before training")
+        raise UserError(f"{flag} leaves one image per batch norm in the stage before training: expected at least 2 per "
+                        "process")
 
 
-def stage_digest(net: nn.Module, settings: StageSettings) -> str:
-    """16 hexadecimal digits of a network's weights and the settings."""
+def stage_digest(net: nn.Module, settings: StageSettings, data: str) -> str:
+    """16 hexadecimal digits of a network's weights, the settings and the training set."""
     known = {k: v for k, v in asdict(settings).items() if k != "save_every"}
-    known |= {"preprocess": repr(getattr(net, "preprocess", None))}
+    known |= {"preprocess": repr(getattr(net, "preprocess", None)), "data": data, "version": VERSION}
+    if settings.train_mode and not settings.shared_norm:  # batch norm sees the images of one process
+        known["processes"] = place()[1]
     found = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
     for name, tensor in sorted(net.state_dict().items()):
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

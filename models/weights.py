@@ -167,15 +167,19 @@ def _pairs(net: nn.Module, file: WeightFile, own: dict[str, Tensor], given: dict
         target, value = own[name], given[name]
         if target.shape != value.shape:
             raise UserError(f"{file.name}: {name} has shape {list(value.shape)}, but {net.name} with "
-                            f"{net.num_class} classes wants {list(target.shape)}{_hint(name)}")
+                            f"{net.num_class} classes wants {list(target.shape)}{_hint(name, value, target)}")
         if not bool(torch.isfinite(value).all()):
             raise UserError(f"{file.name}: {name} holds values that are not finite")
         pairs.append((target, value))
     return pairs
 
 
-def _hint(name: str) -> str:
-    if name.removeprefix("pretrained.") == "conv1.weight":
+def _hint(name: str, value: Tensor, target: Tensor) -> str:
+    """What may be behind two shapes of one name: a label channel beside the colours, or another stem."""
+    given, wanted = tuple(value.shape), tuple(target.shape)
+    if given[1:2] + wanted[1:2] in ((3, 4), (4, 3)) and given[:1] + given[2:] == wanted[:1] + wanted[2:]:
+        return f" (the {'file' if given[1] == 4 else 'network'} is of a label-assisted teacher, with a label channel)"
+    if name.removeprefix("pretrained.") == "conv1.weight" and given[2:] != wanted[2:]:
         return " (resnetN has a deep stem of 3x3 convolutions, resnetN_original one 7x7 convolution)"
     return ""
 

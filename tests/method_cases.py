@@ -15,7 +15,7 @@ from losses.distiller import BuildContext, Distiller, NetInfo, check_taps, metho
 from models import get_segmentation_model
 from models.output import SegOutput
 from models.weights import save_state_dict
-from utils.config import parse_config
+from utils.config import parse_config, published
 from utils.errors import UserError
 from utils.method_list import described_network
 
@@ -24,6 +24,8 @@ STUDENT = NetInfo("small-net", {"logits": CLASSES, "aux": CLASSES, "c1": 8, "c2"
                   CLASSES)
 TEACHER = NetInfo("large-net", {"logits": CLASSES, "aux": CLASSES, "c1": 16, "c2": 16, "c3": 32, "c4": 48, "head": 32},
                   CLASSES)
+#: (model, backbone) of the real networks that short runs train and distil from
+RUN_STUDENT, RUN_TEACHER = ("psp", "resnet18_w0.125"), ("psp", "resnet18_w0.25")
 #: training crops to try, smallest first: some methods need maps of a certain size
 CROPS = ((64, 64), (128, 128), (512, 512))
 
@@ -44,7 +46,8 @@ def _parsed(words: tuple[str, ...]) -> argparse.Namespace:
 
 def options(name: str, crop: tuple[int, int], dataset: str = "citys", *flags: str) -> argparse.Namespace:
     """The parsed command line of ``--method name`` with its quick options."""
-    words = ("--method", name, "--dataset", dataset, "--crop-size", *map(str, crop), *as_flags(methods()[name].quick))
+    words = ("--method", name, "--dataset", dataset, "--crop-size", *map(str, crop), *as_flags(methods()[name].quick),
+             "--student-model", RUN_STUDENT[0], "--student-backbone", RUN_STUDENT[1])
     return argparse.Namespace(**vars(_parsed((*words, *flags))))
 
 
@@ -158,18 +161,13 @@ def train(distiller: Distiller, crop: tuple[int, int], steps: range, info: tuple
     return found
 
 
-#: (model, backbone) of the real networks that short runs train and distil from
-RUN_STUDENT, RUN_TEACHER = ("psp", "resnet18_w0.125"), ("psp", "resnet18_w0.25")
-
-
 @cache
 def trial_flags(name: str) -> tuple[str, ...]:
     """Flags of a short run of the method: its preset, or that of camvid where only this one fits small crops."""
     student, teacher = (described_network(*net, CLASSES) for net in (RUN_STUDENT, RUN_TEACHER))
     for crop in CROPS:
         for weights in ("citys", "camvid"):
-            published = {**methods()[name].preset.get("*", {}), **methods()[name].preset.get(weights, {})}
-            chosen = as_flags(published)
+            chosen = as_flags(published(name, weights, RUN_STUDENT[1]))
             try:
                 build_distillers(context(name, crop, flags=tuple(chosen), student=student, teacher=teacher,
                                          dataset="toy_streets"))

@@ -12,8 +12,8 @@ from losses.composition import active_terms
 from losses.distiller import BuildContext, methods
 from models import get_segmentation_model
 from utils.build import net_info
-from utils.config import parse_config
-from utils.method_list import amount, described_network, method_facts, method_table
+from utils.config import parse_config, published
+from utils.method_list import amount, described_network, method_facts, method_table, written
 
 SMALL = ["--student-model", "psp", "--student-backbone", "resnet18_w0.125", "--teacher-model", "psp",
          "--teacher-backbone", "resnet18_w0.25", "--teacher-pretrained", "t.pth", "--dataset", "camvid"]
@@ -37,7 +37,11 @@ def test_every_method_is_listed_with_paper_preset_and_cost(capsys, monkeypatch) 
         assert cls.paper in flat and cls.title in flat and cls.cost in flat, name
     assert max(map(len, text.splitlines())) <= 120
     row = next(x for x in text.splitlines() if x.startswith("afdcd "))
-    assert "c4" in row and "fd 2e-06" in row and "ctr 0.005" in row and "76.6 M" in row
+    assert "c4" in row and "fd 2e-06" in row and "ctr 0.005" in row and "152 M" in row
+    assert "--rand-mask false, --enhance-projector true" in flat
+    row = next(x for x in text.splitlines() if x.startswith("maskd "))
+    assert "maskd 1, --weight-decay 0.0005" in row
+    assert "buffers and frozen networks" in flat
     for name in ("adv", "skd"):  # a discriminator is counted wherever a preset asks for it
         assert re.search(rf"^{name}  .* 3\.19 M ", text, re.MULTILINE), name
 
@@ -46,7 +50,25 @@ def test_the_data_set_and_networks_count(capsys) -> None:
     text = shown(capsys, *SMALL)
     assert "psp-resnet18_w0.25 -> psp-resnet18_w0.125 on camvid (11 classes" in text
     row = next(x for x in text.splitlines() if x.startswith("afdcd "))
-    assert "fd 8e-06" in row and "76.6 M" not in row
+    assert "fd 8e-06" in row and "152 M" not in row and "--" not in row
+
+
+def test_what_a_preset_sets_beside_the_weights_is_shown() -> None:
+    for backbone in ("resnet18", "mobilenetv2"):
+        model = "psp" if backbone == "resnet18" else "psp_mobile"
+        config = parse_config(["--method", "none", "--student-model", model, "--student-backbone", backbone])
+        flat = " ".join(method_table(config, width=140).split())
+        for name in methods():
+            for option, value in published(name, "citys", backbone).items():
+                flag = "--" + option.replace("_", "-")
+                assert option.startswith("lambda_") or f"{flag} {str(value).lower().removesuffix('.0')}" in flat, flag
+    assert "maskd 1, --weight-decay 0.0002" in flat and "--rand-mask" not in flat
+
+
+@pytest.mark.parametrize(("value", "text"), [(False, "false"), (True, "true"), (5e-4, "0.0005"), (4.0, "4"), (3, "3"),
+                                             ((4, 4), "4 4"), ("float16", "float16")])
+def test_values_are_written_as_flags_take_them(value, text) -> None:
+    assert written(value) == text
 
 
 def test_the_counts_are_those_of_the_built_method() -> None:

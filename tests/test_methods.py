@@ -120,7 +120,7 @@ class TestForward:
         """The loss of four images is the mean of the losses of their halves, but for random or remembering methods."""
         distiller = build(name, crop).double()
         student, teacher = (outputs(i, crop, 4, n, torch.float64) for n, i in enumerate((STUDENT, TEACHER)))
-        target = labels(crop, 4, ignored=0.0)
+        target = labels(crop, 4)
 
         def loss(rows: slice, seed: int = 0) -> dict[str, float]:
             halves = [SegOutput(*(t[rows] for t in maps)) for maps in (student, teacher)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tools import make_scripts
-from utils.config import distils, parse_config, preset
+from utils.config import build_parser, distils, parse_config, preset, published
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "train_scripts"
@@ -88,34 +88,72 @@ def test_every_script_parses_and_agrees_with_the_preset(script):
     expected_method = "none" if method in ("teacher", "baseline") else method
     assert config.method == expected_method
     assert distils(config) == (expected_method != "none")
-    weights = {key: value for key, value in preset(config.method, config.dataset).items() if key.startswith("lambda_")}
-    assert {key: getattr(config, key) for key in weights} == weights
+    case = (config.method, config.dataset, config.student_backbone)
+    expected = preset(*case)
+    assert {key: getattr(config, key) for key in expected} == expected
     folder = script.removesuffix(".sh")
     assert (config.save_dir, config.log_dir) == (f"work_dir/{folder}", f"log_dir/{folder}")
     schedule = next(row for name, row in PUBLISHED["scripts"].items() if name.split("/")[0] == script.split("/")[0])
     keys = {"dataset", "max_iterations", "batch_size", "lr", "momentum", "weight_decay", "poly_power", "aux_weight",
             "val_per_iters"}
-    if method == "maskd":  # its own script had another one
-        keys.remove("weight_decay")
-        assert config.weight_decay == (2e-4 if "mbv2" in script else 5e-4)
-    for key in keys:
-        assert getattr(config, key) == schedule[key], key
+    for key in keys:  # but for methods whose own scripts had another value
+        assert getattr(config, key) == expected.get(key, schedule[key]), key
     assert config.crop_size == tuple(schedule["crop_size"])
     if method == "teacher":
         assert (config.student_model, config.student_backbone) == ("deeplabv3", "resnet101")
         assert config.student_pretrained_base == "pretrained_ckpt/resnet101-imagenet.pth"
 
 
+@pytest.mark.parametrize("script", TRAINING)
+def test_every_script_spells_its_preset_out(script):
+    """The command says everything that ``--method`` stands for, so that it can be read without the code."""
+    words = printed(script)
+    words = words[words.index("train_kd.py") + 1:]
+    at = words.index("--method")
+    method = words[at + 1]
+    spelled = build_parser().parse_args(words[:at] + words[at + 2:])
+    wanted = published(method, spelled.dataset, spelled.student_backbone)
+    assert {key: getattr(spelled, key) for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(("script", "decay"), [
+    ("cityscapes/deeplabv3_r101_mbv2_maskd.sh", 2e-4), ("cityscapes/deeplabv3_r101_r18_maskd.sh", 5e-4),
+    ("cityscapes/deeplabv3_r101_psp_r18_maskd.sh", 5e-4), ("cityscapes/deeplabv3_r101_psp_r18_dist.sh", 5e-4),
+    ("cityscapes/deeplabv3_r101_mbv2_kt.sh", 5e-4), ("cityscapes/deeplabv3_r101_mbv2_dsd.sh", 1e-4),
+    ("voc/psp_r18_lad.sh", 1e-4)])
+def test_weight_decay_of_rows_from_other_papers(script, decay):
+    assert parsed(script).weight_decay == decay
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_rows_that_were_published_with_a_defect_have_it(script):
+    rows = script.endswith("_cirkd.sh") or script == "cityscapes/deeplabv3_r101_mbv2_dsd.sh"
+    assert parsed(script).compat == ("reference" if rows else "fixed")
+    assert ("--compat reference" in (SCRIPTS / script).read_text().split("set -euo")[0]) == (
+        rows or script.endswith("_kt.sh"))
+
+
+@pytest.mark.parametrize("script", [name for name in TRAINING if name.endswith("_lad.sh")])
+def test_lad_trains_its_own_teacher(script):
+    config = parsed(script)
+    assert (config.teacher_pretrained, config.lad_teacher, config.lad_steps) == (None, None, None)
+    assert (config.lad_model, config.lad_backbone or config.student_backbone) == ("deeplabv3", "resnet18")
+    assert (config.lambda_lad, config.aux_weight) == (3.0, 0.02)
+
+
 def test_published_miou():
-    for dataset, published in PUBLISHED["miou"].items():
-        table = make_scripts.TABLES[dataset]
-        assert table.teacher_miou == published["teacher deeplabv3-resnet101"]
-        students = {key: row for key, row in published.items() if not key.startswith("teacher")}
-        assert {getattr(make_scripts, STUDENTS[key]) for key in students} == set(table.published)
-        for key, row in students.items():
-            names = {"baseline": "none", "Af-DCD": "afdcd"}
-            assert table.published[getattr(make_scripts, STUDENTS[key])] == {
-                names.get(method, method.lower()): miou for method, miou in row.items()}
+    assert PUBLISHED["miou"].keys() == make_scripts.TABLES.keys()
+    names = {"baseline": "none", "Af-DCD": "afdcd"}
+    for dataset, table in make_scripts.TABLES.items():
+        assert table.teacher_miou == PUBLISHED["miou"][dataset]["teacher deeplabv3-resnet101"]
+        expected = {}
+        for source in (PUBLISHED["miou"][dataset], PUBLISHED["miou_elsewhere"].get(dataset, {})):
+            for student in source.keys() & STUDENTS.keys():
+                row = {names.get(method, method.lower()): miou for method, miou in source[student].items()}
+                found = expected.setdefault(getattr(make_scripts, STUDENTS[student]), {})
+                assert not found.keys() & row.keys(), "a figure stands in both"
+                found.update(row)
+        assert table.published == expected
 
 
 def test_one_line_adds_a_method(monkeypatch):

@@ -10,8 +10,10 @@ import torch
 from helpers import assert_refused, distil_arguments, train_arguments, write_folder_dataset, write_teacher
 
 import train_kd
+from dataset.spec import list_datasets
 from losses.distiller import methods
-from utils.config import build_parser, parse_config
+from models import list_models
+from utils.config import build_parser, parse_config, preset, published
 
 FLAGS = json.loads((Path(__file__).parent / "reference" / "published_flags.json").read_text())["train_kd.py"]
 #: accepted and without effect, in the reference too
@@ -80,6 +82,38 @@ class TestPresets:
         config = parse("--method", name)
         assert any(getattr(config, t.dest) for t in methods()[name].terms)
 
+    @pytest.mark.parametrize("name", methods())
+    def test_every_preset_key_is_a_data_set_or_a_backbone(self, name) -> None:
+        sets, backbones = {"*", *list_datasets()}, {"", *(f"/{backbone}" for _, backbone in list_models())}
+        assert set(methods()[name].preset) <= {one + other for one in sets for other in backbones}
+
+    @pytest.mark.parametrize(("dataset", "backbone", "weights"), [
+        ("voc", "resnet50", (1.0, 10.0)), ("voc", "resnet18", (2.0, 10.0)), ("camvid", "resnet50", (3.0, 10.0)),
+        ("camvid", "resnet18", (3.0, 20.0)), ("camvid", "resnet18_w0.25", (3.0, 20.0)),
+        ("camvid", "resnet18_original", (3.0, 10.0))])
+    def test_the_more_specific_entry_wins(self, monkeypatch, dataset, backbone, weights) -> None:
+        entries = {"camvid/resnet18": {"aux_weight": 20.0}, "camvid": {"lambda_kd": 3.0},
+                   "*/resnet18": {"lambda_kd": 2.0}, "*": {"lambda_kd": 1.0, "aux_weight": 10.0}}
+        monkeypatch.setattr(methods()["kd"], "preset", entries)
+        config = parse("--method", "kd", "--dataset", dataset, "--student-backbone", backbone)
+        assert (config.lambda_kd, config.aux_weight) == weights
+        assert published("kd", dataset, backbone) == dict(zip(("lambda_kd", "aux_weight"), weights, strict=True))
+        assert preset("kd", dataset, backbone)["lambda_fd"] == 0.0
+
+    @pytest.mark.parametrize(("dataset", "backbone", "rand_mask", "enhance_projector"), [
+        ("citys", "resnet18", False, True), ("citys", "mobilenetv2", True, False), ("voc", "resnet18", True, False)])
+    def test_afdcd_masks_and_projects_as_the_script_of_the_row(self, dataset, backbone, rand_mask,
+                                                               enhance_projector) -> None:
+        config = parse("--method", "afdcd", "--dataset", dataset, "--backbone", backbone)
+        assert (config.rand_mask, config.enhance_projector) == (rand_mask, enhance_projector)
+        assert parse("--dataset", dataset, "--backbone", backbone).rand_mask is True
+        assert parse("--method", "afdcd", "--backbone", backbone, "--rand-mask").rand_mask is True
+
+    @pytest.mark.parametrize(("backbone", "decay"), [("resnet18", 5e-4), ("mobilenetv2", 2e-4),
+                                                     ("mobilenetv2_w0.5", 2e-4)])
+    def test_weight_decay_of_maskd(self, backbone, decay) -> None:
+        assert parse("--method", "maskd", "--backbone", backbone).weight_decay == decay
+
     def test_a_square_crop_takes_one_number(self) -> None:
         assert parse("--crop-size", "320").crop_size == (320, 320)
 
@@ -104,7 +138,7 @@ WRONG = [
     (["--data", "{base}/missing"], ["missing"]),
     (["--student-model", "nonsense"], ["nonsense", "deeplabv3"]),
     (["--student-backbone", "nonsense"], ["nonsense"]),
-    (["--teacher-pretrained", "None"], ["--teacher-pretrained"]),
+    (["--teacher-pretrained", "None"], ["--teacher-pretrained", "afdcd", "--method none, --method lad"]),
     (["--teacher-pretrained", "{base}/missing.pth"], ["missing.pth"]),
     (["--teacher-pretrained", "{base}/garbage.pth"], ["garbage.pth"]),
     (["--teacher-pretrained", "{base}/hostile.pth"], ["hostile.pth"]),

@@ -111,7 +111,9 @@ def measure_method(name: str, options: argparse.Namespace) -> dict[str, float]:
     device = torch.device(options.device)
     num_class = get_dataset_spec(options.dataset).num_class
     method = "none" if name in BASELINES else name
+    model, _, backbone = options.student.partition("-")
     config = parse_config(["--method", method, "--dataset", options.dataset, "--crop-size", *map(str, options.crop),
+                           "--student-model", model, "--student-backbone", backbone,
                            "--batch-size", str(options.batch), "--teacher-pretrained", "random"])
     if method != "none":
         vars(config).update(methods()[method].quick)
@@ -128,8 +130,9 @@ def measure_method(name: str, options: argparse.Namespace) -> dict[str, float]:
         prepare(objective, teacher, options, num_class)
     found = timed(lambda step: step_fn(images, images, target, step), options.steps, device)
     extra = objective.distillers
+    kept = [*extra.buffers(), *(p for p in extra.parameters() if not p.requires_grad)]
     return {**found, "parameters": sum(p.numel() for p in extra.parameters() if p.requires_grad),
-            "state": sum(b.numel() * b.element_size() for b in extra.buffers())}
+            "state": sum(t.numel() * t.element_size() for t in kept)}
 
 
 def measure_form(name: str, which: int, options: argparse.Namespace) -> dict[str, float]:

@@ -42,14 +42,15 @@ def build_teacher(config: argparse.Namespace, num_class: int) -> nn.Module | Non
     return teacher.eval().requires_grad_(False)
 
 
-def build_objective(config: argparse.Namespace, student: nn.Module, teacher: nn.Module | None) -> Objective:
-    """Student and distillers with their weights, as the one module that is trained."""
+def build_objective(config: argparse.Namespace, student: nn.Module, teacher: nn.Module | None,
+                    resumed: bool = False) -> Objective:
+    """Student and distillers with their weights, as the one module that is trained. resumed: a state will be loaded."""
     distillers = nn.ModuleDict()
     if distils(config):
         seed_everything(config.seed, "distillers")
         distillers = build_distillers(BuildContext(
             net_info(student), teacher and net_info(teacher), student.num_class, config.ignore_label,
-            active_terms(config), config.crop_size, config.dataset, config))
+            active_terms(config), config.crop_size, config.dataset, config, resumed))
     return Objective(student, distillers, term_weights(config), config.aux_weight, config.ignore_label,
                      config.group_size)
 

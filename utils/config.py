@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dataset.spec import list_datasets
 from losses.distiller import Distiller, methods
+from models.registry import split_backbone
 from utils.cli import ArgumentParser, number
 from utils.errors import UserError
 
@@ -25,7 +26,8 @@ def _networks(parser: ArgumentParser) -> None:
     g = parser.add_argument_group("networks")
     g.add_argument("--teacher-model", default="deeplabv3", help="architecture of the teacher")
     g.add_argument("--teacher-backbone", default="resnet101", help="backbone of the teacher")
-    g.add_argument("--teacher-pretrained", default="None", metavar="FILE", help="trained teacher (required to distil)")
+    g.add_argument("--teacher-pretrained", default="None", metavar="FILE",
+                   help=f"trained teacher (every method but {', '.join(_without_teacher())} needs one)")
     g.add_argument("--teacher-pretrained-base", default="None", metavar="FILE", help=BASE_HELP)
     g.add_argument("--teacher-preprocess", choices=("bgr", "rgb"),
                    help="its input: BGR minus mean, or RGB mean/std (default: what its weights say)")
@@ -73,8 +75,8 @@ def _optimisation(parser: ArgumentParser) -> None:
 def _distillation(parser: ArgumentParser) -> None:
     g = parser.add_argument_group("distillation", "Terms combine freely; a term with weight 0 is not computed.")
     g.add_argument("--method", choices=["none", *methods()], default=None, metavar="NAME",
-                   help="preset of published settings for --dataset (see --list-methods); none: plain training, of a "
-                        "baseline or a teacher (default: Af-DCD with the weights listed here)")
+                   help="preset of published settings for --dataset and --student-backbone (see --list-methods); none: "
+                        "plain training, of a baseline or a teacher (default: Af-DCD with the weights listed here)")
     g.add_argument("--list-methods", action="store_true", default=argparse.SUPPRESS,
                    help="print every method with its preset and what it adds to the given networks, and stop")
     g.add_argument("--group-size", type=natural, default=2, metavar="N",
@@ -116,14 +118,21 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def preset(method: str, dataset: str) -> dict[str, object]:
-    """Option values that ``--method`` stands for: all weights 0, then the method's settings for the data set."""
-    values: dict[str, object] = {t.dest: 0.0 for cls in methods().values() for t in cls.terms}
-    if method != "none":
-        published = methods()[method].preset
-        values.update(published.get("*", {}))
-        values.update(published.get(dataset, {}))
-    return values
+def published(method: str, dataset: str, backbone: str) -> dict[str, object]:
+    """What the ``preset`` of a method sets for a data set and a student's backbone, whatever its width; {} for 'none'.
+
+    The more specific entry wins: "*", then "*/BACKBONE", "DATASET", "DATASET/BACKBONE".
+    """
+    entries = methods()[method].preset if method != "none" else {}
+    full, _ = split_backbone(backbone)
+    keys = ("*", f"*/{full}", dataset, f"{dataset}/{full}")
+    return {option: value for key in keys for option, value in entries.get(key, {}).items()}
+
+
+def preset(method: str, dataset: str, backbone: str) -> dict[str, object]:
+    """Option values that ``--method`` stands for: all weights 0, then what is :func:`published`."""
+    weights: dict[str, object] = {t.dest: 0.0 for cls in methods().values() for t in cls.terms}
+    return {**weights, **published(method, dataset, backbone)}
 
 
 def parse_config(argv: list[str] | None = None) -> argparse.Namespace:
@@ -135,7 +144,7 @@ def parse_config(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     config = parser.parse_args(argv)
     if config.method is not None:
-        parser.set_defaults(**preset(config.method, config.dataset))
+        parser.set_defaults(**preset(config.method, config.dataset, config.student_backbone))
         config = parser.parse_args(argv)
     for name in ("teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base"):
         if getattr(config, name) in ("", "None", "none"):
@@ -163,6 +172,18 @@ def needs_teacher(config: argparse.Namespace) -> bool:
     return any(cls.teacher_taps for cls in _active_methods(config))
 
 
+def teacher_options(config: argparse.Namespace) -> list[str]:
+    """Flags of the teacher that the command line or a script has set to something."""
+    parser = build_parser()
+    names = ("teacher_model", "teacher_backbone", "teacher_pretrained", "teacher_pretrained_base", "teacher_preprocess")
+    return ["--" + name.replace("_", "-") for name in names
+            if getattr(config, name) not in (None, parser.get_default(name))]
+
+
+def _without_teacher() -> list[str]:
+    return [name for name, cls in methods().items() if not cls.teacher_taps]
+
+
 def _active_methods(config: argparse.Namespace) -> list[type[Distiller]]:
     return [cls for cls in methods().values() if any(getattr(config, t.dest) for t in cls.terms)]
 
@@ -174,7 +195,8 @@ def _check(config: argparse.Namespace) -> None:
     if config.method != "none" and not distils(config):
         raise UserError("every --lambda-* is 0, so nothing would be distilled: use --method none for plain training")
     if needs_teacher(config) and config.teacher_pretrained is None:
-        raise UserError("--teacher-pretrained is missing: distillation needs a trained teacher (a .pth file); "
-                        "--method none trains without one")
+        names = [cls.method for cls in _active_methods(config) if cls.teacher_taps]
+        raise UserError(f"--teacher-pretrained is missing: a trained teacher (a .pth file) for {', '.join(names)}; "
+                        f"without one: {', '.join(f'--method {name}' for name in ('none', *_without_teacher()))}")
     if min(config.crop_size) < 32:
         raise UserError(f"--crop-size {config.crop_size[0]} {config.crop_size[1]}: expected at least 32 pixels a side")

@@ -62,6 +62,11 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def place() -> tuple[int, int]:
+    """(rank, number of processes) of this process; (0, 1) when it stands alone."""
+    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+
+
 def barrier() -> None:
     """Wait for every process."""
     if is_distributed():

@@ -12,7 +12,7 @@ from dataset import get_dataset_spec
 from losses.composition import active_terms, build_distillers
 from losses.distiller import BuildContext, Distiller, NetInfo, methods
 from models import get_segmentation_model
-from utils.config import preset
+from utils.config import preset, published
 from utils.errors import UserError
 
 WIDTHS = (10, 4, 10, 8, 17)  # method, year, parameters, state, taps; the preset takes the rest of the line
@@ -24,13 +24,14 @@ class MethodFacts:
     """One method as ``--method NAME`` would run it.
 
     All of it covers what the preset switches on of other methods too (KD, the discriminator of SKD). weights: {term:
-    lambda}. parameters: how many numbers are trained beside the student. state: bytes of buffers and frozen parameters
-    (queues, masks, tables). refused: why the method cannot run with these settings, "" when it can; the figures are
-    then empty.
+    lambda}. settings: {option: value}, what else the preset sets. parameters: how many numbers are trained beside the
+    student. state: bytes of buffers and frozen parameters (queues, masks, networks). refused: why the method cannot run
+    with these settings, "" when it can; the figures are then empty.
     """
 
     cls: type[Distiller]
     weights: dict[str, float]
+    settings: dict[str, object]
     taps: str = ""
     parameters: int = 0
     state: int = 0
@@ -46,7 +47,9 @@ def described_network(model: str, backbone: str, num_class: int, aux: bool | Non
 
 def method_facts(name: str, config: argparse.Namespace, student: NetInfo, teacher: NetInfo) -> MethodFacts:
     """Build one method without memory and count what it adds. config: options with ``crop_size`` as (height, width)."""
-    options = argparse.Namespace(**{**vars(config), **preset(name, config.dataset)})
+    case = (name, config.dataset, config.student_backbone)
+    options = argparse.Namespace(**{**vars(config), **preset(*case)})
+    settings = {option: value for option, value in published(*case).items() if not option.startswith("lambda_")}
     active = active_terms(options)
     cls = methods()[name]
     terms = {t.name: t for c in (cls, *methods().values()) for t in c.terms}  # its own ones first
@@ -57,10 +60,10 @@ def method_facts(name: str, config: argparse.Namespace, student: NetInfo, teache
         with torch.device("meta"):
             built = build_distillers(context)
     except UserError as error:
-        return MethodFacts(cls, weights, refused=str(error))
+        return MethodFacts(cls, weights, settings, refused=str(error))
     taps = [tap for d in (built[name], *built.values()) for tap in (*d.student_taps, *d.teacher_taps)]
     kept = [*built.buffers(), *(p for p in built.parameters() if not p.requires_grad)]
-    return MethodFacts(cls, weights, ", ".join(dict.fromkeys(taps)),
+    return MethodFacts(cls, weights, settings, ", ".join(dict.fromkeys(taps)),
                        sum(p.numel() for p in built.parameters() if p.requires_grad),
                        sum(t.numel() * t.element_size() for t in kept))
 
@@ -73,13 +76,23 @@ def amount(number: float, unit: str = "") -> str:
     return f"{number / 1000 ** size:.3g} {('', 'k', 'M', 'G')[size]}{unit}".strip()
 
 
+def written(value: object) -> str:
+    """An option's value as the command line takes it: False -> "false", 0.0005 -> "0.0005", (4, 4) -> "4 4"."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(written, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _row(facts: MethodFacts, width: int) -> str:
     cls = facts.cls
     state = amount(facts.state, "B")
     cells = (cls.method, str(cls.year), amount(facts.parameters).rjust(WIDTHS[2]), state.rjust(WIDTHS[3]), facts.taps)
     head = "  ".join(cell.ljust(size) for cell, size in zip(cells, WIDTHS, strict=True)) + "  "
-    weights = ", ".join(f"{name}\0{weight:g}" for name, weight in facts.weights.items())  # \0: no line break here
-    lines = textwrap.wrap(head + weights, width, subsequent_indent=" " * len(head), drop_whitespace=True)
+    cells = [f"{name}\0{weight:g}" for name, weight in facts.weights.items()]  # \0: no line break here
+    cells += [f"--{name.replace('_', '-')}\0{written(value)}" for name, value in facts.settings.items()]
+    lines = textwrap.wrap(head + ", ".join(cells), width, subsequent_indent=" " * len(head), break_on_hyphens=False)
     notes = [f"{cls.title}. Computes {cls.cost}." if cls.cost else cls.title, cls.paper]
     notes += [f"not with these settings: {facts.refused}"] if facts.refused else []
     for note in notes:
@@ -96,11 +109,13 @@ def method_table(config: argparse.Namespace, width: int | None = None) -> str:
     num_class = get_dataset_spec(config.dataset, config.data).num_class
     teacher = described_network(config.teacher_model, config.teacher_backbone, num_class)
     student = described_network(config.student_model, config.student_backbone, num_class, config.aux)
-    titles = ("method", "year", "parameters".rjust(WIDTHS[2]), "state".rjust(WIDTHS[3]), "taps", "preset weights")
+    titles = ("method", "year", "parameters".rjust(WIDTHS[2]), "state".rjust(WIDTHS[3]), "taps", "preset")
     intro = (f"Methods for {teacher.name} -> {student.name} on {config.dataset} ({num_class} classes, crop "
-             f"{config.crop_size[0]}x{config.crop_size[1]}). parameters: trained beside the student; state: buffers "
-             "(queues, masks). None of it is part of the exported student. taps: what is read of either network. What "
-             "the preset takes from other methods is counted too.")
+             f"{config.crop_size[0]}x{config.crop_size[1]}). parameters: trained beside the student; state: "
+             "buffers and frozen networks (queues, masks, a method's own teacher). None of it is part of the exported "
+             "student. taps: what is read of either network. What the preset takes from other methods is counted too. "
+             "preset: weights of the loss terms, then the other options that --method sets; --weight-decay and "
+             "--aux-weight among them depart from the protocol that the methods have in common.")
     header = "  ".join([t.ljust(size) for t, size in zip(titles, (*WIDTHS, 0), strict=True)])
     rows = [_row(method_facts(name, config, student, teacher), width) for name in methods()]
     return "\n".join([*textwrap.wrap(intro, width), "", header, "-" * width, *rows])

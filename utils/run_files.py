@@ -4,10 +4,11 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
+from collections.abc import Collection
 from pathlib import Path
 
 from utils.checkpoint import versions
-from utils.config import DEAD_OPTIONS
+from utils.config import DEAD_OPTIONS, needs_teacher
 from utils.files import write_json
 from utils.logger import LOG
 
@@ -18,7 +19,7 @@ class RunFiles:
     def __init__(self, config: argparse.Namespace) -> None:
         self.directory, self.log_directory = Path(config.save_dir), Path(config.log_dir)
         self.stem = f"kd_{config.student_model}_{config.student_backbone}_{config.dataset}"
-        teacher = "none" if config.method == "none" else f"{config.teacher_model}-{config.teacher_backbone}"
+        teacher = f"{config.teacher_model}-{config.teacher_backbone}" if needs_teacher(config) else "none"
         student = f"{config.student_model}-{config.student_backbone}"
         self.log_name = f"{config.method or 'afdcd'}_{teacher}_{student}_{config.dataset}"
         self.student = self.directory / f"{self.stem}.pth"
@@ -82,8 +83,11 @@ FREE_TO_CHANGE = frozenset((
     "student_pretrained", "student_pretrained_base"))
 
 
-def changed_settings(saved: dict, config: argparse.Namespace) -> list[str]:
-    """'name: old -> new' for every setting that matters and differs from the saved run."""
+def changed_settings(saved: dict, config: argparse.Namespace, finished: Collection[str] = ()) -> list[str]:
+    """'name: old -> new' for every setting that matters and differs from the saved run.
+
+    finished: options of a stage that a resumed run does not repeat.
+    """
     now = plain(config)
     return [f"{k}: {saved.get(k)} -> {now[k]}" for k in now
-            if k in saved and saved[k] != now[k] and k not in FREE_TO_CHANGE]
+            if k in saved and saved[k] != now[k] and k not in FREE_TO_CHANGE and k not in finished]

@@ -24,7 +24,7 @@ from utils.build import (
     wrap_for_processes,
 )
 from utils.checkpoint import load_state, save_state
-from utils.config import DEAD_OPTIONS
+from utils.config import DEAD_OPTIONS, teacher_options
 from utils.distributed import Distributed, barrier, reduce_mean, same_everywhere
 from utils.errors import UserError
 from utils.files import check_target
@@ -47,7 +47,9 @@ class Trainer:
         self.val_set, self.report_sets = self._evaluation_sets()
         self.student = build_student(config, self.spec.num_class)
         self.teacher = build_teacher(config, self.spec.num_class)
-        self.objective = build_objective(config, self.student, self.teacher)
+        self.files = RunFiles(config)
+        resumes = self.files.resume_from(config.resume) is not None
+        self.objective = build_objective(config, self.student, self.teacher, resumes)
         self.model = wrap_for_processes(config, self.objective, distributed)
         if self.teacher is not None:
             self.teacher.to(distributed.device)
@@ -56,7 +58,6 @@ class Trainer:
                                  max_iterations=config.max_iterations, power=config.poly_power, seed=config.seed,
                                  rank=distributed.rank)
         config.aux = self.student.aux
-        self.files = RunFiles(config)
         for flag, folder in (("--save-dir", self.files.directory), ("--log-dir", self.files.log_directory)):
             check_target(folder, flag, is_folder=True)
         self.step, self.best = 0, -1.0
@@ -93,7 +94,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.student.preprocess = Preprocess.from_dict(state["net_info"]["preprocess"])
             self.step, self.best = int(state["step"]), float(state["best"])
-            changes = changed_settings(state["config"], self.config)
+            changes = changed_settings(state["config"], self.config, self._stage_options())
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--resume {path}: the state is of another model or method than the one asked for "
                             f"({(str(error).splitlines() or [type(error).__name__])[0]})") from error
@@ -110,6 +111,9 @@ class Trainer:
         LOG.info("resumed from %s at step %d%s", path, self.step, best)
         return True
 
+    def _stage_options(self) -> set[str]:
+        return {option for d in self.objective.distillers.values() for option in d.stage_options}
+
     def _open_files(self) -> None:
         if not self.distributed.is_main:
             return
@@ -121,9 +125,9 @@ class Trainer:
         for name in DEAD_OPTIONS:
             if getattr(self.config, name) is not None:
                 LOG.warning("--%s has no effect (nor has it in the reference)", name)
-        if self.teacher is None and self.config.teacher_pretrained:
-            LOG.warning("--teacher-pretrained %s is not read: no method of this run has a use for it",
-                        self.config.teacher_pretrained)
+        unread = self.config.method != "none" and teacher_options(self.config)
+        if self.teacher is None and unread:
+            LOG.warning("not used, since no method of this run reads that teacher: %s", ", ".join(unread))
         LOG.info("configuration (also in %s):\n%s", self.files.config, readable(self.config))
         count = sum(p.numel() for p in self.student.parameters()) / 1e6
         extra = sum(p.numel() for p in self.objective.distillers.parameters()) / 1e6
@@ -168,7 +172,7 @@ class Trainer:
         if self._resumed:
             return
         stage = Preparation(self.teacher, self.distributed.device, self.files.directory, self.distributed.is_main,
-                            self._stage_batches, LOG.info)
+                            self._stage_batches, LOG.info, self.train_set.digest())
         for distiller in self.objective.distillers.values():
             distiller.prepare(stage)
             barrier()

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def write_toy_streets(
 
     Raises:
         UserError: bad parameters; other toy streets in `root` (unless `overwrite`); anything else in `root` (always);
-            a file that cannot be written; a process that died.
+            a file that cannot be written; a process that cannot be started or died.
     """
     wanted = {
         "dataset": "toy_streets",
@@ -169,10 +169,11 @@ def _write_scenes(root: Path, wanted: dict[str, int | str], workers: int) -> Non
             _write_scene(root, wanted, *scene)
         return
     strangers = set(active_children())
-    # spawned, not forked: the caller may have threads (of torch) that hold locks
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_start_painter)
+    pool = None
     try:
-        with _interrupts_held_back():
+        with _interrupts_held_back(), _failed_starts_named(workers):
+            # spawned, not forked: the caller may have threads (of torch) that hold locks
+            pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_start_painter)
             tasks = [pool.submit(_write_scene, root, wanted, *scene) for scene in scenes]
         for task in as_completed(tasks):
             task.result()
@@ -186,7 +187,9 @@ def _write_scenes(root: Path, wanted: dict[str, int | str], workers: int) -> Non
             f"--workers 1 needs no further process"
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        if pool is not None:
+            with suppress(RuntimeError):  # its thread never started
+                pool.shutdown(cancel_futures=True)
 
 
 def _write_scene(root: Path, wanted: dict[str, int | str], split: str, index: int) -> None:
@@ -194,6 +197,20 @@ def _write_scene(root: Path, wanted: dict[str, int | str], split: str, index: in
     for folder, pixels in ((split, image), (f"{split}annot", label)):
         _, encoded = cv2.imencode(".png", pixels)
         (root / folder / f"{split}_{index:05d}.png").write_bytes(encoded.tobytes())
+
+
+@contextmanager
+def _failed_starts_named(workers: int) -> Iterator[None]:
+    """What goes wrong when processes (OSError) and their pool's thread (RuntimeError) start becomes a UserError."""
+    try:
+        yield
+    except BrokenProcessPool:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"--workers {workers}: the painting processes cannot be started "
+            f"({getattr(error, 'strerror', None) or error}); --workers 1 needs no further process"
+        ) from error
 
 
 @contextmanager

@@ -127,3 +127,21 @@ def test_class_file_that_is_not_text(root):
     (root / "classes.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="classes.txt: cannot read this class file"):
         get_dataset_spec("folder", root)
+
+
+def test_the_digest_tells_training_sets_apart_but_not_places(tmp_path):
+    from helpers import write_folder_dataset
+
+    roots = [write_folder_dataset(tmp_path / name) for name in ("a", "b", "c", "d")]
+    (roots[2] / "images/train/7.png").unlink(), (roots[2] / "labels/train/7.png").unlink()
+    (roots[3] / "classes.txt").write_text("one\ntwo\n")
+
+    def digest(root, **more):
+        spec = get_dataset_spec("folder", str(root))
+        return SegmentationDataset(spec, root, "train", **{"train": True, "crop_size": (64, 64), **more}).digest()
+
+    first = digest(roots[0])
+    assert digest(roots[1]) == first
+    others = [digest(roots[2]), digest(roots[3]), digest(roots[0], crop_size=(64, 96)),
+              digest(roots[0], ignore_label=255), digest(roots[0], limit=3)]
+    assert len({first, *others}) == 6

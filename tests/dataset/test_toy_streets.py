@@ -1,10 +1,12 @@
 """Toy streets: the painter, the folder that the writer leaves, and its command line."""
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
 from multiprocessing import active_children
+from multiprocessing.context import SpawnProcess
 
 import cv2
 import numpy as np
@@ -218,6 +220,40 @@ class TestProcesses:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert os.listdir(tmp_path) == [] and not active_children()
+
+    @pytest.mark.parametrize("last, error, text", [
+        (0, BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "Resource temporarily unavailable"),
+        (1, BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "Resource temporarily unavailable"),
+        (9, RuntimeError("can't start new thread"), "can't start new thread")])
+    def test_processes_that_cannot_be_started(self, tmp_path, monkeypatch, last, error, text):
+        """The first or second process, as under ulimit -u, or the thread that feeds them."""
+        start, started = SpawnProcess.start, []
+
+        def limited(process):
+            if len(started) == last:
+                raise error
+            started.append(start(process))
+
+        def no_thread(thread):
+            raise error
+
+        monkeypatch.setattr(SpawnProcess, "start", limited)
+        if last == 9:
+            monkeypatch.setattr("concurrent.futures.process._ExecutorManagerThread.start", no_thread)
+        with pytest.raises(UserError, match=f"^--workers 2: .* cannot be started .{text}.; --workers 1"):
+            write_toy_streets(tmp_path / "streets", **SMALL, workers=2)
+        for child in active_children():
+            child.join(20)
+        assert os.listdir(tmp_path) == [] and not active_children()
+
+    def test_a_pool_that_cannot_be_made(self, tmp_path, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr("dataset.toy_streets.writer.ProcessPoolExecutor", refuse)
+        with pytest.raises(UserError, match="^--workers 2: .*Too many open files"):
+            write_toy_streets(tmp_path / "streets", **SMALL, workers=2)
+        assert os.listdir(tmp_path) == []
 
     def test_a_process_that_dies(self, tmp_path, monkeypatch):
         monkeypatch.setattr("dataset.toy_streets.writer._start_painter", os.abort)

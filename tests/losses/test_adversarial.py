@@ -307,7 +307,7 @@ def test_method_and_options():
 
 
 def test_preset():
-    assert {k: v for k, v in preset("adv", "citys").items() if v} == {"lambda_kd": 1.0, "lambda_adv": 0.001}
+    assert {k: v for k, v in preset("adv", "citys", "resnet18").items() if v} == {"lambda_kd": 1.0, "lambda_adv": 0.001}
 
 
 @pytest.mark.parametrize("crop", [(360, 360), (504, 1024)])

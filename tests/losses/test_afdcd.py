@@ -23,6 +23,8 @@ from models.output import SegOutput
 from utils.cli import ArgumentParser
 from utils.errors import UserError
 
+BOTH = frozenset({"fd", "ctr"})
+
 
 def maps(student=(2, 6, 16, 24), teacher=(2, 8, 16, 24), dtype=torch.float64):
     return (fill.tensor("student", student, 1, dtype=dtype).requires_grad_(),
@@ -187,7 +189,7 @@ def test_positive_rank():
 def context(options=None, **changes) -> BuildContext:
     nets = {"student": NetInfo("small", {"logits": 5, "c4": 6}, 5),
             "teacher": NetInfo("large", {"logits": 5, "c4": 16}, 5)}
-    return BuildContext(**{**nets, "num_class": 5, "crop_size": (128, 128),
+    return BuildContext(**{**nets, "num_class": 5, "crop_size": (128, 128), "active": BOTH,
                            "options": options or argparse.Namespace(), **changes})
 
 
@@ -233,9 +235,36 @@ def test_method_forward_state_and_diagnostics():
     assert list(method.state_dict()) == [f"criterion.{n}" for n, _ in method.criterion.named_parameters()]
 
 
+@pytest.mark.parametrize("term", sorted(BOTH))
+def test_a_term_without_weight_is_not_computed(term, monkeypatch):
+    """And the other one is what it was, with the same state."""
+    both, one = (AfDCD.build(context(active=a)) for a in (BOTH, frozenset({term})))
+    one.load_state_dict(both.state_dict())
+    student, teacher = torch.rand(2, 6, 16, 16), torch.rand(2, 16, 16, 16)
+    run = [output(student), output(teacher), torch.zeros(2, 128, 128, dtype=torch.long), 0]
+    expected = both(*run, torch.Generator().manual_seed(1))[term].item()
+    skipped = {"fd": "omni_contrastive_loss", "ctr": "masked_feature_loss"}[term]
+    monkeypatch.setattr(f"losses.afdcd.{skipped}", None)
+    terms = one(*run, torch.Generator().manual_seed(1))
+    assert list(terms) == [term] and terms[term].item() == expected
+    assert list(one.diagnostics()) == (["positive_rank"] if term == "ctr" else [])
+    terms[term].backward()
+    assert all(p.grad is not None for p in one.parameters())
+
+
+def test_without_the_contrast_its_limits_do_not_hold():
+    method = AfDCD.build(context(active=frozenset({"fd"}), crop_size=(64, 64),
+                                 teacher=NetInfo("large", {"c4": 20}, 5)))
+    maps = output(torch.rand(1, 6, 8, 8)), output(torch.rand(1, 20, 8, 8))
+    terms = method(*maps, torch.zeros(1, 64, 64, dtype=torch.long), 0)
+    assert list(terms) == ["fd"] and terms["fd"] > 0
+
+
 def test_method_refuses_what_cannot_work():
     with pytest.raises(UserError, match="needs c4 of the student, but small offers only logits"):
         AfDCD.build(context(student=NetInfo("small", {"logits": 5}, 5)))
+    with pytest.raises(UserError, match="method 'afdcd' needs a teacher: it reads c4 of it, but there is none"):
+        AfDCD.build(context(teacher=None))
     with pytest.raises(UserError, match="--crop-size 128 128"):
         AfDCD.build(context(crop_size=(96, 512)))
     with pytest.raises(UserError, match="--m-ocd 16"):

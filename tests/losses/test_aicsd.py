@@ -22,11 +22,11 @@ def output(logits: torch.Tensor) -> SegOutput:
     return SegOutput(logits, None, logits, logits, logits, logits, logits)
 
 
-def context(*arguments: str, active: frozenset[str] = ALL, length: int = 10) -> BuildContext:
+def context(*arguments: str, active: frozenset[str] = ALL, length: int = 10, **shared) -> BuildContext:
     parser = ArgumentParser(prog="test")
     AICSD.add_arguments(parser.add_argument_group("aicsd"))
     options = parser.parse_args(list(arguments))
-    options.max_iterations = length
+    vars(options).update(shared, max_iterations=length)
     return BuildContext(NET, NET, 4, active=active, options=options)
 
 
@@ -36,7 +36,7 @@ def test_golden(name, dtype):
     case = golden.load_case(name)
     inputs = golden.make_inputs(case, dtype)
     pair = inputs["student"], inputs["teacher"]
-    losses = {"pixel_kd": aicsd_kd_loss(*pair), "ickd": ickd_loss(*pair), "icsd": aicsd_loss(*pair)}
+    losses = {"pixel_kd": aicsd_kd_loss(*pair), "ickd": ickd_loss(*pair), "icsd": aicsd_loss(*pair, "released")}
     if dtype == torch.float32:  # differences of 1e-6, see the README of the recorded cases
         del losses["icsd"]
         case = {**case, **{key: {n: case[key][n] for n in losses} for key in ("losses", "losses_float32", "grads")}}
@@ -71,17 +71,18 @@ def test_released_form_loop_twin():
                 matrix[i, j] = matrix[j, i] = (p[:, j] * p[:, j].log() - p[:, j] * p[:, i]).sum() / 2
         matrices.append(matrix / matrix.norm(dim=1, keepdim=True))
     expected = (matrices[0] - matrices[1]).square().mean().item() / 2
-    assert aicsd_loss(*maps).item() == pytest.approx(expected, rel=1e-9)
+    assert aicsd_loss(*maps, "released").item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_groups():
     """A matrix per group of neighbours, the last one of what is left; the paper's form knows no groups."""
     maps = [fill.tensor(n, (5, 4, 5, 3), 2, 2.0, torch.float64) for n in ("s", "t")]
-    parts = [aicsd_loss(*(x[rows] for x in maps)).item() for rows in (slice(0, 2), slice(2, 4), slice(4, 5))]
+    parts = [aicsd_loss(*group, "released").item() for group in zip(*(x.split(2) for x in maps), strict=True)]
     expected = (2 * parts[0] + 2 * parts[1] + parts[2]) / 5
-    assert aicsd_loss(*maps, group_size=2).item() == pytest.approx(expected, rel=1e-9)
-    assert aicsd_loss(*maps).item() == aicsd_loss(*maps, group_size=5).item() != pytest.approx(expected, rel=1e-2)
-    assert aicsd_loss(*maps, "paper", 2).item() == aicsd_loss(*maps, "paper").item()
+    assert aicsd_loss(*maps, "released", 2).item() == pytest.approx(expected, rel=1e-9)
+    whole = aicsd_loss(*maps, "released").item()
+    assert whole == aicsd_loss(*maps, "released", 5).item() != pytest.approx(expected, rel=1e-2)
+    assert aicsd_loss(*maps, "paper", 2).item() == aicsd_loss(*maps).item()
 
 
 @pytest.mark.parametrize("form", ["released", "paper"])
@@ -107,10 +108,29 @@ def test_schedule(step, a):
     assert terms == pytest.approx({"aicsd": a * aicsd_loss(student, teacher).item(),
                                    "aicsd_kd": (1 - a) * aicsd_kd_loss(student, teacher).item(),
                                    "aicsd_task": (a - 1) * ce, "ickd": ickd_loss(student, teacher).item()})
-    constant = AICSD.build(context("--no-aicsd-schedule", "--aicsd-form", "paper"))
+    constant = AICSD.build(context("--no-aicsd-schedule"))
     terms = constant(output(student), output(teacher), target, step)
-    assert terms["aicsd"].item() == aicsd_loss(student, teacher, "paper").item()
+    assert terms["aicsd"].item() == aicsd_loss(student, teacher).item()
     assert terms["aicsd_kd"].item() == aicsd_kd_loss(student, teacher).item() and terms["aicsd_task"].item() == 0
+
+
+@pytest.mark.parametrize("compat, form", [("fixed", "paper"), ("reference", "released")])
+def test_the_form_follows_compat(compat, form):
+    method = AICSD.build(context("--no-aicsd-schedule", compat=compat, group_size=3))
+    student, teacher = (fill.tensor(n, (4, 4, 5, 3), 4, 2.0) for n in ("s", "t"))
+    got = method(output(student), output(teacher), fill.labels("y", (4, 40, 24), 4, 4, 0.2), 0)["aicsd"].item()
+    assert got == aicsd_loss(student, teacher, form, 3).item()
+    other = {"paper": "released", "released": "paper"}[form]
+    assert got != pytest.approx(aicsd_loss(student, teacher, other, 3).item(), rel=0.5)
+
+
+def test_the_task_term_takes_back_the_grouped_cross_entropy():
+    student, teacher = (fill.tensor(n, (3, 4, 5, 3), 4, 2.0) for n in ("s", "t"))
+    target = fill.labels("y", (3, 40, 24), 4, 4, 0.2)
+    target[0, 5:] = -1
+    ce = [SegCrossEntropyLoss(-1, size)(student, target).item() for size in (2, 0)]
+    got = AICSD.build(context(group_size=2))(output(student), output(teacher), target, 0)["aicsd_task"].item()
+    assert got == pytest.approx(-0.9 * ce[0]) != pytest.approx(-0.9 * ce[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", sorted(ALL))
@@ -135,8 +155,6 @@ def test_all_ignored():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match="--max-iterations 0"):
         AICSD(0)
-    with pytest.raises(UserError, match="--aicsd-form new"):
-        AICSD(10, form="new")
     with pytest.raises(UserError, match="aicsd"):
         AICSD.build(BuildContext(NET, NetInfo("other", {"logits": 5}, 5), 4, active=ALL))
     for loss in (aicsd_loss, ickd_loss, aicsd_kd_loss):

@@ -163,7 +163,7 @@ def test_equal_widths_need_no_convolution():
 def test_preset_is_the_published_row():
     weights = {"lambda_kd": 1.0, "lambda_cwd_feat": 50.0, "lambda_cwd_logit": 3.0, "lambda_adv": 0.001}
     for dataset, adversarial in (("citys", 0.001), ("voc", 0.001), ("camvid", 0.0)):
-        found = {k: v for k, v in preset("cwd", dataset).items() if k in weights or v}
+        found = {k: v for k, v in preset("cwd", dataset, "resnet18").items() if k in weights or v}
         assert found == {**weights, "lambda_adv": adversarial}
 
 

@@ -152,7 +152,7 @@ def test_method():
 def test_preset_is_the_published_row():
     weights = {"lambda_kd": 1.0, "lambda_ifvd": 20.0, "lambda_adv": 0.001}
     for dataset, adversarial in (("citys", 0.001), ("ade20k", 0.001), ("camvid", 0.0)):
-        found = {k: v for k, v in preset("ifvd", dataset).items() if k in weights or v}
+        found = {k: v for k, v in preset("ifvd", dataset, "resnet18").items() if k in weights or v}
         assert found == {**weights, "lambda_adv": adversarial}
 
 

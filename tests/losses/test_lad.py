@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_refused, records, train_arguments, write_folder_dataset, write_teacher
-from method_cases import CLASSES, build, context, images_like, labels, options, outputs, run
+from helpers import STUDENT, assert_refused, launch, records, train_arguments, write_folder_dataset, write_teacher
+from method_cases import CLASSES, RUN_STUDENT, build, images_like, labels, options, outputs, run
 from method_cases import STUDENT as SMALL
 from torch import nn
 
@@ -55,10 +56,9 @@ class TestLabelChannel:
         assert drawn[0].mean().item() == pytest.approx(0.0, abs=0.1)
 
     def test_codes(self) -> None:
-        codes = fixed_codes(20)
-        assert codes.shape == (21,) and (codes.diff() > 0.1).all()
-        torch.testing.assert_close(codes, -codes.flip(0))
-        assert torch.distributions.Normal(0.0, 1.0).cdf(codes)[0].item() == pytest.approx(0.5 / 21, rel=1e-4)
+        torch.testing.assert_close(fixed_codes(21), (torch.arange(22) - 11) / 10)
+        many = fixed_codes(150)
+        assert many.shape == (151,) and many.abs().max() <= 2 and (many.diff() > NOISE).all()
         drawn = random_codes(500, 20, torch.Generator().manual_seed(0), torch.device("cpu"))
         assert drawn.shape == (500, 21) and drawn.std().item() == pytest.approx(1, rel=0.05)
 
@@ -160,6 +160,7 @@ class TestStageRun:
         tasks = [float(line.split("task ")[1].split()[0]) for line in lines if "task " in line]
         assert sum(tasks[-5:]) < 0.8 * sum(tasks[:5])
         assert not method.network.training and not any(p.requires_grad for p in method.network.parameters())
+        assert all(p.grad is None for p in method.network.parameters())
         assert method.trained_parameters() == [] and not method.train().network.training
 
     def test_a_killed_stage_goes_on_to_the_same_network(self, tmp_path) -> None:
@@ -223,14 +224,34 @@ class TestMethod:
         assert method.diagnostics()["teacher_accuracy"].item() == pytest.approx(share.item(), abs=1e-6)
 
     def test_its_teacher_is_the_students_twin_unless_said_otherwise(self) -> None:
+        made = build("lad", CROP)
+        assert made.network.name == "-".join(RUN_STUDENT) and made.network.in_channels == 4
+        other = build("lad", CROP, flags=("--lad-model", "deeplab_mobile", "--lad-backbone", "mobilenetv2_w0.25"))
+        assert other.network.name == "deeplab_mobile-mobilenetv2_w0.25"
         parsed = options("lad", CROP)
-        parsed.lad_model = parsed.lad_backbone = None
-        parsed.student_model, parsed.student_backbone = "deeplab_mobile", "mobilenetv2_w0.25"
-        where = context("lad", CROP)
-        object.__setattr__(where, "options", parsed)
-        made = LAD.build(where)
-        assert made.network.name == "deeplab_mobile-mobilenetv2_w0.25" and made.network.in_channels == 4
-        assert made.settings.steps == 2 and parsed.aux_weight == 0.02 and parsed.lambda_lad == 3.0
+        assert (parsed.lambda_lad, parsed.aux_weight) == (3.0, 0.02)
+
+    def test_it_starts_from_the_students_imagenet_weights_with_the_same_backbone_only(self, tmp_path) -> None:
+        base = small_net(seed=5)
+        torch.save(base.pretrained.state_dict(), tmp_path / "base.pth")
+        flags = ("--student-pretrained-base", str(tmp_path / "base.pth"))
+        stem = next(iter(base.pretrained.state_dict().values()))
+        for more, loaded in (((), True), (("--lad-backbone", RUN_STUDENT[1]), True),
+                             (("--lad-backbone", "resnet18_w0.25"), False)):
+            made = next(iter(build("lad", CROP, flags=(*flags, *more)).network.pretrained.state_dict().values()))
+            assert (made.shape[0] == stem.shape[0] and made[:, :3].equal(stem)) == loaded
+
+    def test_the_scale_of_the_label_channel_is_restored(self) -> None:
+        student = NetInfo(SMALL.name, SMALL.channels, CLASSES, 8, IMAGENET_RGB)
+        rgb, resumed = build("lad", CROP, student=student), build("lad", CROP)
+        assert resumed.scale.item() == 100
+        resumed.load_state_dict(rgb.state_dict())
+        assert resumed.scale.item() == pytest.approx(1.735, rel=1e-3)
+        assert values_of(resumed) == values_of(rgb)
+
+
+def values_of(method: LAD) -> float:
+    return run(method, outputs(SMALL, CROP), None, labels(CROP))["lad"].item()
 
 
 class TestRuns:
@@ -252,14 +273,41 @@ class TestRuns:
         assert train_kd.main(self.arguments(data, save, "--max-iterations", "3", "--resume", "auto")) == 0
         assert not list(save.glob("lad_teacher_*.pth")) and len(records(save)) == 3
 
+    def test_a_resumed_run_reads_none_of_the_files_that_its_teacher_came_from(self, tmp_path, capsys) -> None:
+        data, save = write_folder_dataset(tmp_path / "set"), tmp_path / "run"
+        given = tmp_path / "given.pth"
+        save_state_dict(add_input_channels(get_segmentation_model(
+            model="deeplab_mobile", backbone=STUDENT, num_class=CLASSES), 1), given)
+        assert train_kd.main(self.arguments(data, save, "--lad-teacher", str(given))) == 0
+        assert "no effect" in capsys.readouterr().out and not list(save.glob("lad_teacher_*"))
+        given.unlink()
+        assert train_kd.main(self.arguments(data, save, "--resume", "auto")) == 0
+        assert "will differ" not in capsys.readouterr().out
+
     def test_a_teacher_that_nothing_reads_is_mentioned(self, tmp_path, capsys) -> None:
         data = write_folder_dataset(tmp_path / "set")
         teacher = write_teacher(tmp_path / "teacher.pth")
         assert train_kd.main(self.arguments(data, tmp_path / "run", "--teacher-pretrained", str(teacher))) == 0
-        assert "teacher.pth is not read" in capsys.readouterr().out
+        assert "no method of this run reads that teacher: --teacher-pretrained" in capsys.readouterr().out
         logging.getLogger("afdcd").handlers.clear()
 
     def test_together_with_a_method_that_reads_a_teacher_it_needs_one(self, tmp_path, capsys) -> None:
         data = write_folder_dataset(tmp_path / "set")
         assert_refused(capsys, train_kd.main, self.arguments(data, tmp_path / "run", "--lambda-kd", "1"),
                        "--teacher-pretrained is missing")
+
+    def test_two_processes_train_the_teacher_of_one(self, tmp_path) -> None:
+        """In float64, without dropout and noise, and with codes that do not depend on the process."""
+        data = write_folder_dataset(tmp_path / "set")
+        found = []
+        for count in (1, 2):
+            save = tmp_path / f"processes{count}"
+            done = launch(str(Path(__file__).parents[1] / "programs" / "train_lad.py"),
+                          self.arguments(data, save, "--lad-steps", "3"), count)
+            assert done.returncode == 0, done.stderr[-3000:]
+            (path,) = save.glob("lad_teacher_*.pth")
+            found.append(torch.load(path, weights_only=True))
+        start = torch.load(tmp_path / "processes1" / "start.pth", weights_only=True)
+        for name, value in found[0].items():
+            torch.testing.assert_close(found[1][name], value, rtol=1e-7, atol=1e-9)
+        assert any(not torch.allclose(value, start[name]) for name, value in found[0].items())

@@ -58,10 +58,10 @@ class Batches:
 
 @pytest.fixture
 def make_stage():
-    def make(directory: Path, batches=None, teacher=None, main: bool = True) -> Preparation:
+    def make(directory: Path, batches=None, teacher=None, main: bool = True, data: str = "") -> Preparation:
         lines: list[str] = []
         stage = Preparation(teacher or Teacher(), torch.device("cpu"), directory, main, batches or Batches(),
-                            lines.append)
+                            lines.append, data)
         object.__setattr__(stage, "lines", lines)
         return stage
     return make
@@ -128,10 +128,19 @@ def test_the_cache_is_used_for_the_same_teacher_and_settings_only(tmp_path, make
     other = Teacher()
     other.layers[1].running_mean += 0.1
     for teacher, options in ((other, {}), (None, {"maskd_lr": 0.2}), (None, {"maskd_tokens": 2}), (None, {"seed": 1}),
-                             (None, {"maskd_steps": 7}), (None, {"maskd_batch_size": 3}), (None, {"train_list": "x"})):
+                             (None, {"maskd_steps": 7}), (None, {"maskd_batch_size": 3}),
+                             (None, {"sampling": "epoch"})):
         count, batches = len(list(tmp_path.iterdir())), Batches()
         learned(make_stage(tmp_path, batches, teacher), **options)
         assert batches.made and len(list(tmp_path.iterdir())) == count + 1
+
+
+def test_another_training_set_is_learned_anew(tmp_path, make_stage):
+    learned(make_stage(tmp_path, data="a"))
+    again, other = Batches(), Batches()
+    learned(make_stage(tmp_path, again, data="a"))
+    learned(make_stage(tmp_path, other, data="b"))
+    assert not again.made and other.made
 
 
 def test_a_broken_cache_is_named(tmp_path, make_stage):
@@ -157,7 +166,7 @@ def test_compat_reference_learns_with_the_teacher_in_train_mode_and_leaves_it_as
     with pytest.raises(KeyboardInterrupt):
         learned(make_stage(tmp_path / "cut", Batches(dies_at=5)), compat="reference")
     assert learned(make_stage(tmp_path / "cut"), compat="reference").equal(got)
-    with pytest.raises(UserError, match="--maskd-batch-size 1: batch norm needs at least 2"):
+    with pytest.raises(UserError, match="--maskd-batch-size 1 leaves one image per batch norm"):
         learned(make_stage(tmp_path), compat="reference", maskd_batch_size=1)
 
 

@@ -151,7 +151,7 @@ def test_method():
 def test_preset_is_the_published_row():
     weights = {"lambda_kd": 1.0, "lambda_skd": 10.0, "lambda_adv": 0.001}
     for dataset, adversarial in (("citys", 0.001), ("voc", 0.001), ("camvid", 0.0)):
-        found = {k: v for k, v in preset("skd", dataset).items() if k in weights or v}
+        found = {k: v for k, v in preset("skd", dataset, "resnet18").items() if k in weights or v}
         assert found == {**weights, "lambda_adv": adversarial}
 
 

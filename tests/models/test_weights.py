@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from models import CAFFE_BGR, IMAGENET_RGB, Preprocess, get_segmentation_model, load_weights, save_state_dict
+from models.segmentation import add_input_channels
 from models.weights import flat_mobilenet_names
 from utils.errors import UserError
 
@@ -236,6 +237,17 @@ def bad_backbones() -> dict[str, tuple]:
         "other stem": (backbone_file(plain), r"conv1.weight has shape \[8, 3, 7, 7\].*wants \[8, 3, 3, 3\].*deep stem"),
         "larger": (larger, "another, larger network.*28 tensors have no place .layer2.2.conv1.weight"),
     }
+
+
+@pytest.mark.parametrize("model, backbone", FAMILIES)
+def test_a_label_channel_too_many_or_too_few_is_named(tmp_path, model, backbone):
+    net, labelled = make(model, backbone), add_input_channels(make(model, backbone), 1)
+    torch.save(net.state_dict(), tmp_path / "colours.pth")
+    torch.save(labelled.state_dict(), tmp_path / "labels.pth")
+    for other, name, owner in ((labelled, "colours", "network"), (net, "labels", "file")):
+        with pytest.raises(UserError, match=rf"{name}.pth: pretrained.*wants .*\] .the {owner} is of a label-assisted "
+                                            r"teacher, with a label channel.$"):
+            load_weights(other, tmp_path / f"{name}.pth")
 
 
 @pytest.mark.parametrize("case", bad_models())

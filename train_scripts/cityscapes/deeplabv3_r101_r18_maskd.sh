@@ -2,7 +2,7 @@
 # Cityscapes, DeepLabV3-ResNet101 -> DeepLabV3-ResNet18, MasKD: 77.00 mIoU published (teacher 78.07, student alone
 # 74.21).
 # Learns its masks first (10k iterations, cached in the run's folder). Published with a larger weight decay than the
-# other rows.
+# other rows. The student alone was not trained again with it.
 # GPUS, DATA, TEACHER, ...: see ../common.sh. More flags are passed on. Written by tools/make_scripts.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh" citys

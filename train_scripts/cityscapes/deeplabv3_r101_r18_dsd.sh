@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Cityscapes, DeepLabV3-ResNet101 -> DeepLabV3-ResNet18, DSD: 74.81 mIoU published (teacher 78.07, student alone
+# 74.21).
+# GPUS, DATA, TEACHER, ...: see ../common.sh. More flags are passed on. Written by tools/make_scripts.py.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh" citys
+
+train \
+    --dataset citys --data "$DATA" --crop-size 512 1024 --max-iterations 40000 \
+    --batch-size 16 --lr 0.02 --momentum 0.9 --weight-decay 0.0001 --poly-power 0.9 --aux-weight 0.4 \
+    --teacher-model deeplabv3 --teacher-backbone resnet101 \
+    --teacher-pretrained "${TEACHER:-$CKPT/deeplabv3_resnet101_citys_best_model.pth}" \
+    --student-model deeplabv3 --student-backbone resnet18 \
+    --student-pretrained-base "$CKPT/resnet18-imagenet.pth" \
+    --method dsd --lambda-dsd-psd 1000.0 --lambda-dsd-csd 10.0 \
+    --workers 8 --val-per-iters 800 --save-per-iters 800 --log-iter 10 \
+    --save-dir "$WORK_DIR" --log-dir "$LOG_DIR" "$@"
