@@ -78,18 +78,21 @@ class Preparation:
     """What a stage before training may use (see ``Distiller.prepare``).
 
     teacher: None when no method reads one. batches(steps, batch_size, start, role): iterator of (images float
-    [B, 3, H, W] on the device, as the "teacher" or the "student" wants them, target int64 [B, H, W]) for the steps from
-    ``start`` on, the same whatever the number of processes; each process gets its share. directory: where to cache the
-    result; only the main process writes. log: takes one line of text. data: what tells the training set from others.
+    [B, 3, H, W] on the device, as the "teacher" or the "student" wants them, or with "both" the pair (student's,
+    teacher's); target int64 [B, H, W]) for the steps from ``start`` on, the same whatever the number of processes; each
+    process gets its share. directory: where to cache the result; only the main process writes. log: takes one line of
+    text. data: what tells the training set from others; images: how many it has. student: as it is before training.
     """
 
     teacher: nn.Module | None
     device: torch.device
     directory: Path
     is_main: bool
-    batches: Callable[[int, int, int, str], Iterator[tuple[Tensor, Tensor]]]
+    batches: Callable[[int, int, int, str], Iterator[tuple[Tensor | tuple[Tensor, Tensor], Tensor]]]
     log: Callable[[str], None]
     data: str = ""
+    images: int = 0
+    student: nn.Module | None = None
 
 
 class Distiller(nn.Module):

@@ -125,10 +125,10 @@ class LAD(Distiller):
         stage.log(f"lad: the label-assisted teacher is {self.network.name}"
                   f"{'' if self.settings else ', trained already: the options of its training have no effect'}")
         if self.settings is not None:
-            # the network is moved first: the optimizer and the state share the tensors of its momentum
-            state = TeacherState(self.network.to(stage.device), self.settings, self.recipe).to(stage.device)
+            state = TeacherState(self.network, self.settings, self.recipe)
             run_stage(stage, state, self.network, self.settings, role="student")
-            self.network.eval().requires_grad_(False).zero_grad(set_to_none=True)
+            state.freeze()
+            self.network.eval()
 
     def train(self, mode: bool = True) -> LAD:
         """As every module, but for the network, which stays in eval mode."""

@@ -11,18 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from losses.cwd import cwd_loss
 from losses.label_channel import random_codes, with_labels
-from losses.stage import StageSettings, StageState
+from losses.stage import StageSettings, TrainedState
 from losses.task import SegCrossEntropyLoss, task_loss
 from models.output import SegOutput
 from models.weights import load_weights, save_state_dict
-from utils.distributed import average_gradients, place
+from utils.distributed import place
 from utils.randomness import seed_everything, step_generator
-from utils.step import poly_lr
 
 NOISE, AUX_WEIGHT, CONSISTENCY_WEIGHT = 0.03, 0.4, 5.0
 
@@ -48,46 +46,34 @@ def teacher_losses(one: SegOutput, two: SegOutput, target: Tensor, ignore_label:
     return {**terms, "consistency": cwd_loss(one.logits, two.logits) + cwd_loss(two.logits, one.logits)}
 
 
-class TeacherState(StageState):
-    """The network in training, the momentum of its parameters as buffers, and the number of steps done."""
+class TeacherState(TrainedState):
+    """The network in training, on its device."""
 
     def __init__(self, network: nn.Module, settings: StageSettings, recipe: TeacherRecipe) -> None:
-        super().__init__()
-        self.network = network.train().requires_grad_(True)
-        self._settings, self._recipe = settings, recipe
-        self._optimizer = torch.optim.SGD(network.parameters(), lr=settings.lr, momentum=recipe.momentum,
-                                          weight_decay=recipe.weight_decay)
-        for i, parameter in enumerate(network.parameters()):
-            self.register_buffer(f"momentum_{i}", torch.zeros_like(parameter))
-            # the optimizer adds to this very tensor, so that saving and restoring the buffers is enough
-            self._optimizer.state[parameter]["momentum_buffer"] = self.get_buffer(f"momentum_{i}")
+        super().__init__(network.train(), settings, recipe.momentum, recipe.weight_decay, recipe.power)
+        self._recipe = recipe
 
     def learn(self, images: Tensor, target: Tensor, done: int) -> dict[str, Tensor]:
         """One step on this process's share: images float [B, 3, H, W], target int64 [B, H, W]."""
-        settings, recipe = self._settings, self._recipe
-        rank, _ = place()
-        seed_everything(settings.seed, "lad stage", done, rank)  # of dropout
-        generator = step_generator(images.device, settings.seed, "lad stage noise", done, rank)
+        recipe, network = self._recipe, self.module
+        seed, (rank, _) = self._settings.seed, place()
+        seed_everything(seed, "lad stage", done, rank)  # of dropout
+        generator = step_generator(images.device, seed, "lad stage noise", done, rank)
         outputs = []
         for _ in range(2):
-            codes = random_codes(len(images), self.network.num_class, generator, images.device)
-            outputs.append(self.network(with_labels(images, target, codes, NOISE, recipe.scale, recipe.ignore_label,
-                                                    generator)))
+            codes = random_codes(len(images), network.num_class, generator, images.device)
+            outputs.append(network(with_labels(images, target, codes, NOISE, recipe.scale, recipe.ignore_label,
+                                               generator)))
         terms = teacher_losses(*outputs, target, recipe.ignore_label)
         weights = {"aux": AUX_WEIGHT, "consistency": CONSISTENCY_WEIGHT}
-        self._optimizer.param_groups[0]["lr"] = poly_lr(settings.lr, done, settings.steps, recipe.power)
-        self._optimizer.zero_grad(set_to_none=True)
-        sum(weights.get(name, 1.0) * value for name, value in terms.items()).backward()
-        average_gradients(self.network.parameters())
-        self._optimizer.step()
-        self.step += 1
+        self.descend(sum(weights.get(name, 1.0) * value for name, value in terms.items()), done)
         return terms
 
     def save_result(self, path: Path) -> None:
         """The network alone, as a plain weights file."""
-        save_state_dict(self.network, path)
+        save_state_dict(self.module, path)
 
     def load_result(self, path: Path, steps: int) -> None:
         """A weights file of :meth:`save_result`."""
-        load_weights(self.network, path)
+        load_weights(self.module, path)
         self.step.fill_(steps)

@@ -4,8 +4,8 @@
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from losses.distiller import Preparation
-from losses.stage import StageSettings, StageState, read_file, run_stage
+from losses.stage import StageSettings, StageState, read_file, run_stage, train_mode
 from models.output import SegOutput
 from utils.distributed import average_gradients, place
 from utils.errors import UserError
@@ -70,24 +70,9 @@ def learn_tokens(stage: Preparation, tokens: Tensor, settings: StageSettings, lo
     """
     settings = replace(settings, words=(*settings.words, *tokens.shape))
     state = TokenState(tokens, stage.teacher, settings, loss).to(stage.device)
-    with _train_mode(stage.teacher) if settings.train_mode else nullcontext():
+    with train_mode(stage.teacher) if settings.train_mode else nullcontext():
         run_stage(stage, state, stage.teacher, settings)
     return state.tokens
-
-
-@contextmanager
-def _train_mode(teacher: nn.Module) -> Iterator[None]:
-    """The teacher in train mode; afterwards its mode and its statistics are what they were."""
-    before = [(m, m.training) for m in teacher.modules()]
-    kept = [(b, b.clone()) for b in teacher.buffers()]
-    teacher.train()
-    try:
-        yield
-    finally:
-        for buffer, value in kept:
-            buffer.copy_(value)
-        for module, mode in before:
-            module.training = mode
 
 
 def find_tokens(path: Path, flag: str, axes: int) -> Tensor:

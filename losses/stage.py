@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from losses.distiller import BuildContext, Preparation
-from utils.distributed import broadcast_state, place, reduce_mean
+from utils.distributed import average_gradients, broadcast_state, place, reduce_mean
 from utils.errors import UserError
 from utils.files import write_atomically
+from utils.step import poly_lr
 
 #: to be raised when a stage computes something else from the same settings
 VERSION = 1
@@ -29,7 +32,7 @@ class StageSettings:
 
     steps, batch_size (all processes together), lr: of the stage. train_mode: a network normalises by the statistics of
     the batch (shared_norm: of all processes) and drops out. words: whatever else the result depends on. method, result:
-    name files, messages and flags.
+    name files, messages and flags. lr_option: where lr comes from, if not from --METHOD-lr.
     """
 
     steps: int = 10000
@@ -42,6 +45,7 @@ class StageSettings:
     method: str = "maskd"
     result: str = "masks"
     shared_norm: bool = False
+    lr_option: str = ""
 
 
 def order_words(context: BuildContext) -> tuple:
@@ -62,7 +66,7 @@ class StageState(nn.Module):
     def learn(self, images: Tensor, target: Tensor, done: int) -> dict[str, Tensor]:
         """Step number ``done`` (from 0) on this process's share of a batch, which adds 1 to the buffer ``step``.
 
-        Returns {name: scalar} of the losses.
+        images: as ``Preparation.batches`` gives them for the role. Returns {name: scalar} of the losses.
         """
         raise NotImplementedError
 
@@ -88,6 +92,53 @@ class StageState(nn.Module):
             self.load_state_dict(saved)
         except (RuntimeError, AttributeError, TypeError) as error:
             raise UserError(f"{path}: not a state of this stage; delete it to learn anew") from error
+
+
+class TrainedState(StageState):
+    """A module in training by SGD with momentum, on the module's device; the momentum is kept in buffers.
+
+    settings: learning rate and steps. power: exponent of its decay to 0.
+    """
+
+    def __init__(self, module: nn.Module, settings: StageSettings, momentum: float = 0.9, weight_decay: float = 1e-4,
+                 power: float = 0.9) -> None:
+        super().__init__()
+        self.module, self._settings, self._power = module.requires_grad_(True), settings, power
+        self.step = self.step.to(next(module.parameters()).device)
+        self._optimizer = torch.optim.SGD(module.parameters(), lr=settings.lr, momentum=momentum,
+                                          weight_decay=weight_decay)
+        for i, parameter in enumerate(module.parameters()):
+            self.register_buffer(f"momentum_{i}", torch.zeros_like(parameter))
+            # the optimizer adds to this very tensor, so that saving and restoring the buffers is enough
+            self._optimizer.state[parameter]["momentum_buffer"] = self.get_buffer(f"momentum_{i}")
+
+    def descend(self, loss: Tensor, done: int) -> None:
+        """One step of all processes against the mean of their losses, which adds 1 to ``step``."""
+        self._optimizer.param_groups[0]["lr"] = poly_lr(self._settings.lr, done, self._settings.steps, self._power)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        average_gradients(self.module.parameters())
+        self._optimizer.step()
+        self.step += 1
+
+    def freeze(self) -> None:
+        """End of the training: no gradients, neither asked for nor kept."""
+        self.module.requires_grad_(False).zero_grad(set_to_none=True)
+
+
+@contextmanager
+def train_mode(net: nn.Module) -> Iterator[None]:
+    """A network in train mode; afterwards its mode and its buffers (statistics) are what they were."""
+    before = [(m, m.training) for m in net.modules()]
+    kept = [(b, b.clone()) for b in net.buffers()]
+    net.train()
+    try:
+        yield
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)
+        for module, mode in before:
+            module.training = mode
 
 
 def run_stage(stage: Preparation, state: StageState, net: nn.Module, settings: StageSettings,
@@ -138,7 +189,7 @@ def _train(stage: Preparation, state: StageState, settings: StageSettings, parti
 def _check_finite(state: StageState, settings: StageSettings, done: int) -> None:
     if not all(t.isfinite().all() for t in (*state.parameters(), *state.buffers())):
         raise UserError(f"{settings.method}: the {settings.result} became NaN or infinite by step {done} of the stage "
-                        f"before training: try a lower --{settings.method}-lr")
+                        f"before training: try a lower --{settings.lr_option or settings.method + '-lr'}")
 
 
 def check_shares(settings: StageSettings) -> None:

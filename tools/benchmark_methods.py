@@ -91,7 +91,8 @@ def random_batches(options: argparse.Namespace, num_class: int) -> Callable[...,
 
     def batches(steps: int, batch_size: int, start: int, role: str) -> Iterator[tuple[Tensor, Tensor]]:
         for _ in range(start, steps):
-            yield (torch.randn(batch_size, 3, *options.crop, device=options.device),
+            images = torch.randn(batch_size, 3, *options.crop, device=options.device)
+            yield ((images, images) if role == "both" else images,
                    torch.randint(0, num_class, (batch_size, *options.crop), device=options.device))
 
     return batches
@@ -101,7 +102,7 @@ def prepare(objective: Objective, teacher: nn.Module | None, options: argparse.N
     """Run the methods' stages before training, on noise."""
     with tempfile.TemporaryDirectory() as folder:
         stage = Preparation(teacher, torch.device(options.device), Path(folder), True,
-                            random_batches(options, num_class), lambda text: None)
+                            random_batches(options, num_class), lambda text: None, student=objective.student)
         for distiller in objective.distillers.values():
             distiller.prepare(stage)
 

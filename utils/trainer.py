@@ -172,17 +172,19 @@ class Trainer:
         if self._resumed:
             return
         stage = Preparation(self.teacher, self.distributed.device, self.files.directory, self.distributed.is_main,
-                            self._stage_batches, LOG.info, self.train_set.digest())
+                            self._stage_batches, LOG.info, self.train_set.digest(), len(self.train_set), self.student)
         for distiller in self.objective.distillers.values():
             distiller.prepare(stage)
             barrier()
 
-    def _stage_batches(self, steps: int, batch_size: int, start: int, role: str) -> Iterator[tuple[Tensor, Tensor]]:
+    def _stage_batches(self, steps: int, batch_size: int, start: int,
+                       role: str) -> Iterator[tuple[Tensor | tuple[Tensor, Tensor], Tensor]]:
         device = self.distributed.device
-        preprocess = (self.teacher if role == "teacher" else self.student).preprocess
+        nets = {"teacher": [self.teacher], "student": [self.student], "both": [self.student, self.teacher]}[role]
         for batch in build_loader(self.config, self.train_set, self.distributed, start, steps, batch_size):
             images, valid, target = (batch[k].to(device, non_blocking=True) for k in ("image", "valid", "label"))
-            yield preprocess(images, valid), target.long()
+            inputs = tuple(net.preprocess(images, valid) for net in nets)
+            yield inputs if role == "both" else inputs[0], target.long()
 
     def train_step(self, batch: dict) -> StepResult:
         """Train on one batch from the loader (uint8 images, int16 labels): normalise for each network, then step."""

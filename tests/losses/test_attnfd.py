@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from losses.attnfd import CBAM, AttnFD, attnfd_loss, connector
-from losses.distiller import BuildContext, NetInfo, methods
+from losses.distiller import BuildContext, NetInfo, Preparation, methods
 from models.output import SegOutput
 from utils.errors import UserError
 
@@ -118,7 +119,8 @@ def output(c4, head) -> SegOutput:
 def test_method_trains_the_students_side_only():
     assert methods()["attnfd"] is AttnFD and AttnFD.terms[0].weight == 0
     small, large = net("small", 32, 16), net("large", 48, 24)
-    method = AttnFD.build(BuildContext(small, large, 5, options=argparse.Namespace(group_size=1)))
+    options = argparse.Namespace(group_size=1, attnfd_connector_steps=0)
+    method = AttnFD.build(BuildContext(small, large, 5, options=options))
     assert method.group_size == 1
     s, t = (output(torch.randn(2, i.channels["c4"], 4, 6).requires_grad_(), torch.randn(2, i.channels["head"], 4, 6))
             for i in (small, large))
@@ -135,3 +137,61 @@ def test_misfits_are_named():
         AttnFD.build(BuildContext(NetInfo("none", {"head": 5}, 5), net("large", 3, 4), 5))
     with pytest.raises(UserError, match="output stride 8 of small and 16 of large"):
         AttnFD.build(BuildContext(net("small", 3, 4), net("large", 3, 4, 16), 5))
+
+
+class Net(nn.Module):
+    """Two maps of the images, with a batch norm that shows whether it ran in train mode."""
+
+    def __init__(self, c4: int, head: int) -> None:
+        super().__init__()
+        self.c4, self.head = (nn.Sequential(nn.Conv2d(3, c, 3, padding=1), nn.BatchNorm2d(c)) for c in (c4, head))
+
+    def forward(self, images) -> SegOutput:
+        return output(self.c4(images), self.head(images))
+
+
+def batches(steps: int, batch_size: int, start: int, role: str):
+    assert role == "both"
+    for step in range(start, steps):
+        images = fill.tensor(f"images{step}", (batch_size, 3, 6, 8), 1)
+        yield (images, 2 * images), torch.zeros(batch_size, 6, 8, dtype=torch.long)
+
+
+def staged(folder, steps: int | None = 3, images: int = 0) -> tuple[AttnFD, Net, Net, AttnFD]:
+    """(method after its stage, student, teacher, the method before its stage); the student has to be as it was."""
+    torch.manual_seed(0)
+    options = argparse.Namespace(group_size=2, attnfd_connector_steps=steps, batch_size=2, lr=0.01, momentum=0.9,
+                                 weight_decay=1e-3, lambda_attnfd=2.0)
+    method = AttnFD.build(BuildContext(net("small", 8, 6), net("large", 10, 7), 5, options=options))
+    student, teacher = Net(8, 6).train(), Net(10, 7).eval()
+    before, untouched = copy.deepcopy(method), copy.deepcopy(student.state_dict())
+    method.prepare(Preparation(teacher, torch.device("cpu"), folder, True, batches, lambda line: None, images=images,
+                               student=student))
+    assert student.training and all(v.equal(untouched[k]) for k, v in student.state_dict().items())
+    return method, student, teacher, before
+
+
+def test_the_stage_trains_the_connectors_alone_at_ten_times_the_rate(tmp_path):
+    method, student, teacher, twin = staged(tmp_path)
+    twin.connectors.requires_grad_(True)
+    optimizer = torch.optim.SGD(twin.connectors.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    for images, _ in batches(3, 2, 0, "both"):
+        optimizer.zero_grad()
+        found, taught = student(images[0]), teacher(images[1])
+        (2 * twin(found, taught, torch.zeros(2, 6, 8), 0)["attnfd"]).backward()
+        optimizer.step()
+    for (name, value), other in zip(method.connectors.named_parameters(), twin.connectors.parameters(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-7)
+        assert not value.requires_grad and value.grad is None, name
+    assert {id(p) for p in method.trained_parameters()} == {id(p) for p in method.student_attention.parameters()}
+    assert method.student_attention.state_dict()["0.mlp.0.weight"].equal(
+        twin.student_attention.state_dict()["0.mlp.0.weight"])
+
+
+def test_the_stage_is_one_epoch_long_by_default_and_cached(tmp_path):
+    method, *_ = staged(tmp_path, steps=None, images=9)
+    (path,) = tmp_path.glob("attnfd_connectors_*.pth")
+    assert torch.load(path, weights_only=True)["step"] == 4
+    again, *_ = staged(tmp_path, steps=None, images=9)
+    assert all(a.equal(b) for a, b in zip(method.connectors.parameters(), again.connectors.parameters(), strict=True))
+    assert staged(tmp_path, steps=0)[0].connectors[0][0].weight.requires_grad

@@ -110,7 +110,7 @@ class TestTeacherStage:
         recipe = TeacherRecipe(momentum=0.9, weight_decay=1e-3, power=0.9)
         state = TeacherState(add_input_channels(small_net(), 1), StageSettings(3, 2, 0.01, True, method="lad"), recipe)
         twin = add_input_channels(small_net(), 1).train()
-        twin.load_state_dict(state.network.state_dict())
+        twin.load_state_dict(state.module.state_dict())
         optimizer = torch.optim.SGD(twin.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-3)
         for step in range(3):
             target = labels(CROP, seed=step)
@@ -128,7 +128,7 @@ class TestTeacherStage:
             optimizer.step()
         assert int(state.step) == 3
         for name, value in twin.state_dict().items():
-            torch.testing.assert_close(state.network.state_dict()[name], value, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(state.module.state_dict()[name], value, rtol=1e-5, atol=1e-7)
 
 
 class Batches:
