@@ -22,9 +22,10 @@ from utils.cli import ArgumentParser, number, run_main
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-#: options that make a run of some dozens of steps possible: short mask stages, discriminators on small logits
+#: options that make a run of some dozens of steps possible: short stages, discriminators on small logits
 SMALL = {"maskd": ["--maskd-steps", "30", "--maskd-batch-size", "4"], "kt": ["--kt-switch", "30"],
-         "freekd": ["--freekd-steps", "30", "--freekd-batch-size", "4"]}
+         "freekd": ["--freekd-steps", "30", "--freekd-batch-size", "4"],
+         "attnfd": ["--attnfd-connector-steps", "30"]}
 SMALL_LOGITS = ["--adv-upsample"]
 
 
