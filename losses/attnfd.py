@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from losses.dist import mean_over_groups
 from losses.distiller import BuildContext, Distiller, Preparation, Term, check_taps, register
 from losses.feature_mse import check_maps
-from losses.stage import StageSettings, TrainedState, order_words, run_stage, train_mode
+from losses.stage import StageSettings, TrainedState, common_words, run_stage, train_mode
 from losses.task import at_least_float32
 from models.output import SegOutput
 from utils.cli import number
@@ -161,7 +161,7 @@ class AttnFD(Distiller):
         recipe = ConnectorRecipe(getattr(o, "momentum", 0.9), getattr(o, "weight_decay", 5e-4),
                                  getattr(o, "lambda_attnfd", 2.0))
         if steps != 0:
-            words = (*astuple(recipe), getattr(o, "group_size", 2), *order_words(context))
+            words = (*astuple(recipe), *common_words(context))
             settings = StageSettings(steps or 0, getattr(o, "batch_size", 16), 10 * getattr(o, "lr", 0.02),
                                      train_mode=True, seed=getattr(o, "seed", 0), words=words,
                                      save_every=getattr(o, "save_per_iters", 800), method="attnfd", result="connectors",

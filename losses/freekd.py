@@ -25,7 +25,7 @@ from losses.distiller import BuildContext, Distiller, Preparation, Term, check_t
 from losses.feature_mse import check_maps
 from losses.maskd import dice_overlap
 from losses.maskd_stage import INITIAL_STD, find_tokens, learn_tokens
-from losses.stage import StageSettings, check_shares, order_words
+from losses.stage import StageSettings, check_shares, common_words
 from losses.task import SegCrossEntropyLoss, at_least_float32
 from models.output import SegOutput
 from utils.cli import number
@@ -109,7 +109,7 @@ def rest_of_network(teacher: nn.Module, tap: str, feature: Tensor) -> Tensor:
 
 
 def prompt_learning_losses(teacher: nn.Module, tap: str, feature: Tensor, tokens: Tensor, target: Tensor,
-                           ignore_label: int = -1) -> dict[str, Tensor]:
+                           ignore_label: int = -1, group_size: int = 0) -> dict[str, Tensor]:
     """{"ce", "dice"}: the two scalars whose sum the tokens [4, T, C] minimise.
 
     feature: the teacher's map [B, C, h, w] at ``tap``; target: integers [B, H, W]. ce: cross entropy of the teacher's
@@ -119,7 +119,7 @@ def prompt_learning_losses(teacher: nn.Module, tap: str, feature: Tensor, tokens
         prompted, masks = prompted_map(at_least_float32(feature.detach()), tokens)
         logits = rest_of_network(teacher, tap, prompted)
         dice = sum(dice_overlap(mask.flatten(2)) for mask in masks) / LEVELS
-        return {"ce": SegCrossEntropyLoss(ignore_label)(logits, target), "dice": dice}
+        return {"ce": SegCrossEntropyLoss(ignore_label, group_size)(logits, target), "dice": dice}
 
 
 def initial_prompts(count: int, channels: int, seed: int) -> Tensor:
@@ -150,10 +150,12 @@ class FreeKD(Distiller):
     stage_options = ("freekd_masks", "freekd_steps", "freekd_batch_size", "freekd_lr")
 
     def __init__(self, student_channels: int, tokens: Tensor, settings: StageSettings | None = None, tap: str = "c4",
-                 ignore_label: int = -1, active: frozenset[str] = frozenset({"freekd", "freekd_mse"})) -> None:
+                 ignore_label: int = -1, active: frozenset[str] = frozenset({"freekd", "freekd_mse"}),
+                 group_size: int = 0) -> None:
         super().__init__()
         self.register_buffer("tokens", tokens)
-        self.settings, self.tap, self.ignore_label, self.active = settings, tap, ignore_label, active
+        self.settings, self.tap, self.active = settings, tap, active
+        self.ignore_label, self.group_size = ignore_label, group_size
         self.student_taps = self.teacher_taps = (tap,)
         self.align = nn.Conv2d(student_channels, tokens.shape[2], kernel_size=1)
 
@@ -189,10 +191,11 @@ class FreeKD(Distiller):
         else:
             tokens = initial_prompts(getattr(o, "freekd_tokens", 6), width, seed)
             settings = StageSettings(getattr(o, "freekd_steps", 10000), getattr(o, "freekd_batch_size", 16),
-                                     getattr(o, "freekd_lr", 0.01), False, seed, (tap, *order_words(context)),
+                                     getattr(o, "freekd_lr", 0.01), False, seed, (tap, *common_words(context)),
                                      getattr(o, "save_per_iters", 800), "freekd")
             check_shares(settings)
-        return cls(student.channels[tap], tokens, settings, tap, context.ignore_label, context.active)
+        return cls(student.channels[tap], tokens, settings, tap, context.ignore_label, context.active,
+                   getattr(o, "group_size", 2))
 
     def prepare(self, stage: Preparation) -> None:
         """Learn the tokens, or take them from the cache (:func:`losses.maskd_stage.learn_tokens`)."""
@@ -201,7 +204,8 @@ class FreeKD(Distiller):
             self.tokens.copy_(learn_tokens(stage, self.tokens, self.settings, loss))
 
     def _stage_loss(self, teacher: nn.Module, output: SegOutput, tokens: Tensor, target: Tensor) -> dict[str, Tensor]:
-        return prompt_learning_losses(teacher, self.tap, getattr(output, self.tap), tokens, target, self.ignore_label)
+        return prompt_learning_losses(teacher, self.tap, getattr(output, self.tap), tokens, target, self.ignore_label,
+                                      self.group_size)
 
     def forward(self, student: SegOutput, teacher: SegOutput, target: Tensor, step: int,
                 generator: torch.Generator | None = None) -> dict[str, Tensor]:

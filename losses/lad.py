@@ -23,7 +23,7 @@ from losses.distiller import BuildContext, Distiller, Preparation, Term, registe
 from losses.label_channel import channel_scale, fixed_codes, with_labels
 from losses.lad_stage import TeacherRecipe, TeacherState
 from losses.logits import labels_at
-from losses.stage import StageSettings, check_shares, order_words, run_stage
+from losses.stage import StageSettings, check_shares, common_words, run_stage
 from models import get_segmentation_model
 from models.output import SegOutput
 from models.segmentation import add_input_channels
@@ -110,10 +110,10 @@ class LAD(Distiller):
         o = context.options
         network = own_network(context)
         recipe = TeacherRecipe(o.momentum, o.weight_decay, o.poly_power, channel_scale(network.preprocess),
-                               context.ignore_label)
+                               context.ignore_label, o.group_size)
         if is_given(o.lad_teacher):
             return cls(network, recipe)
-        words = (network.name, o.momentum, o.weight_decay, o.poly_power, *order_words(context))
+        words = (network.name, o.momentum, o.weight_decay, o.poly_power, *common_words(context))
         settings = StageSettings(o.lad_steps or o.max_iterations, o.lad_batch_size or o.batch_size, o.lad_lr or o.lr,
                                  train_mode=True, seed=o.seed, words=words, save_every=o.save_per_iters, method="lad",
                                  result="teacher", shared_norm=o.sync_bn)

@@ -28,19 +28,22 @@ NOISE, AUX_WEIGHT, CONSISTENCY_WEIGHT = 0.03, 0.4, 5.0
 @dataclass(frozen=True)
 class TeacherRecipe:
     """How the teacher learns beyond ``StageSettings``: SGD, the exponent of the learning rate's decay, the scale of the
-    label channel, the label of ignored pixels."""
+    label channel, the label of ignored pixels, the images over whose labelled pixels the cross entropies are averaged
+    (0 = all)."""
 
     momentum: float = 0.9
     weight_decay: float = 1e-4
     power: float = 0.9
     scale: float = 100.0
     ignore_label: int = -1
+    group_size: int = 0
 
 
-def teacher_losses(one: SegOutput, two: SegOutput, target: Tensor, ignore_label: int = -1) -> dict[str, Tensor]:
+def teacher_losses(one: SegOutput, two: SegOutput, target: Tensor, ignore_label: int = -1,
+                   group_size: int = 0) -> dict[str, Tensor]:
     """{"task", "aux", "consistency"}: the unweighted scalars of the two outputs for labels int64 [B, H, W]; "aux" only
     where there is an auxiliary head."""
-    criterion = SegCrossEntropyLoss(ignore_label)
+    criterion = SegCrossEntropyLoss(ignore_label, group_size)
     first, second = (task_loss(output, target, criterion) for output in (one, two))
     terms = {name: first[name] + second[name] for name in first}
     return {**terms, "consistency": cwd_loss(one.logits, two.logits) + cwd_loss(two.logits, one.logits)}
@@ -64,7 +67,7 @@ class TeacherState(TrainedState):
             codes = random_codes(len(images), network.num_class, generator, images.device)
             outputs.append(network(with_labels(images, target, codes, NOISE, recipe.scale, recipe.ignore_label,
                                                generator)))
-        terms = teacher_losses(*outputs, target, recipe.ignore_label)
+        terms = teacher_losses(*outputs, target, recipe.ignore_label, recipe.group_size)
         weights = {"aux": AUX_WEIGHT, "consistency": CONSISTENCY_WEIGHT}
         self.descend(sum(weights.get(name, 1.0) * value for name, value in terms.items()), done)
         return terms

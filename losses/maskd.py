@@ -17,7 +17,7 @@ from torch import Tensor
 from losses.distiller import BuildContext, Distiller, Preparation, Term, register
 from losses.logits import check_logit_maps, check_logit_nets
 from losses.maskd_stage import initial_tokens, learn_tokens, read_tokens
-from losses.stage import StageSettings, check_shares, order_words
+from losses.stage import StageSettings, check_shares, common_words
 from losses.task import SegCrossEntropyLoss, at_least_float32
 from models.output import SegOutput
 from utils.cli import number
@@ -58,18 +58,18 @@ def dice_overlap(masks: Tensor, eps: float = 1e-12) -> Tensor:
     return (dice * other).sum() / (len(masks) * max(count * (count - 1), 1))
 
 
-def mask_learning_losses(teacher_logits: Tensor, tokens: Tensor, target: Tensor,
-                         ignore_label: int = -1) -> dict[str, Tensor]:
+def mask_learning_losses(teacher_logits: Tensor, tokens: Tensor, target: Tensor, ignore_label: int = -1,
+                         group_size: int = 0) -> dict[str, Tensor]:
     """{"ce", "dice"}: the two scalars whose sum the tokens [T, K] minimise.
 
     teacher_logits: [B, K, h, w]; target: integers [B, H, W]. ce: cross entropy of the logits times the sum of their
-    masks, resized to the labels. dice: :func:`dice_overlap`.
+    masks, resized to the labels (group_size: see :class:`SegCrossEntropyLoss`). dice: :func:`dice_overlap`.
     """
     with torch.autocast(teacher_logits.device.type, enabled=False):
         logits = at_least_float32(teacher_logits.detach())
         masks = receptive_masks(logits.flatten(2), tokens)
         masked = logits * masks.sum(dim=1).unflatten(1, logits.shape[-2:])[:, None]
-        return {"ce": SegCrossEntropyLoss(ignore_label)(masked, target), "dice": dice_overlap(masks)}
+        return {"ce": SegCrossEntropyLoss(ignore_label, group_size)(masked, target), "dice": dice_overlap(masks)}
 
 
 @register("maskd")
@@ -94,10 +94,11 @@ class MasKD(Distiller):
     stage_options = ("maskd_masks", "maskd_steps", "maskd_batch_size", "maskd_lr")
 
     def __init__(self, tokens: Tensor, settings: StageSettings | None = None, aux_weight: float = 0.0,
-                 ignore_label: int = -1) -> None:
+                 ignore_label: int = -1, group_size: int = 0) -> None:
         super().__init__()
         self.register_buffer("tokens", tokens)
-        self.settings, self.aux_weight, self.ignore_label = settings, aux_weight, ignore_label
+        self.settings, self.aux_weight = settings, aux_weight
+        self.ignore_label, self.group_size = ignore_label, group_size
         if aux_weight:
             self.student_taps = self.teacher_taps = ("logits", "aux")
 
@@ -127,11 +128,11 @@ class MasKD(Distiller):
             tokens = initial_tokens(getattr(o, "maskd_tokens", 8), classes, seed)
             settings = StageSettings(getattr(o, "maskd_steps", 10000), getattr(o, "maskd_batch_size", 16),
                                      getattr(o, "maskd_lr", 0.1), getattr(o, "compat", "fixed") == "reference", seed,
-                                     order_words(context), getattr(o, "save_per_iters", 800))
+                                     common_words(context), getattr(o, "save_per_iters", 800))
             check_shares(settings)
         both = "aux" in context.student.channels and "aux" in context.teacher.channels
         aux_weight = getattr(o, "maskd_aux_weight", 0.4) if both else 0.0
-        return cls(tokens, settings, aux_weight, context.ignore_label)
+        return cls(tokens, settings, aux_weight, context.ignore_label, getattr(o, "group_size", 2))
 
     def prepare(self, stage: Preparation) -> None:
         """Learn the tokens, or take them from the cache (:func:`losses.maskd_stage.learn_tokens`)."""
@@ -139,7 +140,7 @@ class MasKD(Distiller):
             self.tokens.copy_(learn_tokens(stage, self.tokens, self.settings, self._stage_loss))
 
     def _stage_loss(self, output: SegOutput, tokens: Tensor, target: Tensor) -> dict[str, Tensor]:
-        return mask_learning_losses(output.logits, tokens, target, self.ignore_label)
+        return mask_learning_losses(output.logits, tokens, target, self.ignore_label, self.group_size)
 
     def forward(self, student: SegOutput, teacher: SegOutput, target: Tensor, step: int,
                 generator: torch.Generator | None = None) -> dict[str, Tensor]:

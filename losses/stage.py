@@ -1,4 +1,5 @@
-"""A stage of its own before training (masks of MasKD and FreeKD, the teacher of LAD): the loop, its cache, its resume.
+"""A stage of its own before training (masks of MasKD and FreeKD, connectors of AttnFD, the teacher of LAD): the loop,
+its cache, its resume.
 
 The result lies in ``<method>_<result>_<digest>.pth``, where the digest covers the network that the stage starts from
 and every setting that the result depends on; a stage that was cut off lies beside it as ``..._partial.pth`` and goes on
@@ -48,9 +49,11 @@ class StageSettings:
     lr_option: str = ""
 
 
-def order_words(context: BuildContext) -> tuple:
-    """What the order of the samples depends on beside the seed, and the ignored label (for ``StageSettings.words``)."""
-    return getattr(context.options, "sampling", "reference"), context.ignore_label
+def common_words(context: BuildContext) -> tuple:
+    """What every stage depends on beside network, seed and data, for ``StageSettings.words``: the order of the samples,
+    the ignored label, the groups of images that are averaged together."""
+    o = context.options
+    return getattr(o, "sampling", "reference"), context.ignore_label, getattr(o, "group_size", 2)
 
 
 class StageState(nn.Module):

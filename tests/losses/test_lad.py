@@ -297,8 +297,8 @@ class TestRuns:
                        "--teacher-pretrained is missing")
 
     def test_two_processes_train_the_teacher_of_one(self, tmp_path) -> None:
-        """In float64, without dropout and noise, and with codes that do not depend on the process."""
-        data = write_folder_dataset(tmp_path / "set")
+        """In float64, without dropout and noise, with codes that do not depend on the process, unevenly labelled."""
+        data = write_folder_dataset(tmp_path / "set", ignored=0.8)
         found = []
         for count in (1, 2):
             save = tmp_path / f"processes{count}"
