@@ -6,90 +6,142 @@
 """
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 import dataset as data
-from models import get_segmentation_model
-from utils.cli import ArgumentParser, number, run_main
+from engine.evaluate import check_options, evaluate
+from engine.log import setup_logging
+from models import NetworkChoice
+from utils.cli import ArgumentParser, read_options, run_main
 from utils.distributed import Distributed, cleanup, init_distributed
 from utils.errors import UserError
-from utils.evaluate import check_options, evaluate
 from utils.files import check_target, write_json
-from utils.logger import setup_logging
+from utils.options import OptionGroup, option
 from utils.score import SegmentationMetric
-from utils.visualize import colour_mask, overlay, save_index, save_rgb
+from utils.visualize import color_mask, overlay, save_index, save_rgb
 
-positive_int, natural = number(int, 1), number(int, 0)
+
+@dataclass(frozen=True)
+class Network(OptionGroup):
+    """What is evaluated. Defaults are those of the reference where it has the option, here and below."""
+
+    model: str = option("deeplabv3", "architecture")
+    backbone: str = option("resnet18", "backbone")
+    pretrained: str | None = option(None, "weights of the whole network, a .pth file (required)", metavar="FILE")
+    aux: bool = option(False, "load the auxiliary head too; it takes no part in the prediction")
+    preprocess: str | None = option(None, "input of the network: BGR minus mean, or RGB mean/std (default: what the "
+                                          "weights say)", choices=("bgr", "rgb"))
+
+
+@dataclass(frozen=True)
+class Data(OptionGroup):
+    """What it is evaluated on."""
+
+    dataset: str = option("citys", lambda: ", ".join(data.list_datasets()))
+    data: str = option("./dataset/cityscapes/", "root folder of the data set", metavar="DIR")
+    data_list: str | None = option(None, "list file of the split (default: the split's own files)", metavar="FILE")
+    split: str | None = option(None, "train, val, test, ... (default: the data set's validation split)")
+    limit: int | None = option(None, "only the first N images", at_least=1, metavar="N")
+    ignore_label: int = option(-1, "label value of pixels that do not count")
+    workers: int = option(8, "loading processes, at most one per CPU", at_least=0)
+    crop_size: tuple[int, ...] = option((1024, 2048), "no effect, as in the reference: images are evaluated whole (see "
+                                                      "--window)", at_least=1, metavar="N")
+
+
+@dataclass(frozen=True)
+class Prediction(OptionGroup):
+    """How the network is asked."""
+
+    scales: tuple[float, ...] = option((1.0,), "average the logits over the image resized by these factors", above=0,
+                                       metavar="S")
+    flip_eval: bool = option(False, "average over the image and its mirror image")
+    window: tuple[int, int] | None = option(None, "slide a window of this size", at_least=1, metavar=("H", "W"))
+    stride: tuple[int, int] | None = option(None, "step of the window (default: two thirds of it)", at_least=1,
+                                            metavar=("H", "W"))
+
+
+@dataclass(frozen=True)
+class Output(OptionGroup):
+    """What is written."""
+
+    json: Path | None = option(None, "write all figures, as fractions", metavar="FILE")
+    reference_metric: bool = option(True, "also what the reference prints as pixel accuracy: the arg max of logits "
+                                          "truncated to integers")
+    save_dir: Path = option(Path("../runs/logs/"), "pictures go to DIR/<model>_<backbone>_<dataset>_<split>/",
+                            metavar="DIR")
+    save_pred: bool = option(False, "write predictions: colour/ (palette PNG) and index/ (grey PNG)")
+    save_ids: bool = option(False, "write predictions as the data set's own label values: ids/, for submission")
+    blend: bool = option(False, "write the image with the predicted colours mixed in: overlay/")
+
+    @property
+    def pictures(self) -> bool:
+        """Whether any picture is written."""
+        return self.save_pred or self.save_ids or self.blend
+
+
+@dataclass(frozen=True)
+class Running(OptionGroup):
+    """Where it runs."""
+
+    no_cuda: bool = option(False, "run on the CPU although there is a GPU")
+    gpu_id: str = option("0", "GPU of a single process; under torchrun each takes its own")
+    local_rank: int = option(0, hidden=True)  # torchrun's environment decides
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Everything that ``eval.py`` was asked for."""
+
+    network: Network
+    data: Data
+    prediction: Prediction
+    output: Output
+    running: Running
+
+
+GROUPS = (("network", Network), ("data", Data), ("prediction", Prediction), ("output", Output), ("running", Running))
 
 
 def build_parser() -> ArgumentParser:
-    """The parser of ``eval.py``; defaults are those of the reference where it has the option."""
+    """The parser of ``eval.py``."""
     parser = ArgumentParser(prog="eval.py", description="Evaluate a trained segmentation network on a labelled split.")
-    g = parser.add_argument_group("network")
-    g.add_argument("--model", default="deeplabv3", help="architecture")
-    g.add_argument("--backbone", default="resnet18", help="backbone")
-    g.add_argument("--pretrained", metavar="FILE", help="weights of the whole network, a .pth file (required)")
-    parser.boolean(g, "--aux", False, "load the auxiliary head too; it takes no part in the prediction")
-    g.add_argument("--preprocess", choices=("bgr", "rgb"),
-                   help="input of the network: BGR minus mean, or RGB mean/std (default: what the weights say)")
-    g = parser.add_argument_group("data")
-    g.add_argument("--dataset", default="citys", help=", ".join(data.list_datasets()))
-    g.add_argument("--data", default="./dataset/cityscapes/", metavar="DIR", help="root folder of the data set")
-    g.add_argument("--data-list", metavar="FILE", help="list file of the split (default: the split's own files)")
-    g.add_argument("--split", help="train, val, test, ... (default: the data set's validation split)")
-    g.add_argument("--limit", type=positive_int, metavar="N", help="only the first N images")
-    g.add_argument("--ignore-label", type=int, default=-1, help="label value of pixels that do not count")
-    g.add_argument("--workers", type=natural, default=8, help="loading processes, at most one per CPU")
-    g.add_argument("--crop-size", type=positive_int, nargs="+", default=[1024, 2048], metavar="N",
-                   help="no effect, as in the reference: images are evaluated whole (see --window)")
-    g = parser.add_argument_group("prediction")
-    g.add_argument("--scales", type=number(float, 0, open_low=True), nargs="+", default=[1.0], metavar="S",
-                   help="average the logits over the image resized by these factors")
-    parser.boolean(g, "--flip-eval", False, "average over the image and its mirror image")
-    g.add_argument("--window", type=positive_int, nargs=2, metavar=("H", "W"), help="slide a window of this size")
-    g.add_argument("--stride", type=positive_int, nargs=2, metavar=("H", "W"),
-                   help="step of the window (default: two thirds of it)")
-    g = parser.add_argument_group("output")
-    g.add_argument("--json", type=Path, metavar="FILE", help="write all figures, as fractions")
-    parser.boolean(g, "--reference-metric", True, "also what the reference prints as pixel accuracy: the arg max of "
-                   "logits truncated to integers")
-    g.add_argument("--save-dir", type=Path, default=Path("../runs/logs/"), metavar="DIR",
-                   help="pictures go to DIR/<model>_<backbone>_<dataset>_<split>/")
-    parser.boolean(g, "--save-pred", False, "write predictions: colour/ (palette PNG) and index/ (grey PNG)")
-    parser.boolean(g, "--save-ids", False, "write predictions as the data set's own label values: ids/, for submission")
-    parser.boolean(g, "--blend", False, "write the image with the predicted colours mixed in: overlay/")
-    g = parser.add_argument_group("running")
-    parser.boolean(g, "--no-cuda", False, "run on the CPU although there is a GPU")
-    g.add_argument("--gpu-id", default="0", help="GPU of a single process; under torchrun each takes its own")
-    g.add_argument("--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # torchrun's environment decides
+    for title, group in GROUPS:
+        parser.add_options(parser.add_argument_group(title), group)
     return parser
+
+
+def parse_settings(argv: Sequence[str] | None) -> EvalSettings:
+    """Parse the command line; it ends here."""
+    parsed = vars(build_parser().parse_args(argv))
+    return EvalSettings(*(read_options(parsed, group) for _, group in GROUPS))
 
 
 class PredictionWriter:
     """Writes the pictures of one split; an object of it is the ``on_prediction`` of ``evaluate``."""
 
-    def __init__(self, dataset: data.SegmentationDataset, folder: Path, config: argparse.Namespace) -> None:
-        self.spec, self.folder, self.config = dataset.spec, folder, config
+    def __init__(self, dataset: data.SegmentationDataset, folder: Path, output: Output) -> None:
+        self.spec, self.folder, self.output = dataset.spec, folder, output
         self.names = output_names([sample.image for sample in dataset.samples])
 
     def __call__(self, prediction: Tensor, item: dict[str, Any]) -> None:
         """prediction: int [H,W] train ids; item: of the data set."""
         name, index, palette = self.names[item["index"]], prediction.numpy(), self.spec.palette
-        if self.config.save_pred and len(palette) < 256:
+        if self.output.save_pred and len(palette) < 256:
             save_index(self.folder / "colour" / name, index, palette)
             save_index(self.folder / "index" / name, index)
-        elif self.config.save_pred:
-            save_rgb(self.folder / "colour" / name, colour_mask(index, palette))
-        if self.config.save_ids:
+        elif self.output.save_pred:
+            save_rgb(self.folder / "colour" / name, color_mask(index, palette))
+        if self.output.save_ids:
             save_index(self.folder / "ids" / name, self.spec.train_to_id[index])
-        if self.config.blend:
+        if self.output.blend:
             image = item["image"].permute(1, 2, 0).numpy()[..., ::-1]
             save_rgb(self.folder / "overlay" / name, overlay(image, index, palette))
 
@@ -103,31 +155,32 @@ def output_names(images: list[str]) -> list[str]:
     return [f"{stem}.png" for stem in stems]
 
 
-def check(config: argparse.Namespace) -> int:
+def check(settings: EvalSettings) -> int:
     """Check settings that need neither data nor weights; returns the number of the GPU of a single process."""
-    if config.pretrained in (None, "", "None", "none"):
+    network, output = settings.network, settings.output
+    if network.pretrained in (None, "", "None", "none"):
         raise UserError("--pretrained is missing: expected the weights of a trained network, such as "
-                        f"kd_{config.model}_{config.backbone}_{config.dataset}_best_model.pth")
-    check_options(config.scales, config.window, config.stride)
-    if config.json is not None:
-        check_target(config.json, "--json", is_folder=False)
-    if config.save_pred or config.save_ids or config.blend:
-        check_target(config.save_dir, "--save-dir", is_folder=True)
-    first = config.gpu_id.split(",")[0].strip()
+                        f"kd_{network.model}_{network.backbone}_{settings.data.dataset}_best_model.pth")
+    prediction = settings.prediction
+    check_options(prediction.scales, prediction.window, prediction.stride)
+    if output.json is not None:
+        check_target(output.json, "--json", is_folder=False)
+    if output.pictures:
+        check_target(output.save_dir, "--save-dir", is_folder=True)
+    first = settings.running.gpu_id.split(",")[0].strip()
     if not first.isdigit():
-        raise UserError(f"--gpu-id: expected the number of a GPU, got {config.gpu_id!r}")
+        raise UserError(f"--gpu-id: expected the number of a GPU, got {settings.running.gpu_id!r}")
     return int(first)
 
 
-def build(config: argparse.Namespace, distributed: Distributed) -> tuple[data.SegmentationDataset, nn.Module]:
+def build(settings: EvalSettings, distributed: Distributed) -> tuple[data.SegmentationDataset, nn.Module]:
     """The split and the network, on its device."""
-    spec = data.get_dataset_spec(config.dataset, config.data)
-    dataset = data.SegmentationDataset(spec, config.data, config.split or spec.selection_split, train=False,
-                                       ignore_label=config.ignore_label, list_file=config.data_list,
-                                       limit=config.limit)
-    net = get_segmentation_model(model=config.model, backbone=config.backbone, num_class=spec.num_class,
-                                 aux=config.aux, pretrained=config.pretrained, preprocess=config.preprocess)
-    return dataset, net.to(distributed.device).eval()
+    d, n = settings.data, settings.network
+    spec = data.get_dataset_spec(d.dataset, d.data)
+    dataset = data.SegmentationDataset(spec, d.data, d.split or spec.selection_split, train=False,
+                                       ignore_label=d.ignore_label, list_file=d.data_list, limit=d.limit)
+    choice = NetworkChoice(n.model, n.backbone, n.pretrained, preprocess=n.preprocess, aux=n.aux)
+    return dataset, choice.build(spec.num_class).to(distributed.device).eval()
 
 
 def table(result: dict[str, Any], classes: tuple[str, ...]) -> str:
@@ -147,42 +200,44 @@ def table(result: dict[str, Any], classes: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
-def record(config: argparse.Namespace, dataset: data.SegmentationDataset, net: nn.Module,
+def record(settings: EvalSettings, dataset: data.SegmentationDataset, net: nn.Module,
            result: dict[str, Any]) -> dict[str, Any]:
     """What ``--json`` writes: the figures as fractions, and what they are figures of."""
+    network, prediction = settings.network, settings.prediction
     figures = {key: result[key] for key in ("mIoU", "pixAcc", "mAcc", "mIoU_present", "pixAcc_reference")
                if key in result}
     per_class = {f"{short}_per_class": dict(zip(dataset.spec.classes, result[f"{short}_per_class"], strict=True))
                  for short in ("iou", "acc")}
-    with open(os.path.expanduser(config.pretrained), "rb") as file:
+    with open(os.path.expanduser(network.pretrained), "rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         **figures, **per_class, "images": result["images"], "labelled_pixels": result["labelled_pixels"],
         "label_pixels": result["label_pixels"], "total_inter": result["total_inter"],
         "total_union": result["total_union"], "classes": list(dataset.spec.classes),
-        "dataset": config.dataset, "split": dataset.split, "limit": config.limit, "model": config.model,
-        "backbone": config.backbone, "pretrained": os.path.basename(config.pretrained), "pretrained_sha256": checksum,
-        "preprocess": net.preprocess.to_dict(), "scales": config.scales, "flip": config.flip_eval,
-        "window": config.window, "stride": config.stride,
+        "dataset": settings.data.dataset, "split": dataset.split, "limit": settings.data.limit,
+        "model": network.model, "backbone": network.backbone, "pretrained": os.path.basename(network.pretrained),
+        "pretrained_sha256": checksum, "preprocess": net.preprocess.to_dict(), "scales": prediction.scales,
+        "flip": prediction.flip_eval, "window": prediction.window, "stride": prediction.stride,
     }
 
 
-def run(config: argparse.Namespace, distributed: Distributed) -> None:
+def run(settings: EvalSettings, distributed: Distributed) -> None:
     """Evaluate; the main process prints the table and writes the JSON file, every process its pictures."""
-    setup_logging(distributed.is_main)
-    dataset, net = build(config, distributed)
-    writer = None
-    if config.save_pred or config.save_ids or config.blend:
-        name = f"{config.model}_{config.backbone}_{config.dataset}_{dataset.split}"
-        writer = PredictionWriter(dataset, config.save_dir / name, config)
-    metric = SegmentationMetric(dataset.spec.num_class, config.reference_metric, ignore_label=config.ignore_label)
-    result = evaluate(net, dataset, device=distributed.device, metric=metric, scales=config.scales,
-                      flip=config.flip_eval, window=config.window, stride=config.stride, workers=config.workers,
-                      on_prediction=writer)
-    if not distributed.is_main:
+    setup_logging(distributed.is_main_process)
+    dataset, net = build(settings, distributed)
+    network, prediction, output, writer = settings.network, settings.prediction, settings.output, None
+    if output.pictures:
+        name = f"{network.model}_{network.backbone}_{settings.data.dataset}_{dataset.split}"
+        writer = PredictionWriter(dataset, output.save_dir / name, output)
+    metric = SegmentationMetric(dataset.spec.num_class, output.reference_metric,
+                                ignore_label=settings.data.ignore_label)
+    result = evaluate(net, dataset, device=distributed.device, metric=metric, scales=prediction.scales,
+                      flip=prediction.flip_eval, window=prediction.window, stride=prediction.stride,
+                      workers=settings.data.workers, on_prediction=writer)
+    if not distributed.is_main_process:
         return
-    if config.json is not None:
-        write_json(config.json, record(config, dataset, net, result))
+    if output.json is not None:
+        write_json(output.json, record(settings, dataset, net, result))
     print(f"{net.name} on {dataset.spec.title}, {dataset.split}: {result['images']} images, "
           f"{result['labelled_pixels']} labelled pixels")
     print(table(result, dataset.spec.classes) if result["labelled_pixels"] else "no labels, hence no figures")
@@ -192,10 +247,10 @@ def run(config: argparse.Namespace, distributed: Distributed) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, evaluate, report. Returns the exit code."""
-    config = build_parser().parse_args(argv)
-    gpu = check(config)
-    distributed = init_distributed(config.no_cuda, gpu)
-    run(config, distributed)
+    settings = parse_settings(argv)
+    gpu = check(settings)
+    distributed = init_distributed(settings.running.no_cuda, gpu)
+    run(settings, distributed)
     cleanup()  # not after an error: the other processes may wait in a collective operation
     return 0
 

@@ -8,17 +8,51 @@ from __future__ import annotations
 
 import sys
 
+from engine.build import build_run
+from engine.checkpoint import resume, save_run
+from engine.journal import Journal
+from engine.log import setup_logging
+from engine.method_list import method_table
+from engine.run import Run, run_stages, train_batch, training_batches
+from engine.settings import parse_settings
+from engine.validation import report, validate
 from utils.cli import run_main
-from utils.config import parse_config
-from utils.distributed import cleanup, init_distributed
-from utils.trainer import Trainer
+from utils.distributed import barrier, cleanup, init_distributed
+
+
+def train(run: Run) -> None:
+    """Train from the current iteration to the last, validating and saving on the way; then report."""
+    running = run.settings.running
+    resumed = resume(run)
+    journal = Journal(run, resumed)
+    if not resumed:
+        run_stages(run)
+    journal.start_training()
+    for batch in training_batches(run):
+        journal.clock.got_batch()
+        result = train_batch(run, batch)
+        run.step += 1
+        journal.finished_step(len(batch["name"]))
+        if run.is_due(running.log_iter):
+            journal.write_step(result)
+        if run.val_set is not None and run.is_due(running.val_per_iters):
+            validate(run, journal)
+        if run.is_due(running.save_per_iters):
+            save_run(run)
+    report(run, journal)
+    journal.close()
+    barrier()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, build the run, train. Returns the exit code."""
-    config = parse_config(argv)
-    distributed = init_distributed(config.no_cuda)
-    Trainer(config, distributed).fit()
+    settings = parse_settings(argv)
+    if settings.list_methods:
+        print(method_table(settings))
+        return 0
+    distributed = init_distributed(settings.running.no_cuda)
+    setup_logging(distributed.is_main_process)
+    train(build_run(settings, distributed))
     cleanup()  # not after an error: the other processes may wait in a collective operation
     return 0
 

@@ -1,6 +1,7 @@
 """Data sets: a short spec per set over one dataset class.
 
-Every module (and package) of this folder is imported, so that adding a data set is adding a file.
+Every module of this folder is imported, so that adding a data set is adding a file. Packages are not: only
+who writes the toy streets imports their painters.
 """
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from dataset.segmentation import SegmentationDataset, collate, worker_init
 from dataset.spec import DatasetSpec, SplitSpec, get_dataset_spec, list_datasets, register_builder, register_dataset
 
 for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+    if not _module.ispkg:
+        importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "DatasetSpec", "EvalSampler", "SegmentationDataset", "SplitSpec", "TrainSampler", "collate", "get_dataset_spec",

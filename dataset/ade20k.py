@@ -1,4 +1,4 @@
-"""ADE20K, scene parsing benchmark (20210/2000 images): 150 classes stored as 1..150, 0 = not labelled."""
+"""ADE20K, scene parsing benchmark (20210/2000 images): 150 classes stored as 1..150, 0 = not labeled."""
 from __future__ import annotations
 
 from dataset.spec import DatasetSpec, SplitSpec, id_tables, register_dataset

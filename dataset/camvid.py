@@ -1,4 +1,4 @@
-"""CamVid in its 11-class form (367/101/233 images of 480 x 360): grey index labels, 11 = void."""
+"""CamVid in its 11-class form (367/101/233 images of 480 x 360): gray index labels, 11 = void."""
 from __future__ import annotations
 
 from dataset.spec import DatasetSpec, SplitSpec, id_tables, register_dataset

@@ -5,7 +5,7 @@ import numpy as np
 
 from dataset.spec import IGNORE, DatasetSpec, SplitSpec, register_dataset
 
-#: (label id, class, colour) in the order of the train ids
+#: (label id, class, color) in the order of the train ids
 EVALUATED = (
     (7, "road", (128, 64, 128)), (8, "sidewalk", (244, 35, 232)), (11, "building", (70, 70, 70)),
     (12, "wall", (102, 102, 156)), (13, "fence", (190, 153, 153)), (17, "pole", (153, 153, 153)),
@@ -23,8 +23,8 @@ def _id_to_train() -> np.ndarray:
     return table
 
 
-def _split(name: str, published: int, labelled: bool = True) -> SplitSpec:
-    return SplitSpec(f"leftImg8bit/{name}", f"gtFine/{name}" if labelled else None, ("_leftImg8bit.png",),
+def _split(name: str, published: int, labeled: bool = True) -> SplitSpec:
+    return SplitSpec(f"leftImg8bit/{name}", f"gtFine/{name}" if labeled else None, ("_leftImg8bit.png",),
                      "_gtFine_labelIds.png", nested=True, published=published)
 
 
@@ -32,8 +32,8 @@ CITYSCAPES = register_dataset(DatasetSpec(
     name="citys",
     title="Cityscapes",
     classes=tuple(name for _, name, _ in EVALUATED),
-    palette=[colour for _, _, colour in EVALUATED],
+    palette=[color for _, _, color in EVALUATED],
     id_to_train=_id_to_train(),
-    splits={"train": _split("train", 2975), "val": _split("val", 500), "test": _split("test", 1525, labelled=False)},
+    splits={"train": _split("train", 2975), "val": _split("val", 500), "test": _split("test", 1525, labeled=False)},
     train_crop=(512, 1024),
 ))

@@ -21,14 +21,8 @@ def find_samples(spec: DatasetSpec, root: str | os.PathLike, split: str,
                  list_file: str | os.PathLike | None = None) -> list[Sample]:
     """All samples of a split, in list order, or sorted when they come from the folders.
 
-    Args:
-        spec: the data set.
-        root: its folder.
-        split: name of a split of `spec`.
-        list_file: names the files instead of the folders ("image label" per line, or one id per line, see the spec).
-
-    Raises:
-        UserError: unknown split, missing folder or file, empty split, malformed list; the message names it.
+    root: folder of the data set. list_file: names the files instead ("image label" or one id per line, see the spec).
+    Raises UserError for an unknown or empty split, a missing folder or file, or a malformed list, and names it.
     """
     part, root = spec.split(split), os.fspath(root)
     if not os.path.isdir(root):
@@ -63,10 +57,10 @@ def _pair(part: SplitSpec, root: str, key: str, suffix: str) -> tuple[str, str |
 def _keys(folder: str, suffixes: tuple[str, ...], nested: bool) -> dict[str, str]:
     """key -> actual ending, for all files below `folder` with one of the endings, sorted by path."""
     paths = []
-    for place, folders, files in os.walk(folder):
+    for directory, below, files in os.walk(folder):
         if not nested:
-            folders.clear()
-        paths += [os.path.relpath(os.path.join(place, name), folder) for name in files if not name.startswith(".")]
+            below.clear()
+        paths += [os.path.relpath(os.path.join(directory, name), folder) for name in files if name[0] != "."]
     keys: dict[str, str] = {}
     for path in sorted(paths):
         suffix = next((s for s in suffixes if path.lower().endswith(s.lower())), None)
@@ -116,16 +110,16 @@ def _from_list(part: SplitSpec, root: str, path: str) -> list[tuple[str, str | N
     columns = 1 if part.id_list or not part.label_dir else 2
     expected = "one id" if part.id_list else "'image label'" if columns == 2 else "one image path"
     pairs = []
-    for number, words in enumerate(lines, start=1):
-        if not words:
+    for number, entry in enumerate(lines, start=1):
+        if not entry:
             continue
-        if len(words) != columns:
-            raise UserError(f"{path}, line {number}: {len(words)} words; expected {expected} per line")
+        if len(entry) != columns:
+            raise UserError(f"{path}, line {number}: {len(entry)} words; expected {expected} per line")
         if part.id_list:
-            pairs.append(_pair(part, root, words[0], part.image_suffix[0]))
+            pairs.append(_pair(part, root, entry[0], part.image_suffix[0]))
         else:
-            label = os.path.join(root, words[1]) if columns == 2 else None
-            pairs.append((os.path.join(root, words[0]), label))
+            label = os.path.join(root, entry[1]) if columns == 2 else None
+            pairs.append((os.path.join(root, entry[0]), label))
     return pairs
 
 

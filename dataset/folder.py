@@ -1,7 +1,7 @@
 """Anybody's images and index masks: images/<split>/, labels/<split>/ and a file that names the classes.
 
-`classes.txt` has one class per line, "name" or "name R G B", in the order of the mask values 0, 1, 2, ...; a line
-"ignore: 255" lists mask values to ignore (default 255); "#" starts a comment. `classes.json` is an object with
+``classes.txt`` has one class per line, "name" or "name R G B", in the order of the mask values 0, 1, 2, ...; a line
+"ignore: 255" lists mask values to ignore (default 255); "#" starts a comment. ``classes.json`` is an object with
 "classes" (names, or objects with "name" and optionally "color" and "id"), and optionally "ignore" and "train_crop"
 [height, width].
 """
@@ -24,7 +24,7 @@ LINE = re.compile(r"(?P<name>.*?)(?:[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3}
 
 
 class ClassEntry(NamedTuple):
-    """One class of a class file: name, colour (None: generated) and value in the masks (None: its position)."""
+    """One class of a class file: name, color (None: generated) and value in the masks (None: its position)."""
 
     name: str
     color: tuple[int, ...] | None = None
@@ -46,7 +46,7 @@ def _read_text(path: str) -> str:
 
 
 def read_class_text(path: str) -> tuple[list[ClassEntry], list[int], tuple[int, int]]:
-    """(classes, ignored mask values, training crop) of a `classes.txt`."""
+    """(classes, ignored mask values, training crop) of a ``classes.txt``."""
     entries, ignore = [], None
     for number, line in enumerate(_read_text(path).splitlines(), start=1):
         text, where = line.split("#")[0].strip(), f"{path}, line {number}"
@@ -56,14 +56,14 @@ def read_class_text(path: str) -> tuple[list[ClassEntry], list[int], tuple[int, 
             values = re.split(r"[\s,]+", text[len("ignore:"):].strip())
             ignore = [_byte(int(value) if value.isdecimal() else value, where) for value in values if value]
             continue
-        found = LINE.fullmatch(text)
-        color = tuple(_byte(int(value), where) for value in found.groups()[1:]) if found[2] else None
-        entries.append(ClassEntry(found["name"], color))
+        match = LINE.fullmatch(text)
+        color = tuple(_byte(int(value), where) for value in match.groups()[1:]) if match[2] else None
+        entries.append(ClassEntry(match["name"], color))
     return entries, _default_ignore(entries) if ignore is None else ignore, DEFAULT_CROP
 
 
 def read_class_json(path: str) -> tuple[list[ClassEntry], list[int], tuple[int, int]]:
-    """(classes, ignored mask values, training crop) of a `classes.json`."""
+    """(classes, ignored mask values, training crop) of a ``classes.json``."""
     try:
         content = json.loads(_read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -119,20 +119,19 @@ def _checked_ids(path: str, entries: list[ClassEntry], ignore: list[int]) -> dic
 def _splits(root: str) -> dict[str, SplitSpec]:
     """train and val, and every further folder under images/; one without a label folder has no labels."""
     images = os.path.join(root, "images")
-    found = sorted(entry.name for entry in os.scandir(images) if entry.is_dir()) if os.path.isdir(images) else []
+    names = sorted(entry.name for entry in os.scandir(images) if entry.is_dir()) if os.path.isdir(images) else []
     splits = {}
-    for name in dict.fromkeys(["train", "val", *found]):
-        labelled = name in ("train", "val") or os.path.isdir(os.path.join(root, "labels", name))
-        splits[name] = SplitSpec(f"images/{name}", f"labels/{name}" if labelled else None, IMAGE_SUFFIXES, nested=True)
+    for name in dict.fromkeys(["train", "val", *names]):
+        labeled = name in ("train", "val") or os.path.isdir(os.path.join(root, "labels", name))
+        splits[name] = SplitSpec(f"images/{name}", f"labels/{name}" if labeled else None, IMAGE_SUFFIXES, nested=True)
     return splits
 
 
 @register_builder("folder")
 def folder_spec(root: str | os.PathLike | None) -> DatasetSpec:
-    """The spec of the folder `root`, from its class file.
+    """The spec of the folder ``root``, from its class file.
 
-    Raises:
-        UserError: no root, no class file, or one that is malformed (the message names file and line or entry).
+    Raises UserError for no root, no class file, or one that is malformed (and names its line or entry).
     """
     if root is None:
         raise UserError("data set 'folder' needs its root folder; expected one with classes.txt or classes.json")

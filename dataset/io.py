@@ -35,13 +35,9 @@ def _is_cut_off(data: bytes) -> bool:
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """Read a colour picture of any format that OpenCV knows.
+    """A color picture of any format that OpenCV knows: uint8 [H, W, 3], BGR.
 
-    Returns:
-        uint8 [H, W, 3], BGR.
-
-    Raises:
-        UserError: missing, empty, truncated or not a picture.
+    Raises UserError when it is missing, empty, truncated or not a picture.
     """
     data = _read_bytes(path, "image")
     try:
@@ -54,13 +50,9 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
 
 
 def read_label(path: str | os.PathLike) -> np.ndarray:
-    """Read a label file by index: the stored value of a grey file, the palette index (not the colour) of a palette one.
+    """A label file by index, uint8 [H, W]: the stored values of a gray file, the palette indices of a palette one.
 
-    Returns:
-        uint8 [H, W].
-
-    Raises:
-        UserError: missing, truncated, not a picture, or a picture without one 8-bit value per pixel.
+    Raises UserError when it is missing, truncated, not a picture, or has no single 8-bit value per pixel.
     """
     data = _read_bytes(path, "label")
     try:
@@ -71,5 +63,5 @@ def read_label(path: str | os.PathLike) -> np.ndarray:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: cannot decode this label ({reason}); expected a complete index PNG") from None
     if label is None:
-        raise UserError(f"{path}: picture mode {mode}; expected one 8-bit index per pixel (a grey or palette picture)")
+        raise UserError(f"{path}: picture mode {mode}; expected one 8-bit index per pixel (a gray or palette picture)")
     return label

@@ -14,23 +14,17 @@ ORDER_STREAM = 0x0DE4
 
 
 class TrainSampler(Sampler[list[tuple[int, int]]]):
-    """Batch sampler of a whole training run, for `DataLoader(batch_sampler=...)`.
+    """Batch sampler of a whole training run, for ``DataLoader(batch_sampler=...)``.
 
-    The run is one sequence of steps x batch_size samples, numbered by their ordinal. The global batch of step s holds
-    the ordinals [s·B, (s+1)·B); process r of w takes the rows [r·B/w, (r+1)·B/w) of it.
+    The run is one sequence of steps x B samples, numbered by their ordinal. The global batch of step s holds the
+    ordinals [s·B, (s+1)·B); process r of w takes the rows [r·B/w, (r+1)·B/w) of it.
 
-    Args:
-        length: number of images.
-        batch_size: global batch size B, all processes together.
-        steps: steps of the whole run (not of what is left of it).
-        rank, world_size: this process and the number of processes.
-        seed: of the order, not negative.
-        start_step: first step to yield, for a resumed run.
-        mode: "reference": the list is repeated to steps x B entries and shuffled as a whole, so that images are not
-            balanced over short spans; "epoch": every image once, in a new order, before any comes again.
-
-    Raises:
-        UserError: an empty data set, a batch that does not divide by the number of processes, or a value out of range.
+    length: number of images. batch_size: B, all processes together. steps: of the whole run (not of what is left).
+    seed: of the order, not negative. start_step: first step to yield, for a resumed run.
+    mode: "reference": the list is repeated to steps x B entries and shuffled as a whole, so that images are not
+    balanced over short spans; "epoch": every image once, in a new order, before any comes again.
+    Raises UserError for an empty data set, a batch that does not divide by the number of processes, or a value out of
+    range.
     """
 
     def __init__(self, length: int, *, batch_size: int, steps: int, rank: int = 0, world_size: int = 1, seed: int = 0,
@@ -71,11 +65,11 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
         current: dict[int, np.ndarray] = {}
 
         def pick(ordinal: int) -> int:
-            epoch, place = divmod(ordinal, self.length)
+            epoch, position = divmod(ordinal, self.length)
             if epoch not in current:
                 current.clear()
                 current[epoch] = self._rng(epoch).permutation(self.length)
-            return int(current[epoch][place])
+            return int(current[epoch][position])
 
         return pick
 

@@ -1,4 +1,4 @@
-"""The one dataset class. Images travel as uint8 BGR; every network normalises them itself, on its device."""
+"""The one dataset class. Images travel as uint8 BGR; every network normalizes them itself, on its device."""
 from __future__ import annotations
 
 import hashlib
@@ -23,31 +23,22 @@ UNKNOWN = np.iinfo(np.int16).min
 class SegmentationDataset(Dataset):
     """One split of a data set.
 
-    `ds[index]` is the whole image with its label. `ds[index, ordinal]` is a training sample: scaled, cropped to
-    `crop_size` (padded when the image is smaller) and mirrored at random, as a function of (seed, ordinal) only.
+    ``ds[index]`` is the whole image with its label. ``ds[index, ordinal]`` is a training sample: scaled, cropped to
+    ``crop_size`` (padded when the image is smaller) and mirrored at random, as a function of (seed, ordinal) only.
 
-    An item is a dict:
-        image: uint8 [3, H, W], BGR; 0 outside of `valid`.
-        label: int16 [H, W], train ids; `ignore_label` where nothing is to be learnt or counted.
-        valid: int16 [4], (top, bottom, left, right) of the real pixels, half open.
-        name: stem of the label file (of the image where there is no label).
-        index: position in the split.
+    An item is a dict
+        image: uint8 [3, H, W], BGR; 0 outside of ``valid``
+        label: int16 [H, W], train ids; ``ignore_label`` where nothing is to be learned or counted
+        valid: int16 [4], (top, bottom, left, right) of the real pixels, half open
+        name:  stem of the label file (of the image where there is no label)
+        index: position in the split
 
-    Args:
-        spec: what the data set looks like.
-        root: its folder.
-        split: "train", "val", ...
-        train: offer training samples.
-        crop_size: (height, width) of a training sample; default `spec.train_crop`.
-        seed: of the augmentation, not negative.
-        ignore_label: value that stands for "ignored" in the items, outside of 0..K-1.
-        list_file: names the files of the split; default see :mod:`dataset.discovery`.
-        limit: keep only that many samples, the first ones.
-        scale, mirror: switch one kind of augmentation off.
-
-    Raises:
-        UserError: at construction for missing files and bad arguments, on access for files that cannot be decoded,
-            sizes that differ and label values that the data set does not have.
+    root: folder of the data set. train: offer training samples. crop_size: (height, width) of one; default
+    ``spec.train_crop``. seed: of the augmentation, not negative. ignore_label: stands for "ignored" in the items,
+    outside of 0..K-1. list_file: names the files of the split; default see :mod:`dataset.discovery`. limit: keep only
+    that many samples, the first ones. scale, mirror: switch one kind of augmentation off.
+    Raises UserError at construction for missing files and bad arguments, on access for files that cannot be decoded,
+    sizes that differ and label values that the data set does not have.
     """
 
     def __init__(self, spec: DatasetSpec, root: str | os.PathLike, split: str, *, train: bool,
@@ -85,11 +76,11 @@ class SegmentationDataset(Dataset):
         """16 hexadecimal digits of what tells this training set from others, wherever its folder is: split, names of
         the files in their order, label values and their classes, crop, augmentation. Not the content of the files.
         """
-        words = [self.spec.name, self.split, self.crop_size, self.ignore_label, self.scale, self.mirror]
-        found = hashlib.sha256(repr(words).encode() + self._table.tobytes())
+        values = [self.spec.name, self.split, self.crop_size, self.ignore_label, self.scale, self.mirror]
+        digest = hashlib.sha256(repr(values).encode() + self._table.tobytes())
         for sample in self.samples:
-            found.update(f"{sample.name}\0{Path(sample.image).name}\n".encode())
-        return found.hexdigest()[:16]
+            digest.update(f"{sample.name}\0{Path(sample.image).name}\n".encode())
+        return digest.hexdigest()[:16]
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         if not isinstance(key, tuple):
@@ -100,9 +91,8 @@ class SegmentationDataset(Dataset):
         index, ordinal = int(key[0]), int(key[1])
         image, label = self.read(index)
         rng = np.random.default_rng((self.seed, ordinal))
-        size = image.shape[:2]
         return self.augmented(index, image, label, transforms.draw_augmentation(
-            rng, size, self.crop_size, scale=self.scale, mirror=self.mirror))
+            rng, image.shape[:2], self.crop_size, scale=self.scale, mirror=self.mirror))
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         """The stored pair: uint8 [H, W, 3] BGR, and uint8 [H, W] stored label values (None without labels)."""
@@ -120,14 +110,15 @@ class SegmentationDataset(Dataset):
         return image, label
 
     def augmented(self, index: int, image: np.ndarray, label: np.ndarray,
-                  how: transforms.Augmentation) -> dict[str, Any]:
+                  augmentation: transforms.Augmentation) -> dict[str, Any]:
         """The training sample of a stored pair for given augmentation parameters."""
-        image, label = transforms.scale_pair(image, label, how.scale)
-        image = transforms.crop(image, how.offset, self.crop_size, how.mirrored)
-        label = self._map(transforms.crop(label, how.offset, self.crop_size, how.mirrored))
-        valid = transforms.valid_rectangle(image.shape[:2], self.crop_size, how.mirrored)
-        image = transforms.pad(image, self.crop_size, 0, how.mirrored)
-        label = transforms.pad(label, self.crop_size, self.ignore_label, how.mirrored)
+        scale, offset, mirrored = augmentation
+        image, label = transforms.scale_pair(image, label, scale)
+        image = transforms.crop(image, offset, self.crop_size, mirrored)
+        label = self._map(transforms.crop(label, offset, self.crop_size, mirrored))
+        valid = transforms.valid_rectangle(image.shape[:2], self.crop_size, mirrored)
+        image = transforms.pad(image, self.crop_size, 0, mirrored)
+        label = transforms.pad(label, self.crop_size, self.ignore_label, mirrored)
         return self._item(index, image, label, valid)
 
     def _map(self, label: np.ndarray | None) -> np.ndarray | None:
@@ -149,8 +140,7 @@ class SegmentationDataset(Dataset):
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Items -> batch: image [B, 3, H, W], label [B, H, W], valid [B, 4], name list of B, index int64 [B].
 
-    Raises:
-        UserError: images of different sizes (whole images; use batch size 1).
+    Raises UserError for images of different sizes (whole images; use batch size 1).
     """
     sizes = {tuple(item["label"].shape) for item in items}
     if len(sizes) > 1:
@@ -162,5 +152,5 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def worker_init(worker_id: int) -> None:
-    """For `DataLoader(worker_init_fn=...)`: one thread per worker, OpenCV's own are switched off."""
+    """For ``DataLoader(worker_init_fn=...)``: one thread per worker, OpenCV's own are switched off."""
     cv2.setNumThreads(0)

@@ -1,6 +1,6 @@
-"""What a data set is: classes, colours, label ids and where the files of each split lie. And the list of all of them.
+"""What a data set is: classes, colors, label ids and where the files of each split lie. And the list of all of them.
 
-Adding a data set is one file in this folder that calls :func:`register_dataset` (see `camvid.py` for the shortest one).
+Adding a data set is one file in this folder that calls :func:`register_dataset` (see ``camvid.py``).
 """
 from __future__ import annotations
 
@@ -20,18 +20,13 @@ IGNORE = -1
 class SplitSpec:
     """Where one split lies under the root.
 
-    An image `<image_dir>/<key><image suffix>` belongs to the label `<label_dir>/<key><label_suffix>`.
+    An image ``<image_dir>/<key><image suffix>`` belongs to the label ``<label_dir>/<key><label_suffix>``.
 
-    Attributes:
-        image_dir: folder of the images.
-        label_dir: folder of the labels; None where a split has no (public) labels.
-        image_suffix: accepted endings of the images; compared without regard to case.
-        label_suffix: ending of the labels.
-        nested: the key may contain folders (Cityscapes: one per city).
-        lists: list files that are used, in this order, when they exist under the root and none is given.
-        id_list: list files hold one key per line; otherwise "image label", relative to the root.
-        by_label: without a list, the files of the label folder decide which images belong to the split.
-        published: number of images of the published split, None when there is no such number.
+    label_dir: None where a split has no (public) labels. image_suffix: accepted endings, in any case. nested: the key
+    may contain folders (Cityscapes: one per city). lists: list files that are used, in this order, when they exist
+    under the root and none is given. id_list: they hold one key per line; otherwise "image label", relative to the
+    root. by_label: without a list, the files of the label folder decide which images belong to the split.
+    published: number of images of the published split, None when there is no such number.
     """
 
     image_dir: str
@@ -49,21 +44,16 @@ class SplitSpec:
 class DatasetSpec:
     """Everything that distinguishes one data set from another.
 
-    Attributes:
-        name: as given to `--dataset`.
-        title: as printed.
-        classes: names in the order of the train ids.
-        id_to_train: int16 [256], stored label value -> train id, or -1 for "ignore".
-        splits: split name -> :class:`SplitSpec`.
-        train_crop: (height, width) of a training crop in the published settings.
-        palette: uint8 [K, 3], RGB; generated when none is given.
-        known_ids: bool [256], the stored values that may occur; any other one is an error that names the file;
-            all of them when none are given.
-        train_split: split to train on.
-        selection_split: split that chooses the best weights.
-        report_splits: further splits that are evaluated once, at the end.
-        reference_selection_split: split that the reference implementation validates and selects on.
-        absent_classes: train ids that never occur in the published labels (they still count in mIoU).
+    name, title           as given to the programs; as printed
+    classes               names in the order of the train ids
+    id_to_train           int16 [256], stored label value -> train id, or -1 for "ignore"
+    splits                split name -> :class:`SplitSpec`
+    train_crop            (height, width) of a training crop in the published settings
+    palette               uint8 [K, 3], RGB; generated when none is given
+    known_ids             bool [256], the stored values that may occur (default: all); another is an error
+    train_split           to train on; selection_split: chooses the best weights; report_splits: evaluated at the end
+    reference_selection_split  on which the reference implementation selects
+    absent_classes        train ids that never occur in the published labels (they still count in mIoU)
     """
 
     name: str
@@ -114,7 +104,7 @@ class DatasetSpec:
         return ids
 
     def split(self, name: str) -> SplitSpec:
-        """The split called `name`; :class:`UserError` that lists the splits when there is none."""
+        """The split of that name; UserError that lists the splits when there is none."""
         if name not in self.splits:
             raise UserError(f"{self.title} has no split '{name}'; expected one of {', '.join(self.splits)}")
         return self.splits[name]
@@ -127,14 +117,9 @@ class DatasetSpec:
 
 
 def id_tables(mapping: Mapping[int, int], ignore: Iterable[int] = ()) -> dict[str, np.ndarray]:
-    """`id_to_train` and `known_ids` of a set whose stored values are exactly those of `mapping` and `ignore`.
+    """``id_to_train`` and ``known_ids`` of a set whose stored values are exactly those of ``mapping`` and ``ignore``.
 
-    Args:
-        mapping: stored value -> train id (or -1).
-        ignore: further stored values that mean "ignore".
-
-    Returns:
-        keyword arguments for :class:`DatasetSpec`.
+    mapping: stored value -> train id (or -1). ignore: further stored values that mean "ignore".
     """
     table = np.full(256, IGNORE, dtype=np.int16)
     known = np.zeros(256, dtype=bool)
@@ -154,7 +139,7 @@ def register_dataset(spec: DatasetSpec) -> DatasetSpec:
 
 
 def register_builder(name: str) -> Callable[[Callable], Callable]:
-    """Decorator for a function `root -> DatasetSpec`, for sets whose classes are read from their folder."""
+    """Decorator for a function ``root -> DatasetSpec``, for sets whose classes are read from their folder."""
 
     def add(builder: Callable) -> Callable:
         if name in _REGISTRY:
@@ -171,14 +156,10 @@ def list_datasets() -> list[str]:
 
 
 def get_dataset_spec(name: str, root: str | os.PathLike | None = None) -> DatasetSpec:
-    """The spec of a data set.
+    """The spec of a data set of :func:`list_datasets`.
 
-    Args:
-        name: one of :func:`list_datasets`.
-        root: folder of the data; only `folder` needs it (its class file lies there).
-
-    Raises:
-        UserError: unknown name (lists the known ones), or a class file that is missing or malformed.
+    root: folder of the data; only 'folder' needs it (its class file lies there).
+    Raises UserError for an unknown name (lists the known ones), or a class file that is missing or malformed.
     """
     if name not in _REGISTRY:
         raise UserError(f"unknown data set '{name}'; expected one of {', '.join(list_datasets())}")

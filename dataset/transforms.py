@@ -15,7 +15,7 @@ SCALES = tuple(0.5 + step / 10.0 for step in range(16))
 
 
 class Augmentation(NamedTuple):
-    """Parameters of one training sample; `offset` is (top, left) in the scaled and padded picture."""
+    """Parameters of one training sample; ``offset`` is (top, left) in the scaled and padded picture."""
 
     scale: float = 1.0
     offset: tuple[int, int] = (0, 0)
@@ -23,21 +23,16 @@ class Augmentation(NamedTuple):
 
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """(height, width) after scaling; halves go to the even neighbour, as in OpenCV."""
+    """(height, width) after scaling; halves go to the even neighbor, as in OpenCV."""
     height, width = size
     return round(height * scale), round(width * scale)
 
 
 def draw_augmentation(rng: np.random.Generator, size: tuple[int, int], crop: tuple[int, int], *, scale: bool = True,
                       mirror: bool = True) -> Augmentation:
-    """Draw the parameters for a picture of `size` (height, width): scale, top, left and mirror are uniform.
+    """Draw the parameters of a sample: scale, top, left and mirror are uniform.
 
-    Args:
-        rng: source of all randomness.
-        size: (height, width) of the stored picture.
-        crop: (height, width) of the sample.
-        scale: False keeps the stored size.
-        mirror: False never mirrors.
+    size, crop: (height, width) of the stored picture and of the sample. scale, mirror: False switches one kind off.
     """
     factor = SCALES[int(rng.integers(len(SCALES)))] if scale else 1.0
     height, width = scaled_size(size, factor)
@@ -55,16 +50,15 @@ def scale_pair(image: np.ndarray, label: np.ndarray, scale: float) -> tuple[np.n
 
 
 def crop(array: np.ndarray, offset: tuple[int, int], size: tuple[int, int], mirrored: bool = False) -> np.ndarray:
-    """The part of `array` [H, W(, C)] inside the window of `size` at `offset`, mirrored when asked for; a view."""
+    """The part of ``array`` [H, W(, C)] in the window of ``size`` at ``offset``, mirrored when asked for; a view."""
     part = array[offset[0]:offset[0] + size[0], offset[1]:offset[1] + size[1]]
     return part[:, ::-1] if mirrored else part
 
 
 def pad(array: np.ndarray, size: tuple[int, int], fill: int, mirrored: bool = False) -> np.ndarray:
-    """`array` [H, W(, C)] in the top left corner (mirrored: top right) of a picture of `size` filled with `fill`.
+    """``array`` [H, W(, C)] in the top left corner (mirrored: top right) of a picture of ``size`` filled with ``fill``.
 
-    Returns:
-        [height, width(, C)], same dtype, contiguous.
+    Returns [height, width(, C)], same dtype, contiguous.
     """
     if array.shape[:2] == tuple(size):
         return np.ascontiguousarray(array)
@@ -75,6 +69,6 @@ def pad(array: np.ndarray, size: tuple[int, int], fill: int, mirrored: bool = Fa
 
 
 def valid_rectangle(part: tuple[int, int], size: tuple[int, int], mirrored: bool = False) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right), half open: where :func:`pad` puts a part of `part` = (height, width) pixels."""
+    """(top, bottom, left, right), half open: where :func:`pad` puts a part of ``part`` = (height, width) pixels."""
     left = size[1] - part[1] if mirrored else 0
     return 0, part[0], left, left + part[1]

@@ -5,39 +5,30 @@ teacher. The discriminator (self-attention GAN: Zhang et al., ICML 2019) has its
 update; parameters, power-iteration vectors and Adam's moments are in the method's state_dict.
 
 Several processes: every process computes the same discriminator, because its gradients are averaged, its power
-iteration depends on the weights only and its batch norm uses statistics of ``--group-size`` images of one process. So
+iteration depends on the weights only and its batch norm uses statistics of ``group_size`` images of one process. So
 DDP has nothing to synchronise, and the state that rank 0 saves is that of all. (The running statistics of the batch
 norm do differ; nothing reads them while training.)
 """
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from losses.distiller import BuildContext, Distiller, Term, register
-from losses.logits import check_logit_maps, check_logit_nets
-from models.output import SegOutput
-from utils.cli import BooleanAction, number
+from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, Term, option, register
+from losses.core.checks import check_logits, full_precision
+from losses.core.groups import split_groups
 from utils.distributed import average_gradients
 from utils.errors import UserError
 
 #: Smallest side of the logits: four halvings leave the 4x4 that the last convolution covers.
 SMALLEST = 64
 PENALTY_WEIGHT = 10.0
-LOSSES = ("hinge", "wgan-gp")
-
-#: For the presets of methods that were published with this term (CIRKD's scripts; the discriminator's weight is 0.1).
-PUBLISHED_ADVERSARIAL = {"lambda_adv": 0.001}
-#: Crops of 360 and less give logits below 64x64, on which the released discriminator crashes: off on these sets.
-WITHOUT_ADVERSARIAL = {"camvid": {"lambda_adv": 0.0}, "toy_streets": {"lambda_adv": 0.0}}
-#: Lets a trial use small crops.
-QUICK_ADVERSARIAL = {"adv_upsample": True}
 
 
 class SpectralNorm(nn.Module):
@@ -102,13 +93,10 @@ class GroupedBatchNorm2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        size = min(self.group_size or len(x), len(x))
-        whole = len(x) - len(x) % size
-        parts = [x[:whole].unflatten(0, (-1, size)), *([x[whole:][None]] if whole < len(x) else [])]
-        normal = torch.cat([self._normalise(part).flatten(0, 1) for part in parts])
+        normal = torch.cat([self._normalize(part).flatten(0, 1) for part in split_groups(x, self.group_size)])
         return normal * self.weight[:, None, None] + self.bias[:, None, None]
 
-    def _normalise(self, groups: Tensor) -> Tensor:
+    def _normalize(self, groups: Tensor) -> Tensor:
         var, mean = torch.var_mean(groups, dim=(1, 3, 4), correction=0, keepdim=True)
         with torch.no_grad():
             count = groups[0, :, 0].numel()
@@ -138,7 +126,7 @@ class Discriminator(nn.Module):
         if min(logits.shape[-2:]) < SMALLEST:
             raise UserError(f"adv: the discriminator needs logits of {SMALLEST}x{SMALLEST} or more, got "
                             f"{logits.shape[-2]}x{logits.shape[-1]}")
-        with torch.autocast(logits.device.type, enabled=False):
+        with full_precision(logits):
             x = self.preprocess_additional(logits.to(self.last[0].weight.dtype))
             x = self.attn1(self.l3(self.l2(self.l1(x))))
             return self.last(self.attn2(self.l4(x)))
@@ -171,64 +159,61 @@ def gradient_penalty(discriminator: Callable[[Tensor], Tensor], student: Tensor,
     return weight * (slope.flatten(1).norm(dim=1) - 1).square().mean()
 
 
+@dataclass(frozen=True)
+class AdversarialOptions(OptionGroup):
+    """Settings of the discriminator."""
+
+    adv_d_weight: float = option(0.1, "weight of the discriminator's own loss", above=0, metavar="W")
+    adv_lr: float = option(4e-4, "learning rate of the discriminator's Adam, constant", above=0, metavar="LR")
+    adv_loss: str = option("hinge", "loss of the discriminator; the published tables used hinge, SKD and IFVD wgan-gp",
+                           choices=("hinge", "wgan-gp"))
+    adv_upsample: bool = option(False, "enlarge logits below 64x64 for the discriminator (default: refuse such crops)")
+
+
 @register("adv")
 class Adversarial(Distiller):
     """Discriminator, its optimizer and the student's adversarial term ``adv`` = :func:`generator_loss`.
 
-    num_class: channels of the logits. d_weight: factor on the discriminator's loss. lr: of its Adam, constant.
-    loss: "hinge" or "wgan-gp". upsample: enlarge logits below 64x64 instead of refusing them. group_size: images per
-    batch-norm group. width: channels of the discriminator's first convolution.
+    num_class: channels of the logits. group_size: images per batch-norm group. width: channels of the discriminator's
+    first convolution.
     """
 
     title = "adversarial term of SKD, IFVD and CWD alone, beside KD"
     paper = "Liu et al., Structured Knowledge Distillation for Semantic Segmentation (holistic term)"
     year = 2019
+    Options = AdversarialOptions
     terms = (Term("adv", 0.0, "weight of the adversarial term; builds a discriminator of the logits"),)
-    student_taps = ("logits",)
-    teacher_taps = ("logits",)
-    preset = {"*": {"lambda_kd": 1.0, **PUBLISHED_ADVERSARIAL}}
+    needs = Needs.both("logits", same_classes=True)
+    preset = {"*": {"lambda_kd": 1.0, "lambda_adv": 0.001}}
     cost = "discriminator of the logits, three passes of it"
-    quick = QUICK_ADVERSARIAL
+    trial = {"adv_upsample": True}
 
-    def __init__(self, num_class: int, d_weight: float = 0.1, lr: float = 4e-4, loss: str = "hinge",
-                 upsample: bool = False, group_size: int = 2, width: int = 64) -> None:
+    def __init__(self, num_class: int, options: AdversarialOptions, group_size: int, width: int = 64) -> None:
         super().__init__()
-        if loss not in LOSSES:
-            raise UserError(f"--adv-loss {loss}: expected one of {', '.join(LOSSES)}")
-        self.d_weight, self.lr, self.loss, self.upsample = d_weight, lr, loss, upsample
+        self.options = options
         self.discriminator = Discriminator(num_class, width, group_size)
-        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=lr, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=options.adv_lr, betas=(0.9, 0.99))
         self._last: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._diagnostics: dict[str, Tensor] = {}
 
     @classmethod
-    def add_arguments(cls, group: argparse._ArgumentGroup) -> None:
-        group.add_argument("--adv-d-weight", type=number(float, 0, open_low=True), default=0.1, metavar="W",
-                           help="weight of the discriminator's own loss")
-        group.add_argument("--adv-lr", type=number(float, 0, open_low=True), default=4e-4, metavar="LR",
-                           help="learning rate of the discriminator's Adam, constant")
-        group.add_argument("--adv-loss", choices=LOSSES, default="hinge",
-                           help="loss of the discriminator; the published tables used hinge, SKD and IFVD wgan-gp")
-        group.add_argument("--adv-upsample", "--no-adv-upsample", action=BooleanAction, default=False,
-                           help="enlarge logits below 64x64 for the discriminator (default: refuse such crops)")
+    def requires(cls, options: AdversarialOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
+        if options.adv_upsample:
+            return cls.needs
+        return Needs.both("logits", same_classes=True, smallest_map=(SMALLEST, SMALLEST),
+                          why="the discriminator halves them four times", settings=("lambda_adv", "adv_upsample"))
 
     @classmethod
-    def build(cls, context: BuildContext) -> Adversarial:
-        """Raises UserError when the logits are too small for the discriminator, or class counts or strides differ."""
-        check_logit_nets(cls, context)
-        defaults = {"adv_d_weight": 0.1, "adv_lr": 4e-4, "adv_loss": "hinge", "adv_upsample": False, "group_size": 2}
-        options = {k.removeprefix("adv_"): getattr(context.options, k, v) for k, v in defaults.items()}
-        if not options["upsample"]:
-            _check_crop(context.crop_size, context.student.stride)
-        return cls(context.num_class, **options)
+    def build(cls, options: AdversarialOptions, run: RunFacts, student: NetInfo,
+              teacher: NetInfo | None) -> Adversarial:
+        return cls(run.num_class, options, run.group_size)
 
-    def forward(self, student: SegOutput, teacher: SegOutput, target: Tensor, step: int,
-                generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        check_logit_maps("adv", student.logits, teacher.logits)
-        ours, theirs = self._sized(student.logits), self._sized(teacher.logits.detach())
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        check_logits("adv", batch.student.logits, batch.teacher.logits)
+        student, teacher = self._sized(batch.student.logits), self._sized(batch.teacher.logits.detach())
         if self.training:
-            self._last = (ours.detach(), theirs, self._shares(ours, generator))
-        return {"adv": generator_loss(self.discriminator.frozen(ours))}
+            self._last = (student.detach(), teacher, self._shares(student, generator))
+        return {"adv": generator_loss(self.discriminator.frozen(student))}
 
     def after_step(self, step: int) -> None:
         """Train the discriminator on the logits of the last forward pass: first the student's, then the teacher's."""
@@ -238,10 +223,10 @@ class Adversarial(Distiller):
         self._last = None
         self.optimizer.zero_grad(set_to_none=True)
         scores = self.discriminator(student), self.discriminator(teacher)
-        loss = discriminator_loss(*scores, self.loss)
+        loss = discriminator_loss(*scores, self.options.adv_loss)
         if share is not None:
             loss = loss + gradient_penalty(self.discriminator, student, teacher, share)
-        (self.d_weight * loss).backward()
+        (self.options.adv_d_weight * loss).backward()
         average_gradients(self.discriminator.parameters())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -252,7 +237,7 @@ class Adversarial(Distiller):
         """Unweighted loss of the discriminator's last step, and its mean scores of student and teacher."""
         return self._diagnostics
 
-    def unsynchronised(self) -> set[str]:
+    def unsynchronized(self) -> set[str]:
         own = (*self.discriminator.named_parameters(), *self.discriminator.named_buffers())
         return {f"discriminator.{name}" for name, _ in own}
 
@@ -263,7 +248,7 @@ class Adversarial(Distiller):
     def set_extra_state(self, state: dict) -> None:
         self.optimizer.load_state_dict(copy.deepcopy(state))  # torch would share the moments with the given state
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = self.options.adv_lr
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adversarial:
         """Moves and casts Adam's moments together with the parameters, whenever the state was loaded."""
@@ -274,21 +259,12 @@ class Adversarial(Distiller):
 
     def _sized(self, logits: Tensor) -> Tensor:
         size = [max(side, SMALLEST) for side in logits.shape[-2:]]
-        if not self.upsample or list(logits.shape[-2:]) == size:
+        if not self.options.adv_upsample or list(logits.shape[-2:]) == size:
             return logits
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
 
     def _shares(self, logits: Tensor, generator: torch.Generator | None) -> Tensor | None:
         """Random interpolation coefficients [B, 1, 1, 1] of the gradient penalty; None without one."""
-        if self.loss != "wgan-gp":
+        if self.options.adv_loss != "wgan-gp":
             return None
         return torch.rand((len(logits), 1, 1, 1), generator=generator, device=logits.device, dtype=logits.dtype)
-
-
-def _check_crop(crop_size: tuple[int, int], stride: int) -> None:
-    height, width = (-(-side // stride) for side in crop_size)
-    if min(height, width) < SMALLEST:
-        least = SMALLEST * stride
-        raise UserError(f"--crop-size {crop_size[0]} {crop_size[1]} gives {height}x{width} logits, and the "
-                        f"discriminator of --lambda-adv needs {SMALLEST}x{SMALLEST}: use --crop-size {least} {least} "
-                        "or more, or --lambda-adv 0 (no adversarial term), or --adv-upsample")

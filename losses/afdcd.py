@@ -7,25 +7,44 @@ to be nearer to the teacher's vector of the same position and group than to thos
 """
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from losses.distiller import BuildContext, Distiller, Term, check_taps, register
-from losses.task import at_least_float32
-from models.output import SegOutput
-from utils.cli import BooleanAction, number
+from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, Term, option, register
+from losses.core.checks import at_least_float32
+from losses.core.feature_losses import (
+    aligner,
+    check_widths,
+    conv3x3,
+    masked_feature_loss,
+    plain_projector,
+    random_keep_mask,
+)
 from utils.errors import UserError
 
 Pair = tuple[int, int]
 
 
-def random_keep_mask(draw: Tensor, ratio: float) -> Tensor:
-    """True where a position is kept: about 1 - ``ratio`` of them. draw: uniform numbers [B, 1, H, W]."""
-    return draw <= 1.0 - ratio
+@dataclass(frozen=True)
+class AfDCDOptions(OptionGroup):
+    """Settings of Af-DCD; the defaults are those of the reference's parser, and what it had written into the code."""
+
+    rand_mask: bool = option(True, "mask positions at random; off: the middle third of rows and columns")
+    mask_ratio: float = option(0.75, "share of the positions that the random mask zeroes", at_least=0, at_most=1,
+                               metavar="R")
+    enhance_projector: bool = option(False, "two-branch projector, twice the parameters")
+    tau_ocd: float = option(0.07, "temperature of the contrast", above=0, metavar="T")
+    m_ocd: int = option(16, "channel groups; has to divide the teacher's channels", at_least=2, metavar="M")
+    pool_size: int = option(4, "max pooling before the contrast, 0 = off; always off on camvid", at_least=0)
+    patch_size: tuple[int, int] = option((4, 4), "patch of the contrast, in pooled positions", at_least=1,
+                                         metavar=("H", "W"))
+    contrast_chunk: int = option(0, "patches contrasted at a time: less memory, same result; 0 = all", at_least=0)
+    clip_distiller: float = option(15.0, "largest gradient norm of aligner and projector; 0 = off", at_least=0,
+                                   metavar="NORM")
 
 
 def center_keep_mask(height: int, width: int, device: torch.device | None = None) -> Tensor:
@@ -35,16 +54,15 @@ def center_keep_mask(height: int, width: int, device: torch.device | None = None
     return keep
 
 
-def masked_feature_loss(projected: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error of two maps [B, C, H, W], summed over C, H, W and averaged over the batch."""
-    difference = at_least_float32(projected) - at_least_float32(teacher)
-    return difference.square().sum() / len(projected)
-
-
 def crop_to_patches(x: Tensor, patch: Pair) -> Tensor:
     """The top left part of [..., H, W] that whole patches cover; the rest of the rows and columns takes no part."""
     height, width = (side - side % p for side, p in zip(x.shape[-2:], patch, strict=True))
     return x[..., :height, :width]
+
+
+def smallest_map(patch: Pair, pool: int) -> Pair:
+    """(height, width) of the smallest map that holds a whole patch after max pooling by ``pool`` (0 = none)."""
+    return patch[0] * max(pool, 1), patch[1] * max(pool, 1)
 
 
 def patch_rows(x: Tensor, groups: int, patch: Pair) -> Tensor:
@@ -124,29 +142,20 @@ def positive_rank(student: Tensor, teacher: Tensor, groups: int, patch: Pair, ex
     return beaten / (count * size * patch[0] * patch[1] * (groups - 1))
 
 
-def _conv3x3(channels: int) -> nn.Conv2d:
-    return nn.Conv2d(channels, channels, kernel_size=3, padding=1)
-
-
 class EnhancedProjector(nn.Module):
     """Two 3x3 blocks in a row, read out by a 3x3 convolution each and averaged: [B, C, H, W] -> the same shape."""
 
     # "adpator" is the reference's spelling, kept because the recorded weights are drawn by parameter name
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.block_1 = nn.Sequential(_conv3x3(channels), nn.ReLU(inplace=True))
-        self.block_2 = nn.Sequential(_conv3x3(channels), nn.ReLU(inplace=True))
-        self.adpator_1 = _conv3x3(channels)
-        self.adpator_2 = _conv3x3(channels)
+        self.block_1 = nn.Sequential(conv3x3(channels), nn.ReLU(inplace=True))
+        self.block_2 = nn.Sequential(conv3x3(channels), nn.ReLU(inplace=True))
+        self.adpator_1 = conv3x3(channels)
+        self.adpator_2 = conv3x3(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         first = self.block_1(x)
         return (self.adpator_1(first) + self.adpator_2(self.block_2(first))) / 2
-
-
-def plain_projector(channels: int) -> nn.Sequential:
-    """3x3 convolution, ReLU, 3x3 convolution: [B, C, H, W] -> the same shape."""
-    return nn.Sequential(_conv3x3(channels), nn.ReLU(inplace=True), _conv3x3(channels))
 
 
 class OmniContrastiveFeatureLoss(nn.Module):
@@ -168,21 +177,18 @@ class OmniContrastiveFeatureLoss(nn.Module):
                  patch_size: Pair = (4, 4), dataset: str = "citys", contrast_chunk: int = 0,
                  feature: bool = True, contrast: bool = True) -> None:
         super().__init__()
-        if contrast and (M_ocd < 2 or teacher_channels % M_ocd):
-            raise UserError(f"--m-ocd {M_ocd}: expected at least 2 groups that divide the teacher's "
-                            f"{teacher_channels} channels")
-        if tau_ocd <= 0 or not 0 <= mask_ratio <= 1:
-            raise UserError(f"--tau-ocd {tau_ocd:g}, --mask-ratio {mask_ratio:g}: expected above 0, and from 0 to 1")
-        if min(patch_size) < 1 or pool_size < 0:
-            raise UserError(f"--patch-size {tuple(patch_size)}, --pool-size {pool_size}: expected 1 or more, 0 or more")
-        self.student_channels, self.teacher_channels = student_channels, teacher_channels
-        self.rand_mask, self.mask_ratio = rand_mask, mask_ratio
-        self.tau, self.groups, self.patch = tau_ocd, M_ocd, tuple(patch_size)
+        # refuses what is out of bounds
+        options = AfDCDOptions(rand_mask, mask_ratio, enhance_projector, tau_ocd, M_ocd, pool_size, tuple(patch_size),
+                               contrast_chunk)
+        if contrast and teacher_channels % M_ocd:
+            raise UserError(f"afdcd: {M_ocd} channel groups: expected a number that divides the teacher's "
+                            f"{teacher_channels} channels", settings=["m_ocd"])
+        self.widths, self.rand_mask, self.mask_ratio = (student_channels, teacher_channels), rand_mask, mask_ratio
+        self.tau, self.groups, self.patch = tau_ocd, M_ocd, options.patch_size
         self.pool = 0 if dataset == "camvid" else pool_size
         self.chunk, self.feature, self.contrast = contrast_chunk, feature, contrast
-        same = student_channels == teacher_channels
         # "projetor" is the reference's spelling, kept because the recorded weights are drawn by parameter name
-        self.align = nn.Identity() if same else nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
+        self.align = aligner(student_channels, teacher_channels)
         self.projetor = (EnhancedProjector if enhance_projector else plain_projector)(teacher_channels)
         excluded = excluded_pairs(self.groups, self.patch) if contrast else None
         self.register_buffer("excluded", excluded, persistent=False)
@@ -196,7 +202,9 @@ class OmniContrastiveFeatureLoss(nn.Module):
         features' device; None = the default one) when not given. Both losses are computed in float32 or better.
         Raises UserError when the maps do not fit each other or are too small for one patch of the contrast.
         """
-        self._check_maps(student_c4, teacher_c4)
+        check_widths("afdcd", student_c4, teacher_c4, self.widths)
+        if self.contrast:
+            self._check_size(*student_c4.shape[-2:])
         teacher_c4 = teacher_c4.detach()
         if keep is None:
             keep = self.keep_mask(student_c4, generator)
@@ -229,25 +237,12 @@ class OmniContrastiveFeatureLoss(nn.Module):
             return None
         return positive_rank(*self._contrasted, self.groups, self.patch, self.excluded, self.chunk)
 
-    def check_size(self, height: int, width: int, stride: int = 8) -> None:
-        """Raise UserError when a map of this size holds no whole patch after pooling and there is a contrast."""
-        need = [p * max(self.pool, 1) for p in self.patch]
-        if self.contrast and (height < need[0] or width < need[1]):
-            raise UserError(f"a {height}x{width} feature map is too small to contrast: --pool-size {self.pool} and "
-                            f"--patch-size {self.patch[0]} {self.patch[1]} need {need[0]}x{need[1]} or more, "
-                            f"for example --crop-size {need[0] * stride} {need[1] * stride}")
-
-    def _check_maps(self, student: Tensor, teacher: Tensor) -> None:
-        widths = student.shape[1] == self.student_channels and teacher.shape[1] == self.teacher_channels
-        if not widths or len(student) != len(teacher) or student.shape[-2:] != teacher.shape[-2:]:
-            raise UserError(f"Af-DCD: student map {tuple(student.shape)} and teacher map {tuple(teacher.shape)}: "
-                            f"expected {self.student_channels} and {self.teacher_channels} channels and equal sizes")
-        self.check_size(*student.shape[-2:])
-
-
-#: Option name -> default; those of the reference's parser, and what it had written into the code.
-DEFAULTS = {"rand_mask": True, "mask_ratio": 0.75, "enhance_projector": False, "tau_ocd": 0.07, "m_ocd": 16,
-            "pool_size": 4, "patch_size": (4, 4), "contrast_chunk": 0, "clip_distiller": 15.0}
+    def _check_size(self, height: int, width: int) -> None:
+        least = smallest_map(self.patch, self.pool)
+        if height < least[0] or width < least[1]:
+            raise UserError(f"afdcd: a {height}x{width} map is too small to contrast: pooling by {self.pool} and "
+                            f"patches of {self.patch[0]}x{self.patch[1]} need {least[0]}x{least[1]} or more",
+                            settings=["crop_size", "pool_size", "patch_size"])
 
 
 def _published(kd: float, fd: float, ctr: float) -> dict[str, float]:
@@ -263,8 +258,8 @@ class AfDCD(Distiller):
     year = 2023
     terms = (Term("fd", 4e-5, "weight of Af-DCD's masked feature mimicking (a sum over the map, hence tiny)"),
              Term("ctr", 1e-3, "weight of Af-DCD's omni-contrastive loss"))
-    student_taps = ("c4",)
-    teacher_taps = ("c4",)
+    Options = AfDCDOptions
+    needs = Needs.both("c4", same_stride=True)
     # the released scripts. That of Cityscapes and DeepLabV3-ResNet18 asks for centre mask and enhanced projector in a
     # spelling that its program rejects; this is what it means. The backbone is enough to name it: Af-DCD has no other
     # row with ResNet-18 there.
@@ -272,51 +267,34 @@ class AfDCD(Distiller):
               "citys/resnet18": {"rand_mask": False, "enhance_projector": True},
               "voc": _published(1.0, 1e-6, 5e-3), "camvid": _published(1.0, 8e-6, 1e-2),
               "ade20k": _published(0.5, 1e-6, 4e-2), "coco_stuff_164k": _published(0.5, 5e-6, 5e-3)}
-    clip_norm = 15.0
+    dataset_options = {"camvid": {"pool_size": 0}}
     cost = "two 3x3 convs at teacher width, L1 distances within patches"
 
-    def __init__(self, criterion: OmniContrastiveFeatureLoss, clip_norm: float | None = 15.0) -> None:
+    def __init__(self, criterion: OmniContrastiveFeatureLoss, clip_norm: float | None) -> None:
+        """clip_norm: largest gradient norm of aligner and projector; None or 0 = not clipped."""
         super().__init__()
         self.criterion = criterion
         self.clip_norm = clip_norm or None
 
     @classmethod
-    def add_arguments(cls, group: argparse._ArgumentGroup) -> None:
-        def add(flag: str, kind, metavar, help: str, **more) -> None:
-            name = flag[2:].replace("-", "_")
-            group.add_argument(flag, type=kind, metavar=metavar, default=DEFAULTS[name], help=help, **more)
-
-        def switch(name: str, help: str) -> None:
-            group.add_argument(f"--{name}", f"--no-{name}", action=BooleanAction,
-                               default=DEFAULTS[name.replace("-", "_")], help=help)
-
-        switch("rand-mask", "mask positions at random; off: the middle third of rows and columns")
-        add("--mask-ratio", number(float, 0, 1), "R", "share of the positions that the random mask zeroes")
-        switch("enhance-projector", "two-branch projector, twice the parameters")
-        add("--tau-ocd", number(float, 0, open_low=True), "T", "temperature of the contrast")
-        add("--m-ocd", number(int, 2), "M", "channel groups; has to divide the teacher's channels")
-        add("--pool-size", number(int, 0), "N", "max pooling before the contrast, 0 = off; always off on camvid")
-        add("--patch-size", number(int, 1), ("H", "W"), "patch of the contrast, in pooled positions", nargs=2)
-        add("--contrast-chunk", number(int, 0), "N", "patches contrasted at a time: less memory, same result; 0 = all")
-        add("--clip-distiller", number(float, 0), "NORM", "largest gradient norm of aligner and projector; 0 = off")
+    def requires(cls, options: AfDCDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
+        if "ctr" not in run.active:
+            return cls.needs
+        least = smallest_map(options.patch_size, options.pool_size)
+        return replace(cls.needs, smallest_map=least, why="one patch of the contrast, before pooling",
+                       settings=("pool_size", "patch_size"))
 
     @classmethod
-    def build(cls, context: BuildContext) -> AfDCD:
-        """Raises UserError when a network has no c4, or the crop is too small for pooling and patches."""
-        check_taps(cls, context.student, context.teacher)
-        options = {name: getattr(context.options, name, default) for name, default in DEFAULTS.items()}
-        clip = options.pop("clip_distiller")
-        criterion = OmniContrastiveFeatureLoss(context.student.channels["c4"], context.teacher.channels["c4"],
-                                               M_ocd=options.pop("m_ocd"), dataset=context.dataset,
-                                               feature="fd" in context.active, contrast="ctr" in context.active,
-                                               **options)
-        stride = context.student.stride
-        criterion.check_size(*(-(-side // stride) for side in context.crop_size), stride)
-        return cls(criterion, clip)
+    def build(cls, options: AfDCDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> AfDCD:
+        """Raises UserError when the channel groups do not divide the teacher's channels."""
+        o = options
+        return cls(OmniContrastiveFeatureLoss(
+            student.channels["c4"], teacher.channels["c4"], o.rand_mask, o.mask_ratio, o.enhance_projector, o.tau_ocd,
+            o.m_ocd, o.pool_size, o.patch_size, contrast_chunk=o.contrast_chunk, feature="fd" in run.active,
+            contrast="ctr" in run.active), o.clip_distiller)
 
-    def forward(self, student: SegOutput, teacher: SegOutput, target: Tensor, step: int,
-                generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        losses = self.criterion(student.c4, teacher.c4, generator=generator)
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        losses = self.criterion(batch.student.c4, batch.teacher.c4, generator=generator)
         return {name: loss for name, loss in zip(("fd", "ctr"), losses, strict=True) if loss is not None}
 
     def diagnostics(self) -> dict[str, Tensor]:

@@ -10,23 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losses.distiller import BuildContext, Distiller, Term, check_taps, register
-from losses.feature_mse import check_maps
-from losses.task import at_least_float32
-from models.output import SegOutput
+from losses.core import Batch, Distiller, Needs, Term, check_maps, register
+from losses.core.feature_losses import attention_map
 
-
-def unit(x: Tensor) -> Tensor:
-    """Vectors along the last axis at unit length; zero where the length is below 1e-12, with a zero gradient there."""
-    norm = x.norm(dim=-1, keepdim=True)
-    zero = norm <= 1e-12
-    return x * norm.masked_fill(zero, 1.0).reciprocal().masked_fill(zero, 0.0)
-
-
-def attention_map(feature: Tensor) -> Tensor:
-    """Unit vectors [B, h w]: mean over the channels of the squares of [B, C, h, w]. In float32 or better: squares of
-    half-precision features overflow."""
-    return unit(at_least_float32(feature).square().mean(dim=1).flatten(1))
+__all__ = ["AT", "at_loss", "attention_map"]
 
 
 def at_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -49,17 +36,9 @@ class AT(Distiller):
     cost = "squares of the head features"
     terms = (Term("at", 0.0, "weight of attention transfer (a mean over h*w unit-vector elements, hence large; scale "
                              "it with the area of the crop)"),)
-    student_taps = ("head",)
-    teacher_taps = ("head",)
+    needs = Needs.both("head", same_stride=True)
     # train_scripts of CIRKD (Cityscapes): 10000 is for crops of 512x1024; at 512x512, half the h*w, it weighs twice
     preset = {"*": {"lambda_kd": 1.0, "lambda_at": 10000.0}}
 
-    @classmethod
-    def build(cls, context: BuildContext) -> AT:
-        """Raises UserError when a network has no head feature."""
-        check_taps(cls, context.student, context.teacher)
-        return cls()
-
-    def forward(self, student: SegOutput, teacher: SegOutput, target: Tensor, step: int,
-                generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        return {"at": at_loss(student.head, teacher.head)}
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        return {"at": at_loss(batch.student.head, batch.teacher.head)}

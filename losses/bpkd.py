@@ -6,18 +6,16 @@ between distributions over the positions, as in CWD (``bpkd_body``).
 """
 from __future__ import annotations
 
-import argparse
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from losses.cwd import cwd_loss
-from losses.distiller import BuildContext, Distiller, Term, register
-from losses.logits import check_logit_maps, check_logit_nets
-from losses.task import at_least_float32
-from models.output import SegOutput
-from utils.cli import number
+from losses import core
+from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, Term, option, register
+from losses.core.logit_losses import cwd_loss
 from utils.errors import UserError
 
 
@@ -39,8 +37,8 @@ def edge_mask(target: Tensor, num_class: int, size: tuple[int, int], kernel: int
     masks = []
     for image in target.split(1):  # one at a time, since these maps are at label size
         inside = ((image[:, None] == classes) & (image != ignore_label)[:, None]).float()
-        labelled = inside.sum(dim=1, keepdim=True)
-        edge = _window_max(inside, kernel) * _window_max(labelled - inside, kernel) * labelled
+        labeled = inside.sum(dim=1, keepdim=True)
+        edge = _window_max(inside, kernel) * _window_max(labeled - inside, kernel) * labeled
         masks.append(F.adaptive_avg_pool2d(edge, size))
     return torch.cat(masks)
 
@@ -52,8 +50,9 @@ def edge_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, temp
     softmax over classes is weighted with mask once more, and divided by the number of cells where it is not 0. A
     class without edges contributes 0. No gradient reaches the teacher; UserError when the shapes differ.
     """
-    check_logit_maps("bpkd", student_logits, teacher_logits)
-    student, teacher = (at_least_float32(x) * mask / temperature for x in (student_logits, teacher_logits.detach()))
+    core.check_logits("bpkd", student_logits, teacher_logits)
+    student, teacher = (core.at_least_float32(x) * mask / temperature
+                        for x in (student_logits, teacher_logits.detach()))
     divergence = F.kl_div(student.log_softmax(dim=1), teacher.log_softmax(dim=1), reduction="none", log_target=True)
     weighted = (divergence.sum(dim=1, keepdim=True) * mask).sum(dim=(2, 3))
     cells = (mask > 0).sum(dim=(2, 3)).clamp(min=1)
@@ -62,8 +61,22 @@ def edge_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, temp
 
 def body_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
     """:func:`losses.cwd.cwd_loss` of the logits [B, K, h, w] times (1 - mask): edges count as logit 0 in both."""
-    body = 1.0 - mask
-    return cwd_loss(at_least_float32(student_logits) * body, at_least_float32(teacher_logits) * body, temperature)
+    student, teacher = (core.at_least_float32(x) * (1.0 - mask) for x in (student_logits, teacher_logits))
+    return cwd_loss(student, teacher, temperature, method="bpkd")
+
+
+@dataclass(frozen=True)
+class BPKDOptions(OptionGroup):
+    """Settings of BPKD."""
+
+    bpkd_kernel: int = option(7, "window that makes the edges, in pixels of the crop; odd", at_least=3, metavar="N")
+    bpkd_temperature: float = option(1.0, "softmax temperature of both terms", above=0, metavar="T")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bpkd_kernel % 2 == 0:
+            raise UserError(f"bpkd kernel {self.bpkd_kernel}: expected an odd number of at least 3",
+                            settings=["bpkd_kernel"])
 
 
 @register("bpkd")
@@ -74,42 +87,26 @@ class BPKD(Distiller):
     paper = "Liu et al., BPKD: Boundary Privileged Knowledge Distillation for Semantic Segmentation"
     year = 2024
     cost = "label edges at crop size, softmaxes of the logits"
+    Options = BPKDOptions
     terms = (Term("bpkd_edge", 0.0, "weight of BPKD's divergence per pixel on label edges"),
              Term("bpkd_body", 0.0, "weight of BPKD's divergence per class map off the edges"))
-    student_taps = ("logits",)
-    teacher_taps = ("logits",)
+    needs = Needs.both("logits", same_classes=True, least_classes=2)
     # the paper's 50 (edge; times its class weight of 2) and 20 (body) with a 7x7 window, as public re-implementations
     # quote them; those disagree about the temperature (1 and 4)
     preset = {"*": {"lambda_bpkd_edge": 100.0, "lambda_bpkd_body": 20.0}}
 
-    def __init__(self, num_class: int, kernel: int = 7, temperature: float = 1.0, ignore_label: int = -1,
-                 active: frozenset[str] = frozenset({"bpkd_edge", "bpkd_body"})) -> None:
+    def __init__(self, num_class: int, options: BPKDOptions, ignore_label: int, active: Iterable[str]) -> None:
         super().__init__()
-        if kernel < 3 or kernel % 2 == 0:
-            raise UserError(f"--bpkd-kernel {kernel}: expected an odd number of at least 3")
-        if temperature <= 0:
-            raise UserError(f"--bpkd-temperature {temperature:g}: expected a number above 0")
-        self.num_class, self.kernel, self.temperature = num_class, kernel, temperature
-        self.ignore_label, self.active = ignore_label, active
+        self.num_class, self.options, self.ignore_label = num_class, options, ignore_label
+        self.active = frozenset(active)
 
     @classmethod
-    def add_arguments(cls, group: argparse._ArgumentGroup) -> None:
-        group.add_argument("--bpkd-kernel", type=number(int, 3), default=7, metavar="N",
-                           help="window that makes the edges, in pixels of the crop; odd")
-        group.add_argument("--bpkd-temperature", type=number(float, 0, open_low=True), default=1.0, metavar="T",
-                           help="softmax temperature of both terms")
+    def build(cls, options: BPKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> BPKD:
+        return cls(run.num_class, options, run.ignore_label, run.active)
 
-    @classmethod
-    def build(cls, context: BuildContext) -> BPKD:
-        """Raises UserError when the logits of the networks do not correspond, or there is only one class."""
-        check_logit_nets(cls, context, least_classes=2)
-        options = context.options
-        return cls(context.num_class, getattr(options, "bpkd_kernel", 7), getattr(options, "bpkd_temperature", 1.0),
-                   context.ignore_label, context.active)
-
-    def forward(self, student: SegOutput, teacher: SegOutput, target: Tensor, step: int,
-                generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        mask = edge_mask(target, self.num_class, student.logits.shape[-2:], self.kernel, self.ignore_label)
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        student, teacher = batch.student.logits, batch.teacher.logits
+        mask = edge_mask(batch.target, self.num_class, student.shape[-2:], self.options.bpkd_kernel, self.ignore_label)
         losses = {"bpkd_edge": edge_loss, "bpkd_body": body_loss}
-        return {name: loss(student.logits, teacher.logits, mask, self.temperature)
+        return {name: loss(student, teacher, mask, self.options.bpkd_temperature)
                 for name, loss in losses.items() if name in self.active}

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from losses.at import attention_map, unit
-from losses.distiller import BuildContext, Distiller, NetInfo, Term, check_taps, register
-from losses.feature_mse import check_maps
-from losses.task import at_least_float32
-from models.output import SegOutput
+from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, Term, check_maps, register
+from losses.core.checks import at_least_float32, full_precision
+from losses.core.feature_losses import attention_map, unit_vectors
+from losses.core.needs import both_have_aux
 from utils.errors import UserError
 
 
@@ -26,7 +25,7 @@ def attention_residuals(maps: Sequence[Tensor]) -> Tensor:
     Two equal maps give a zero vector.
     """
     attention = [attention_map(x) for x in maps]
-    return unit(torch.stack([second - first for first, second in combinations(attention, 2)]))
+    return unit_vectors(torch.stack([second - first for first, second in combinations(attention, 2)]))
 
 
 def psd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -58,26 +57,25 @@ def csd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float 
     """
     check_maps("dsd", student_logits, teacher_logits, channels=True)
     # a product of softmaxes: autocast would do it in half precision
-    with torch.autocast(student_logits.device.type, enabled=False):
+    with full_precision(student_logits):
         return F.mse_loss(category_similarity(student_logits, temperature),
                           category_similarity(teacher_logits.detach(), temperature))
 
 
-def psd_taps(student: NetInfo, teacher: NetInfo, compat: str = "fixed") -> tuple[tuple[str, ...], tuple[str, ...]]:
+def psd_taps(student: NetInfo, teacher: NetInfo, as_released: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Which maps of either network pixel similarity compares, in order.
 
     The released code takes outputs -2, -1 and 0. For networks with an auxiliary head those are aux, head and logits;
     without one, output -2 is the logits again, so that a MobileNet student's [logits, head, logits] meets the
     teacher's [aux, head, logits]: maps that do not correspond, and one pair without content. That empty residual is
     divided by 1e-12 twice, which multiplies its two opposite gradients so much that the others round away next to
-    them: no gradient reaches the logits, only the head. ``reference`` does the same; ``fixed`` compares [aux, head,
-    logits] when both networks have all three and [head, logits] otherwise.
+    them: no gradient reaches the logits, only the head. as_released does the same; otherwise [aux, head, logits] are
+    compared when both networks have all three, and [head, logits] if not.
     """
-    if compat == "reference":
+    if as_released:
         first = ["aux" if "aux" in net.channels else "logits" for net in (student, teacher)]
         return (first[0], "head", "logits"), (first[1], "head", "logits")
-    both = "aux" in student.channels and "aux" in teacher.channels
-    taps = ("aux", "head", "logits") if both else ("head", "logits")
+    taps = ("aux", "head", "logits") if both_have_aux(student, teacher) else ("head", "logits")
     return taps, taps
 
 
@@ -91,31 +89,32 @@ class DSD(Distiller):
     cost = "squares of head and logits, K x K Gram matrices"
     terms = (Term("dsd_psd", 0.0, "weight of DSD's pixel similarity of auxiliary logits, head and logits"),
              Term("dsd_csd", 0.0, "weight of DSD's category similarity of the logits"))
-    student_taps = ("head", "logits")
-    teacher_taps = ("head", "logits")
+    needs = Needs.both("head", "logits", same_stride=True)
     preset = {"*": {"lambda_dsd_psd": 1000.0, "lambda_dsd_csd": 10.0}}  # train_scripts of CIRKD (Cityscapes): no KD
+    rows = {"citys/deeplab_mobile-mobilenetv2": {"compat": "reference"}}
 
-    def __init__(self, student_taps: tuple[str, ...], teacher_taps: tuple[str, ...],
-                 active: frozenset[str] = frozenset({"dsd_psd", "dsd_csd"})) -> None:
+    def __init__(self, student_taps: tuple[str, ...], teacher_taps: tuple[str, ...], active: Sequence[str]) -> None:
         super().__init__()
-        self.student_taps, self.teacher_taps = student_taps, teacher_taps
-        self.active = active
+        self.student_taps, self.teacher_taps, self.active = student_taps, teacher_taps, frozenset(active)
 
     @classmethod
-    def build(cls, context: BuildContext) -> DSD:
-        """Raises UserError when a network lacks head or logits."""
-        check_taps(cls, context.student, context.teacher)
-        compat = getattr(context.options, "compat", "fixed")
-        return cls(*psd_taps(context.student, context.teacher, compat), context.active)
+    def requires(cls, options: OptionGroup, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
+        if teacher is None or "dsd_psd" not in run.active:
+            return Needs.both("logits", same_stride=True)
+        taps = psd_taps(student, teacher, run.as_released)
+        return Needs(*taps, same_stride=True)
 
-    def forward(self, student: SegOutput, teacher: SegOutput, target: Tensor, step: int,
-                generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    @classmethod
+    def build(cls, options: OptionGroup, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> DSD:
+        return cls(*psd_taps(student, teacher, run.as_released), run.active)
+
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         terms = {}
         if "dsd_psd" in self.active:
-            maps = [getattr(student, tap) for tap in self.student_taps]
+            maps = [getattr(batch.student, tap) for tap in self.student_taps]
             if self.student_taps[0] == self.student_taps[-1]:
                 maps = [maps[0].detach(), maps[1], maps[2].detach()]  # the released code's rounding, see psd_taps
-            terms["dsd_psd"] = psd_loss(maps, [getattr(teacher, tap) for tap in self.teacher_taps])
+            terms["dsd_psd"] = psd_loss(maps, [getattr(batch.teacher, tap) for tap in self.teacher_taps])
         if "dsd_csd" in self.active:
-            terms["dsd_csd"] = csd_loss(student.logits, teacher.logits)
+            terms["dsd_csd"] = csd_loss(batch.student.logits, batch.teacher.logits)
         return terms

@@ -13,7 +13,7 @@ classify well, and the masks have to differ (a Dice coefficient).
 """
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,19 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from losses.distiller import BuildContext, Distiller, Preparation, Term, check_taps, register
-from losses.feature_mse import check_maps
-from losses.maskd import dice_overlap
-from losses.maskd_stage import INITIAL_STD, find_tokens, learn_tokens
-from losses.stage import StageSettings, check_shares, common_words
-from losses.task import SegCrossEntropyLoss, at_least_float32
+from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, Term, check_maps, option, register
+from losses.core.checks import at_least_float32, full_precision
+from losses.core.facts import Preparation
+from losses.core.feature_losses import dice_overlap
+from losses.core.task import SegCrossEntropyLoss
+from losses.stages.stage import StageSettings, check_shares, common_dependencies
+from losses.stages.tokens import initial_tokens, learn_tokens, read_tokens
 from models.output import SegOutput
-from utils.cli import number
 from utils.errors import UserError
-from utils.randomness import step_generator
 
 LEVELS = 3
-TAPS = ("c4", "head")
 
 
 def haar_split(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,11 +82,11 @@ def freekd_loss(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
     check_maps("freekd", student, teacher, channels=True)
     if tokens.ndim != 3 or len(tokens) != LEVELS + 1 or tokens.shape[2] != teacher.shape[1]:
         raise UserError(f"freekd: tokens {tuple(tokens.shape)}: expected [{LEVELS + 1}, T, {teacher.shape[1]}]")
-    with torch.autocast(student.device.type, enabled=False):
-        ours, theirs = (haar_bands(at_least_float32(x))[1] for x in (student, teacher.detach()))
-        masks = prompt_masks(theirs, tokens)
+    with full_precision(student):
+        student_bands, teacher_bands = (haar_bands(at_least_float32(x))[1] for x in (student, teacher.detach()))
+        masks = prompt_masks(teacher_bands, tokens)
         return sum((mask.mean(dim=1)[:, None, None] * (s - t).abs()).mean()
-                   for mask, s, t in zip(masks, ours, theirs, strict=True))
+                   for mask, s, t in zip(masks, student_bands, teacher_bands, strict=True))
 
 
 def prompted_map(feature: Tensor, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -115,17 +113,25 @@ def prompt_learning_losses(teacher: nn.Module, tap: str, feature: Tensor, tokens
     feature: the teacher's map [B, C, h, w] at ``tap``; target: integers [B, H, W]. ce: cross entropy of the teacher's
     logits from the prompted map on. dice: overlap of the masks, mean over the levels.
     """
-    with torch.autocast(feature.device.type, enabled=False):
+    with full_precision(feature):
         prompted, masks = prompted_map(at_least_float32(feature.detach()), tokens)
         logits = rest_of_network(teacher, tap, prompted)
         dice = sum(dice_overlap(mask.flatten(2)) for mask in masks) / LEVELS
         return {"ce": SegCrossEntropyLoss(ignore_label, group_size)(logits, target), "dice": dice}
 
 
-def initial_prompts(count: int, channels: int, seed: int) -> Tensor:
-    """Small normal numbers [4, count, channels], a function of the seed alone."""
-    generator = step_generator(torch.device("cpu"), seed, "freekd tokens")
-    return INITIAL_STD * torch.randn(LEVELS + 1, count, channels, generator=generator)
+@dataclass(frozen=True)
+class FreeKDOptions(OptionGroup):
+    """Settings of FreeKD and of the stage before training."""
+
+    freekd_tap: str = option("c4", "last backbone stage, or last feature", choices=("c4", "head"))
+    freekd_masks: str | None = option(None, "prompt tokens to use, of the same teacher and tap (default: learn them "
+                                            "first)", metavar="FILE")
+    freekd_tokens: int = option(6, "number of masks of each level", at_least=1, metavar="T")
+    freekd_steps: int = option(10000, "steps of the stage that learns the tokens", at_least=1, metavar="N")
+    freekd_batch_size: int = option(16, "images per step of that stage, over all processes together", at_least=1,
+                                    metavar="N")
+    freekd_lr: float = option(0.01, "learning rate of the first step of that stage", above=0, metavar="LR")
 
 
 @register("freekd")
@@ -139,66 +145,46 @@ class FreeKD(Distiller):
     title = "semantic frequency prompts (unofficial for segmentation)"
     paper = "Zhang et al., FreeKD: Knowledge Distillation via Semantic Frequency Prompt"
     year = 2024
+    Options = FreeKDOptions
     terms = (Term("freekd", 0.0, "weight of FreeKD's masked differences of frequency bands"),
              Term("freekd_mse", 0.0, "weight of the squared error between the same aligned maps"))
-    student_taps = ("c4",)
-    teacher_taps = ("c4",)
+    needs = Needs.both("c4", same_stride=True)
     # the released configuration, of a detector; nobody released one for segmentation
     preset = {"*": {"lambda_freekd": 1.0, "lambda_freekd_mse": 5.0}}
     cost = "one 1x1 conv, Haar transforms; before training, a stage of teacher passes"
-    quick = {"freekd_steps": 2, "freekd_batch_size": 2}
+    trial = {"freekd_steps": 2, "freekd_batch_size": 2}
     stage_options = ("freekd_masks", "freekd_steps", "freekd_batch_size", "freekd_lr")
 
-    def __init__(self, student_channels: int, tokens: Tensor, settings: StageSettings | None = None, tap: str = "c4",
-                 ignore_label: int = -1, active: frozenset[str] = frozenset({"freekd", "freekd_mse"}),
-                 group_size: int = 0) -> None:
+    def __init__(self, student_channels: int, tokens: Tensor, settings: StageSettings | None, tap: str,
+                 run: RunFacts) -> None:
         super().__init__()
         self.register_buffer("tokens", tokens)
-        self.settings, self.tap, self.active = settings, tap, active
-        self.ignore_label, self.group_size = ignore_label, group_size
-        self.student_taps = self.teacher_taps = (tap,)
+        self.settings, self.tap, self.active = settings, tap, frozenset(run.active)
+        self.ignore_label, self.group_size = run.ignore_label, run.group_size
         self.align = nn.Conv2d(student_channels, tokens.shape[2], kernel_size=1)
 
     @classmethod
-    def add_arguments(cls, group: argparse._ArgumentGroup) -> None:
-        group.add_argument("--freekd-tap", choices=TAPS, default="c4", help="last backbone stage, or last feature")
-        group.add_argument("--freekd-masks", metavar="FILE", default=None,
-                           help="prompt tokens to use, of the same teacher and tap (default: learn them first)")
-        group.add_argument("--freekd-tokens", type=number(int, 1), default=6, metavar="T",
-                           help="number of masks of each level")
-        group.add_argument("--freekd-steps", type=number(int, 1), default=10000, metavar="N",
-                           help="steps of the stage that learns the tokens")
-        group.add_argument("--freekd-batch-size", type=number(int, 1), default=16, metavar="N",
-                           help="images per step of that stage, over all processes together")
-        group.add_argument("--freekd-lr", type=number(float, 0, open_low=True), default=0.01, metavar="LR",
-                           help="learning rate of the first step of that stage")
+    def requires(cls, options: FreeKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
+        return Needs.both(options.freekd_tap, same_stride=True)
 
     @classmethod
-    def build(cls, context: BuildContext) -> FreeKD:
-        """Raises UserError when a network lacks the tap, the strides differ, or ``--freekd-masks`` does not fit."""
-        o, student, teacher = context.options, context.student, context.teacher
-        tap, seed = getattr(o, "freekd_tap", "c4"), getattr(o, "seed", 0)
-        described = cls(1, torch.empty(LEVELS + 1, 1, 1), tap=tap)
-        check_taps(described, student, teacher)
-        if student.stride != teacher.stride:
-            raise UserError(f"method 'freekd': output stride {student.stride} of {student.name} and {teacher.stride} "
-                            f"of {teacher.name}: expected equal numbers")
-        width, given, settings = teacher.channels[tap], getattr(o, "freekd_masks", None), None
-        if "freekd" not in context.active:
+    def build(cls, options: FreeKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> FreeKD:
+        """Raises UserError when the file of tokens does not fit, or the processes cannot share the stage's batches."""
+        tap, o, settings = options.freekd_tap, options, None
+        width = teacher.channels[tap]
+        if "freekd" not in run.active:
             tokens = torch.zeros(LEVELS + 1, 1, width)
-        elif given:
-            tokens = _given_prompts(Path(given).expanduser(), width)
+        elif o.freekd_masks:
+            tokens = read_tokens(Path(o.freekd_masks), (LEVELS + 1, None, width), "freekd_masks")
         else:
-            tokens = initial_prompts(getattr(o, "freekd_tokens", 6), width, seed)
-            settings = StageSettings(getattr(o, "freekd_steps", 10000), getattr(o, "freekd_batch_size", 16),
-                                     getattr(o, "freekd_lr", 0.01), False, seed, (tap, *common_words(context)),
-                                     getattr(o, "save_per_iters", 800), "freekd")
+            tokens = initial_tokens((LEVELS + 1, o.freekd_tokens, width), run.seed, cls.method)
+            settings = StageSettings(o.freekd_steps, o.freekd_batch_size, o.freekd_lr, False, run.seed,
+                                     (tap, *common_dependencies(run)), run.save_per_iters, cls.method, "masks")
             check_shares(settings)
-        return cls(student.channels[tap], tokens, settings, tap, context.ignore_label, context.active,
-                   getattr(o, "group_size", 2))
+        return cls(student.channels[tap], tokens, settings, tap, run)
 
     def prepare(self, stage: Preparation) -> None:
-        """Learn the tokens, or take them from the cache (:func:`losses.maskd_stage.learn_tokens`)."""
+        """Learn the tokens, or take them from the cache (:func:`losses.stages.tokens.learn_tokens`)."""
         if self.settings is not None:
             loss = partial(self._stage_loss, stage.teacher)
             self.tokens.copy_(learn_tokens(stage, self.tokens, self.settings, loss))
@@ -207,21 +193,12 @@ class FreeKD(Distiller):
         return prompt_learning_losses(teacher, self.tap, getattr(output, self.tap), tokens, target, self.ignore_label,
                                       self.group_size)
 
-    def forward(self, student: SegOutput, teacher: SegOutput, target: Tensor, step: int,
-                generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        ours, theirs = self.align(getattr(student, self.tap)), getattr(teacher, self.tap).detach()
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        student, teacher = self.align(getattr(batch.student, self.tap)), getattr(batch.teacher, self.tap).detach()
         terms = {}
         if "freekd" in self.active:
-            terms["freekd"] = freekd_loss(ours, theirs, self.tokens)
+            terms["freekd"] = freekd_loss(student, teacher, self.tokens)
         if "freekd_mse" in self.active:
-            check_maps("freekd", ours, theirs, channels=True)
-            terms["freekd_mse"] = F.mse_loss(at_least_float32(ours), at_least_float32(theirs))
+            check_maps("freekd", student, teacher, channels=True)
+            terms["freekd_mse"] = F.mse_loss(at_least_float32(student), at_least_float32(teacher))
         return terms
-
-
-def _given_prompts(path: Path, width: int) -> Tensor:
-    tokens = find_tokens(path, "--freekd-masks", 3)
-    if len(tokens) != LEVELS + 1 or tokens.shape[2] != width:
-        raise UserError(f"--freekd-masks {path}: tokens {tuple(tokens.shape)}: expected [{LEVELS + 1}, T, {width}] for "
-                        "this teacher")
-    return tokens

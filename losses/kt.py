@@ -7,27 +7,24 @@ Contrast (``kt_contrast``): a mixture by correlation has to be nearer than one b
 
 Kept from the released code: the projections are random and stay so, because they are in no optimizer, and the
 distances of the contrast run along the rows of the maps, as a triplet loss of maps with four axes takes them. Trained
-projections (``--kt-train-projections``) solve the contrast by themselves: it is 0 within a few iterations.
-``--compat reference`` compares logits at crop size, ``fixed`` at their stride, which gives the same numbers but for
+projections (``kt_train_projections``) solve the contrast by themselves: it is 0 within a few iterations.
+``compat="reference"`` compares logits at crop size, ``fixed`` at their stride, which gives the same numbers but for
 cells that label edges cut.
 """
 from __future__ import annotations
 
-import argparse
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from losses.cwd import cwd_loss
-from losses.distiller import BuildContext, Distiller, Term, check_taps, register
-from losses.feature_mse import check_maps
-from losses.kd import kd_loss
-from losses.logits import check_logit_maps, check_logit_nets, labels_at
-from losses.task import at_least_float32
-from models.output import SegOutput
-from utils.cli import BooleanAction, number
+from losses.core import Batch, Distiller, Needs, NetInfo, RunFacts, Term, check_maps, labels_at, option, register
+from losses.core.checks import at_least_float32, check_logits, full_precision
+from losses.core.logit_losses import KDOptions, cwd_loss, kd_loss
+from losses.core.needs import both_have_aux
 from utils.errors import UserError
 
 
@@ -60,7 +57,7 @@ def logit_tailoring_loss(student_logits: Tensor, teacher_logits: Tensor, labels:
     Logits [B, K, h, w] of equal shapes, or UserError; labels: int64 [B, h, w]. Pixels that are ignored are outside of
     every class. No gradient reaches the teacher.
     """
-    check_logit_maps("kt", student_logits, teacher_logits)
+    check_logits("kt", student_logits, teacher_logits)
     classes = torch.arange(student_logits.shape[1], device=labels.device).view(1, -1, 1, 1)
     mask = (labels[:, None] == classes) & (labels != ignore_label)[:, None]
     student_logits, teacher_logits = at_least_float32(student_logits), at_least_float32(teacher_logits.detach())
@@ -75,7 +72,7 @@ def mix_channels(source: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
 
     R [B, D, C] holds the cosine similarities over the positions between the channels of goal and source.
     """
-    with torch.autocast(source.device.type, enabled=False):
+    with full_precision(source):
         flat, other = at_least_float32(source).flatten(2), at_least_float32(goal).flatten(2)
         correlation = F.normalize(other, dim=2) @ F.normalize(flat, dim=2).transpose(1, 2)
         high = correlation @ flat
@@ -105,7 +102,7 @@ class FeatureTailoring(nn.Module):
     trained: train the projections; otherwise they stay as they were drawn.
     """
 
-    def __init__(self, student_channels: int, teacher_channels: int, switch: int = 10000, temperature: float = 4.0,
+    def __init__(self, student_channels: int, teacher_channels: int, switch: int, temperature: float,
                  trained: bool = False) -> None:
         super().__init__()
         self.switch, self.temperature, self.trained = switch, temperature, trained
@@ -135,80 +132,74 @@ class FeatureTailoring(nn.Module):
         return terms
 
 
+@dataclass(frozen=True)
+class KTOptions(KDOptions):
+    """Settings of KT; its divergence of auxiliary logits has KD's temperature."""
+
+    kt_switch: int = option(10000, "iterations of feature tailoring in the teacher's space; then in the student's",
+                            at_least=0, metavar="N")
+    kt_temperature: float = option(4.0, "softmax temperature of kt_logit and kt_feature", above=0, metavar="T")
+    kt_train_projections: bool = option(False, "train the projections of the head maps (released code: random ones)")
+
+
 @register("kt")
 class KT(Distiller):
     """Logit and feature tailoring, and the published runs' distillation of the auxiliary logits (``kt_aux``), which is
-    left out where a network has no auxiliary head."""
+    left out where a network has no auxiliary head. features: None without the terms on head maps."""
 
     title = "knowledge tailoring of logits and features"
     paper = "Cheung et al., Knowledge Tailoring: Bridging the Teacher-Student Gap in Semantic Segmentation"
     year = 2025
     cost = "softmaxes of head and logits, masked means, channel correlations, three 1x1 convs twice"
+    Options = KTOptions
     terms = (Term("kt_logit", 0.0, "weight of KT's tailored logits"),
              Term("kt_feature", 0.0, "weight of KT's tailored head features"),
              Term("kt_contrast", 0.0, "weight of KT's contrast of high and low correlations"),
-             Term("kt_aux", 0.0, "weight of KT's divergence between auxiliary logits (at --kd-temperature)"))
-    student_taps = ("logits", "head")
-    teacher_taps = ("logits", "head")
+             Term("kt_aux", 0.0, "weight of KT's divergence between auxiliary logits (at the temperature of KD)"))
+    needs = Needs.both("logits", "head", same_classes=True)
     # train_KT.sh and the parser's defaults of the released code (Cityscapes)
     preset = {"*": {"lambda_kd": 1.0, "kd_temperature": 4.0, "lambda_kt_logit": 1.0, "lambda_kt_feature": 1.0,
                     "lambda_kt_contrast": 1.0, "lambda_kt_aux": 0.4, "weight_decay": 5e-4}}
 
-    def __init__(self, features: FeatureTailoring | None, *, temperature: float = 4.0, kd_temperature: float = 4.0,
-                 released: bool = False, ignore_label: int = -1,
-                 active: frozenset[str] = frozenset({"kt_logit", "kt_feature", "kt_contrast", "kt_aux"})) -> None:
+    def __init__(self, features: FeatureTailoring | None, options: KTOptions, as_released: bool, ignore_label: int,
+                 active: Iterable[str]) -> None:
         super().__init__()
-        for flag, value in (("kt", temperature), ("kd", kd_temperature)):
-            if value <= 0:
-                raise UserError(f"--{flag}-temperature {value:g}: expected a number above 0")
-        self.features, self.temperature, self.kd_temperature = features, temperature, kd_temperature
-        self.released, self.ignore_label, self.active = released, ignore_label, active
-        reads = {"logits": {"kt_logit"}, "aux": {"kt_aux"}, "head": {"kt_feature", "kt_contrast"}}
-        self.student_taps = self.teacher_taps = tuple(tap for tap, terms in reads.items() if terms & active)
+        self.features, self.options = features, options
+        self.as_released, self.ignore_label, self.active = as_released, ignore_label, frozenset(active)
 
     @classmethod
-    def add_arguments(cls, group: argparse._ArgumentGroup) -> None:
-        group.add_argument("--kt-switch", type=number(int, 0), default=10000, metavar="N",
-                           help="iterations of feature tailoring in the teacher's space; then in the student's")
-        group.add_argument("--kt-temperature", type=number(float, 0, open_low=True), default=4.0, metavar="T",
-                           help="softmax temperature of kt_logit and kt_feature")
-        group.add_argument("--kt-train-projections", "--no-kt-train-projections", action=BooleanAction, default=False,
-                           help="train the projections of the head maps (released code: random ones)")
+    def requires(cls, options: KTOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
+        taps = {"logits": {"kt_logit"}, "head": {"kt_feature", "kt_contrast"}}
+        if both_have_aux(student, teacher):
+            taps["aux"] = {"kt_aux"}
+        taps = [tap for tap, terms in taps.items() if terms & set(run.active)]
+        if not taps:
+            raise UserError("kt_aux: student and teacher need an auxiliary head each, and no other term of kt has a "
+                            "weight", settings=["lambda_kt_aux", "aux"])
+        return Needs.both(*taps, same_classes="logits" in taps or "aux" in taps, same_stride=True)
 
     @classmethod
-    def build(cls, context: BuildContext) -> KT:
-        """Raises UserError when a network lacks a tap, or the logits do not correspond."""
-        check_taps(cls, context.student, context.teacher)
-        check_logit_nets(cls, context)
-        options, active = context.options, context.active
-        if not all("aux" in net.channels for net in (context.student, context.teacher)):
-            active = active - {"kt_aux"}
-        if not active & {t.name for t in cls.terms}:
-            raise UserError("--lambda-kt-aux: student and teacher need an auxiliary head each (--aux), and no other "
-                            "term of kt has a weight")
-        released = getattr(options, "compat", "fixed") == "reference"
-        temperature = getattr(options, "kt_temperature", 4.0)
+    def build(cls, options: KTOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> KT:
+        active = set(run.active) - (set() if both_have_aux(student, teacher) else {"kt_aux"})
         features = None
         if active & {"kt_feature", "kt_contrast"}:
-            features = FeatureTailoring(context.student.channels["head"], context.teacher.channels["head"],
-                                        getattr(options, "kt_switch", 10000), temperature,
-                                        getattr(options, "kt_train_projections", False))
-        return cls(features, temperature=temperature, kd_temperature=getattr(options, "kd_temperature", 4.0),
-                   released=released, ignore_label=context.ignore_label, active=active)
+            features = FeatureTailoring(student.channels["head"], teacher.channels["head"], options.kt_switch,
+                                        options.kt_temperature, options.kt_train_projections)
+        return cls(features, options, run.as_released, run.ignore_label, active)
 
-    def forward(self, student: SegOutput, teacher: SegOutput, target: Tensor, step: int,
-                generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        terms = self.features(student.head, teacher.head, step) if self.features is not None else {}
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        student, teacher = batch.student, batch.teacher
+        terms = self.features(student.head, teacher.head, batch.step) if self.features is not None else {}
         if "kt_logit" in self.active:
-            terms["kt_logit"] = self.logit_term(student.logits, teacher.logits, target)
+            terms["kt_logit"] = self.logit_term(student.logits, teacher.logits, batch.target)
         if "kt_aux" in self.active:
-            terms["kt_aux"] = kd_loss(student.aux, teacher.aux, self.kd_temperature)
+            terms["kt_aux"] = kd_loss(student.aux, teacher.aux, self.options.kd_temperature, "kt")
         return {name: term for name, term in terms.items() if name in self.active}
 
     def logit_term(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         """:func:`logit_tailoring_loss` of [B, K, h, w] at label size (as released) or with labels at logit size."""
-        if self.released:
+        if self.as_released:
             student, teacher = (F.interpolate(x, size=target.shape[-2:], mode="nearest") for x in (student, teacher))
         else:
             target = labels_at(target, student.shape[-2:])
-        return logit_tailoring_loss(student, teacher, target, self.temperature, self.ignore_label)
+        return logit_tailoring_loss(student, teacher, target, self.options.kt_temperature, self.ignore_label)

@@ -1,4 +1,4 @@
-"""LSKD: logits standardised before they are compared (Sun et al., "Logit Standardization in Knowledge Distillation",
+"""LSKD: logits standardized before they are compared (Sun et al., "Logit Standardization in Knowledge Distillation",
 CVPR 2024), here per pixel.
 
 z -> (z - mean over classes) / (std over classes + 1e-7), unbiased, for both networks; then plain logit distillation.
@@ -6,63 +6,68 @@ Gradients flow through the student's mean and standard deviation.
 """
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from losses.distiller import BuildContext, Distiller, Term, register
-from losses.kd import kd_loss
-from losses.logits import check_logit_maps, check_logit_nets
-from losses.task import at_least_float32
-from models.output import SegOutput
-from utils.cli import number
+from losses.core import (
+    Batch,
+    Distiller,
+    Needs,
+    NetInfo,
+    OptionGroup,
+    RunFacts,
+    Term,
+    at_least_float32,
+    option,
+    register,
+)
+from losses.core.logit_losses import kd_loss
 
 
-def standardise_logits(logits: Tensor, eps: float = 1e-7) -> Tensor:
+def standardize_logits(logits: Tensor, eps: float = 1e-7) -> Tensor:
     """(z - mean) / (std + eps) over the classes of [B, K, h, w], K >= 2, in float32 or better."""
     logits = at_least_float32(logits)
     return (logits - logits.mean(dim=1, keepdim=True)) / (logits.std(dim=1, keepdim=True) + eps)
 
 
-def lskd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0) -> Tensor:
-    """:func:`losses.kd.kd_loss` of standardised logits [B, K, h, w]; every position counts.
+def lskd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """:func:`losses.kd.kd_loss` of standardized logits [B, K, h, w]; every position counts.
 
     Gradients reach the student only. Raises UserError when the shapes differ.
     """
-    check_logit_maps("lskd", student_logits, teacher_logits)
-    return kd_loss(standardise_logits(student_logits), standardise_logits(teacher_logits.detach()), temperature)
+    return kd_loss(standardize_logits(student_logits), standardize_logits(teacher_logits.detach()), temperature, "lskd")
+
+
+@dataclass(frozen=True)
+class LSKDOptions(OptionGroup):
+    """Settings of LSKD."""
+
+    lskd_temperature: float = option(2.0, "softmax temperature of the standardised logits", above=0, metavar="T")
 
 
 @register("lskd")
 class LSKD(Distiller):
-    """The main logits of student and teacher, standardised, at stride 8."""
+    """The main logits of student and teacher, standardized, at stride 8."""
 
     title = "logit distillation after standardisation"
     paper = "Sun et al., Logit Standardization in Knowledge Distillation"
     year = 2024
+    Options = LSKDOptions
     terms = (Term("lskd", 0.0, "weight of the KL divergence between standardised logits"),)
-    student_taps = ("logits",)
-    teacher_taps = ("logits",)
+    needs = Needs.both("logits", same_classes=True, least_classes=2)
     # the authors' commands for image classification (base temperature 2, weight 9); none published for segmentation
     preset = {"*": {"lambda_lskd": 9.0}}
     cost = "two softmaxes of the logits"
 
-    def __init__(self, temperature: float = 2.0) -> None:
+    def __init__(self, temperature: float) -> None:
         super().__init__()
         self.temperature = temperature
 
     @classmethod
-    def add_arguments(cls, group: argparse._ArgumentGroup) -> None:
-        group.add_argument("--lskd-temperature", type=number(float, 0, open_low=True), default=2.0, metavar="T",
-                           help="softmax temperature of the standardised logits")
+    def build(cls, options: LSKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> LSKD:
+        return cls(options.lskd_temperature)
 
-    @classmethod
-    def build(cls, context: BuildContext) -> LSKD:
-        """Raises UserError when classes or strides differ, or there is only one class."""
-        check_logit_nets(cls, context, least_classes=2)
-        return cls(getattr(context.options, "lskd_temperature", 2.0))
-
-    def forward(self, student: SegOutput, teacher: SegOutput, target: Tensor, step: int,
-                generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        return {"lskd": lskd_loss(student.logits, teacher.logits, self.temperature)}
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        return {"lskd": lskd_loss(batch.student.logits, batch.teacher.logits, self.temperature)}

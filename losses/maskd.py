@@ -8,20 +8,24 @@ weighted by the sum of the masks have to classify well, and the masks have to di
 """
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from losses.distiller import BuildContext, Distiller, Preparation, Term, register
-from losses.logits import check_logit_maps, check_logit_nets
-from losses.maskd_stage import initial_tokens, learn_tokens, read_tokens
-from losses.stage import StageSettings, check_shares, common_words
-from losses.task import SegCrossEntropyLoss, at_least_float32
+from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, Term, option, register
+from losses.core.checks import at_least_float32, check_logits, full_precision
+from losses.core.facts import Preparation
+from losses.core.feature_losses import dice_overlap
+from losses.core.needs import both_have_aux
+from losses.core.task import SegCrossEntropyLoss
+from losses.stages.stage import StageSettings, check_shares, common_dependencies
+from losses.stages.tokens import initial_tokens, learn_tokens, read_tokens
 from models.output import SegOutput
-from utils.cli import number
 from utils.errors import UserError
+
+__all__ = ["MasKD", "dice_overlap", "mask_learning_losses", "maskd_loss"]
 
 
 def receptive_masks(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -35,27 +39,14 @@ def maskd_loss(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor) -
     The sum over positions is one batched matrix product, so nothing of size B x T x K x h x w exists. Gradients reach
     the student (and tokens that ask for them). Raises UserError when the shapes do not fit.
     """
-    check_logit_maps("maskd", student_logits, teacher_logits)
+    check_logits("maskd", student_logits, teacher_logits)
     if tokens.ndim != 2 or tokens.shape[1] != teacher_logits.shape[1]:
         raise UserError(f"maskd: tokens {tuple(tokens.shape)}: expected [T, {teacher_logits.shape[1]}]")
-    with torch.autocast(student_logits.device.type, enabled=False):
+    with full_precision(student_logits):
         student, teacher = (at_least_float32(z).flatten(2) for z in (student_logits, teacher_logits.detach()))
         masks = receptive_masks(teacher, tokens)
         sums = masks.square() @ (student - teacher).square().transpose(1, 2)
         return (sums / (masks.sum(dim=2, keepdim=True) + 1e-5)).mean() / 2
-
-
-def dice_overlap(masks: Tensor, eps: float = 1e-12) -> Tensor:
-    """Mean Dice coefficient 2 <a, b> / (|a|^2 + |b|^2) over the pairs of different masks of an image; masks [B, T, P].
-
-    0 when there is a single mask.
-    """
-    count = masks.shape[1]
-    gram = masks @ masks.transpose(1, 2)
-    squares = gram.diagonal(dim1=1, dim2=2) + eps
-    dice = 2 * gram / (squares[:, :, None] + squares[:, None, :])
-    other = 1 - torch.eye(count, dtype=dice.dtype, device=dice.device)
-    return (dice * other).sum() / (len(masks) * max(count * (count - 1), 1))
 
 
 def mask_learning_losses(teacher_logits: Tensor, tokens: Tensor, target: Tensor, ignore_label: int = -1,
@@ -65,11 +56,26 @@ def mask_learning_losses(teacher_logits: Tensor, tokens: Tensor, target: Tensor,
     teacher_logits: [B, K, h, w]; target: integers [B, H, W]. ce: cross entropy of the logits times the sum of their
     masks, resized to the labels (group_size: see :class:`SegCrossEntropyLoss`). dice: :func:`dice_overlap`.
     """
-    with torch.autocast(teacher_logits.device.type, enabled=False):
+    with full_precision(teacher_logits):
         logits = at_least_float32(teacher_logits.detach())
         masks = receptive_masks(logits.flatten(2), tokens)
         masked = logits * masks.sum(dim=1).unflatten(1, logits.shape[-2:])[:, None]
         return {"ce": SegCrossEntropyLoss(ignore_label, group_size)(masked, target), "dice": dice_overlap(masks)}
+
+
+@dataclass(frozen=True)
+class MasKDOptions(OptionGroup):
+    """Settings of MasKD and of the stage before training."""
+
+    maskd_masks: str | None = option(None, "tokens to use, of the same teacher and classes (default: learn them before "
+                                           "training)", metavar="FILE")
+    maskd_tokens: int = option(8, "number of masks", at_least=1, metavar="T")
+    maskd_steps: int = option(10000, "steps of the stage that learns the masks", at_least=1, metavar="N")
+    maskd_batch_size: int = option(16, "images per step of that stage, over all processes together", at_least=1,
+                                   metavar="N")
+    maskd_lr: float = option(0.1, "learning rate of the first step of that stage", above=0, metavar="LR")
+    maskd_aux_weight: float = option(0.4, "share of the auxiliary logits, where both networks have them", at_least=0,
+                                     metavar="W")
 
 
 @register("maskd")
@@ -83,68 +89,52 @@ class MasKD(Distiller):
     title = "masked distillation with receptive tokens"
     paper = "Huang et al., Masked Distillation with Receptive Tokens"
     year = 2023
+    Options = MasKDOptions
     terms = (Term("maskd", 0.0, "weight of MasKD's masked logit differences (main and auxiliary)"),)
-    student_taps = ("logits",)
-    teacher_taps = ("logits",)
+    needs = Needs.both("logits", same_classes=True)
     # the authors' Cityscapes scripts: 1 on the main and 0.4 on the auxiliary logits, no KD, and a weight decay of 5e-4
     # where the rows that their table compares with have 1e-4; their MobileNetV2 script has 2e-4
     preset = {"*": {"lambda_maskd": 1.0, "weight_decay": 5e-4}, "*/mobilenetv2": {"weight_decay": 2e-4}}
     cost = "masks and one matrix product on the logits; before training, a stage of teacher passes"
-    quick = {"maskd_steps": 2, "maskd_batch_size": 2}
+    trial = {"maskd_steps": 2, "maskd_batch_size": 2}
     stage_options = ("maskd_masks", "maskd_steps", "maskd_batch_size", "maskd_lr")
 
-    def __init__(self, tokens: Tensor, settings: StageSettings | None = None, aux_weight: float = 0.0,
-                 ignore_label: int = -1, group_size: int = 0) -> None:
+    def __init__(self, tokens: Tensor, settings: StageSettings | None, aux_weight: float, ignore_label: int,
+                 group_size: int) -> None:
         super().__init__()
         self.register_buffer("tokens", tokens)
         self.settings, self.aux_weight = settings, aux_weight
         self.ignore_label, self.group_size = ignore_label, group_size
-        if aux_weight:
-            self.student_taps = self.teacher_taps = ("logits", "aux")
 
     @classmethod
-    def add_arguments(cls, group: argparse._ArgumentGroup) -> None:
-        group.add_argument("--maskd-masks", metavar="FILE", default=None,
-                           help="tokens to use, of the same teacher and classes (default: learn them before training)")
-        group.add_argument("--maskd-tokens", type=number(int, 1), default=8, metavar="T", help="number of masks")
-        group.add_argument("--maskd-steps", type=number(int, 1), default=10000, metavar="N",
-                           help="steps of the stage that learns the masks")
-        group.add_argument("--maskd-batch-size", type=number(int, 1), default=16, metavar="N",
-                           help="images per step of that stage, over all processes together")
-        group.add_argument("--maskd-lr", type=number(float, 0, open_low=True), default=0.1, metavar="LR",
-                           help="learning rate of the first step of that stage")
-        group.add_argument("--maskd-aux-weight", type=number(float, 0), default=0.4, metavar="W",
-                           help="share of the auxiliary logits, where both networks have them")
+    def requires(cls, options: MasKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
+        aux = ("aux",) if options.maskd_aux_weight and both_have_aux(student, teacher) else ()
+        return Needs.both("logits", *aux, same_classes=True)
 
     @classmethod
-    def build(cls, context: BuildContext) -> MasKD:
-        """Raises UserError when classes or strides differ, or ``--maskd-masks`` does not fit."""
-        check_logit_nets(cls, context)
-        o, classes = context.options, context.teacher.channels["logits"]
-        given, seed, settings = getattr(o, "maskd_masks", None), getattr(o, "seed", 0), None
-        if given:
-            tokens = read_tokens(Path(given).expanduser(), classes)
+    def build(cls, options: MasKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> MasKD:
+        """Raises UserError when the file of tokens does not fit, or the processes cannot share the stage's batches."""
+        classes, settings = teacher.channels["logits"], None
+        if options.maskd_masks:
+            tokens = read_tokens(Path(options.maskd_masks), (None, classes), "maskd_masks")
         else:
-            tokens = initial_tokens(getattr(o, "maskd_tokens", 8), classes, seed)
-            settings = StageSettings(getattr(o, "maskd_steps", 10000), getattr(o, "maskd_batch_size", 16),
-                                     getattr(o, "maskd_lr", 0.1), getattr(o, "compat", "fixed") == "reference", seed,
-                                     common_words(context), getattr(o, "save_per_iters", 800))
+            tokens = initial_tokens((options.maskd_tokens, classes), run.seed, cls.method)
+            settings = StageSettings(options.maskd_steps, options.maskd_batch_size, options.maskd_lr, run.as_released,
+                                     run.seed, common_dependencies(run), run.save_per_iters, cls.method, "masks")
             check_shares(settings)
-        both = "aux" in context.student.channels and "aux" in context.teacher.channels
-        aux_weight = getattr(o, "maskd_aux_weight", 0.4) if both else 0.0
-        return cls(tokens, settings, aux_weight, context.ignore_label, getattr(o, "group_size", 2))
+        aux_weight = options.maskd_aux_weight if both_have_aux(student, teacher) else 0.0
+        return cls(tokens, settings, aux_weight, run.ignore_label, run.group_size)
 
     def prepare(self, stage: Preparation) -> None:
-        """Learn the tokens, or take them from the cache (:func:`losses.maskd_stage.learn_tokens`)."""
+        """Learn the tokens, or take them from the cache (:func:`losses.stages.tokens.learn_tokens`)."""
         if self.settings is not None:
             self.tokens.copy_(learn_tokens(stage, self.tokens, self.settings, self._stage_loss))
 
     def _stage_loss(self, output: SegOutput, tokens: Tensor, target: Tensor) -> dict[str, Tensor]:
         return mask_learning_losses(output.logits, tokens, target, self.ignore_label, self.group_size)
 
-    def forward(self, student: SegOutput, teacher: SegOutput, target: Tensor, step: int,
-                generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        loss = maskd_loss(student.logits, teacher.logits, self.tokens)
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        loss = maskd_loss(batch.student.logits, batch.teacher.logits, self.tokens)
         if self.aux_weight:
-            loss = loss + self.aux_weight * maskd_loss(student.aux, teacher.aux, self.tokens)
+            loss = loss + self.aux_weight * maskd_loss(batch.student.aux, batch.teacher.aux, self.tokens)
         return {"maskd": loss}

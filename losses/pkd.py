@@ -1,4 +1,4 @@
-"""PKD: features compared after standardisation (Cao et al., "PKD: General Distillation Framework for Object Detectors
+"""PKD: features compared after standardization (Cao et al., "PKD: General Distillation Framework for Object Detectors
 via Pearson Correlation Coefficient", NeurIPS 2022).
 
 Each channel of either map is brought to mean 0 and variance 1 over the positions of a group of images; the loss is
@@ -7,22 +7,19 @@ features do not matter, which suits pairs of different architectures.
 """
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from losses.dist import mean_over_groups
-from losses.distiller import BuildContext, Distiller, Term, check_taps, register
-from losses.task import at_least_float32
-from models.output import SegOutput
+from losses import core
+from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, option, register
+from losses.core.feature_losses import aligner
 from utils.errors import UserError
 
-TAPS = ("head", "c4")
 
-
-def standardise_channels(feature: Tensor, eps: float = 1e-6) -> Tensor:
+def standardize_channels(feature: Tensor, eps: float = 1e-6) -> Tensor:
     """(x - mean) / (std + eps) of every channel of [groups, images, C, h, w], over the images and positions.
 
     The standard deviation is the unbiased one; a group of a single position gives 0.
@@ -42,14 +39,22 @@ def pkd_loss(student: Tensor, teacher: Tensor, group_size: int = 0) -> Tensor:
     if student.shape[:2] != teacher.shape[:2]:
         raise UserError(f"pkd: student map {tuple(student.shape)} and teacher map {tuple(teacher.shape)}: expected "
                         "equal batch and channels")
-    student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
+    student, teacher = core.at_least_float32(student), core.at_least_float32(teacher.detach())
     if student.shape != teacher.shape:
         student = F.interpolate(student, size=teacher.shape[-2:], mode="bilinear", align_corners=False)
 
     def difference(s: Tensor, t: Tensor) -> Tensor:
-        return (standardise_channels(s) - standardise_channels(t)).square().mean() / 2
+        return (standardize_channels(s) - standardize_channels(t)).square().mean() / 2
 
-    return mean_over_groups(difference, student, teacher, group_size)
+    return core.mean_over_groups(difference, student, teacher, group_size)
+
+
+@dataclass(frozen=True)
+class PKDOptions(OptionGroup):
+    """Settings of PKD."""
+
+    pkd_tap: str = option("head", "feature: the last before the classifier, or of the backbone",
+                          choices=("head", "c4"))
 
 
 @register("pkd")
@@ -59,37 +64,26 @@ class PKD(Distiller):
     title = "Pearson correlation of features"
     paper = "Cao et al., PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient"
     year = 2022
-    terms = (Term("pkd", 0.0, "weight of PKD's standardised features"),)
-    student_taps = ("head",)
-    teacher_taps = ("head",)
+    Options = PKDOptions
+    terms = (core.Term("pkd", 0.0, "weight of PKD's standardised features"),)
+    needs = Needs.both("head")
     # the weight of the published detectors (per pyramid level); nobody published one for segmentation
     preset = {"*": {"lambda_pkd": 6.0}}
     cost = "one 1x1 conv where widths differ, channel statistics"
 
-    def __init__(self, tap: str = "head", align: nn.Module | None = None, group_size: int = 0) -> None:
+    def __init__(self, tap: str, align: nn.Module, group_size: int) -> None:
         super().__init__()
-        if tap not in TAPS:
-            raise UserError(f"--pkd-tap {tap}: expected one of {', '.join(TAPS)}")
-        self.tap, self.group_size = tap, group_size
-        self.student_taps = self.teacher_taps = (tap,)
-        self.align = nn.Identity() if align is None else align
+        self.tap, self.group_size, self.align = tap, group_size, align
 
     @classmethod
-    def add_arguments(cls, group: argparse._ArgumentGroup) -> None:
-        group.add_argument("--pkd-tap", choices=TAPS, default="head",
-                           help="feature: the last before the classifier, or of the backbone")
+    def requires(cls, options: PKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
+        return Needs.both(options.pkd_tap)
 
     @classmethod
-    def build(cls, context: BuildContext) -> PKD:
-        """Raises UserError when a network lacks the tap."""
-        method = cls(getattr(context.options, "pkd_tap", "head"), None, getattr(context.options, "group_size", 2))
-        check_taps(method, context.student, context.teacher)
-        ours, theirs = (net.channels[method.tap] for net in (context.student, context.teacher))
-        if ours != theirs:
-            method.align = nn.Conv2d(ours, theirs, kernel_size=1)
-        return method
+    def build(cls, options: PKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> PKD:
+        tap = options.pkd_tap
+        return cls(tap, aligner(student.channels[tap], teacher.channels[tap]), run.group_size)
 
-    def forward(self, student: SegOutput, teacher: SegOutput, target: Tensor, step: int,
-                generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        aligned = self.align(getattr(student, self.tap))
-        return {"pkd": pkd_loss(aligned, getattr(teacher, self.tap), self.group_size)}
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        aligned = self.align(getattr(batch.student, self.tap))
+        return {"pkd": pkd_loss(aligned, getattr(batch.teacher, self.tap), self.group_size)}

@@ -1,23 +1,17 @@
 """SKD's pair-wise term: similarities between all positions of a map (Liu et al., CVPR 2019 / TPAMI 2020).
 
-The holistic (adversarial) half of SKD is the term ``adv`` of ``losses/adversarial.py``, which ``--method skd`` adds.
+The holistic (adversarial) half of SKD is the term ``adv`` of ``losses/adversarial.py``, which the method's preset adds.
 """
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from losses.adversarial import PUBLISHED_ADVERSARIAL, QUICK_ADVERSARIAL, WITHOUT_ADVERSARIAL
-from losses.distiller import BuildContext, Distiller, Term, register
-from losses.feature_mse import check_maps
-from losses.task import at_least_float32
-from models.output import SegOutput
-from utils.errors import UserError
-
-FORMS = ("cirkd", "original")
+from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, Term, check_maps, option, register
+from losses.core.checks import at_least_float32, full_precision
 
 
 def pool_nodes(feature: Tensor, form: str) -> Tensor:
@@ -66,19 +60,19 @@ def pairwise_loss(student: Tensor, teacher: Tensor, form: str = "cirkd") -> Tens
     different size whose weights do not transfer. No gradient reaches the teacher. Raises UserError when h, w differ.
     """
     check_maps("skd", student, teacher)
-    with torch.autocast(student.device.type, enabled=False):
+    with full_precision(student):
         nodes = [unit_nodes(pool_nodes(at_least_float32(x), form), form) for x in (student, teacher.detach())]
         batch, _, count = nodes[0].shape
         few = count <= min(x.shape[1] for x in nodes)
         return (map_distance if few else gram_distance)(*nodes) / (batch * count ** 2)
 
 
-def check_strides(method: type[Distiller] | Distiller, context: BuildContext) -> None:
-    """Raise UserError unless the maps of both networks have the same size."""
-    student, teacher = context.student, context.teacher
-    if student.stride != teacher.stride:
-        raise UserError(f"method {method.method!r}: output stride {student.stride} of {student.name} and "
-                        f"{teacher.stride} of {teacher.name}: expected equal numbers")
+@dataclass(frozen=True)
+class SKDOptions(OptionGroup):
+    """Settings of the pair-wise term."""
+
+    skd_form: str = option("cirkd", "cirkd: 2x2 pooling, weight 10; original: four nodes per image, weight 0.5 to 1",
+                           choices=("cirkd", "original"))
 
 
 @register("skd")
@@ -88,31 +82,23 @@ class SKD(Distiller):
     title = "structured distillation: pair-wise similarities and an adversarial term"
     paper = "Liu et al., Structured Knowledge Distillation for Semantic Segmentation"
     year = 2019
+    Options = SKDOptions
     terms = (Term("skd", 0.0, "weight of SKD's pair-wise similarity loss"),)
-    student_taps = ("head",)
-    teacher_taps = ("head",)
-    # CIRKD's Cityscapes script of SKD; no script of another data set was released, the weights are taken over
-    preset = {"*": {"lambda_kd": 1.0, "lambda_skd": 10.0, **PUBLISHED_ADVERSARIAL}, **WITHOUT_ADVERSARIAL}
+    needs = Needs.both("head", same_stride=True)
+    # CIRKD's Cityscapes script of SKD; no script of another data set was released, the weights are taken over. Logits
+    # of small crops are below the 64x64 of the released discriminator: no adversarial term on these sets
+    preset = {"*": {"lambda_kd": 1.0, "lambda_skd": 10.0, "lambda_adv": 0.001},
+              "camvid": {"lambda_adv": 0.0}, "toy_streets": {"lambda_adv": 0.0}}
     cost = "channel Gram matrices; discriminator, three passes of it"
-    quick = QUICK_ADVERSARIAL
+    trial = {"adv_upsample": True}
 
-    def __init__(self, form: str = "cirkd") -> None:
+    def __init__(self, form: str) -> None:
         super().__init__()
-        if form not in FORMS:
-            raise UserError(f"--skd-form {form}: expected one of {', '.join(FORMS)}")
         self.form = form
 
     @classmethod
-    def add_arguments(cls, group: argparse._ArgumentGroup) -> None:
-        group.add_argument("--skd-form", choices=FORMS, default="cirkd",
-                           help="cirkd: 2x2 pooling, weight 10; original: four nodes per image, weight 0.5 to 1")
+    def build(cls, options: SKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> SKD:
+        return cls(options.skd_form)
 
-    @classmethod
-    def build(cls, context: BuildContext) -> SKD:
-        """Raises UserError when the output strides differ."""
-        check_strides(cls, context)
-        return cls(getattr(context.options, "skd_form", "cirkd"))
-
-    def forward(self, student: SegOutput, teacher: SegOutput, target: Tensor, step: int,
-                generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        return {"skd": pairwise_loss(student.head, teacher.head, self.form)}
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        return {"skd": pairwise_loss(batch.student.head, batch.teacher.head, self.form)}

@@ -8,19 +8,12 @@ from __future__ import annotations
 
 from models.output import SegOutput
 from models.preprocess import CAFFE_BGR, IMAGENET_RGB, Preprocess, get_preprocess
-from models.registry import (
-    default_aux,
-    get_segmentation_model,
-    list_models,
-    register_backbone,
-    register_model,
-    split_backbone,
-)
+from models.registry import NetworkChoice, default_aux, get_segmentation_model, list_models, split_backbone
 from models.segmentation import SegmentationNet
 from models.weights import LoadReport, describe, load_weights, read_info, read_state_dict, save_state_dict
 
 __all__ = [
-    "CAFFE_BGR", "IMAGENET_RGB", "LoadReport", "Preprocess", "SegOutput", "SegmentationNet", "default_aux", "describe",
-    "get_preprocess", "get_segmentation_model", "list_models", "load_weights", "read_info", "read_state_dict",
-    "register_backbone", "register_model", "save_state_dict", "split_backbone",
+    "CAFFE_BGR", "IMAGENET_RGB", "LoadReport", "NetworkChoice", "Preprocess", "SegOutput", "SegmentationNet",
+    "default_aux", "describe", "get_preprocess", "get_segmentation_model", "list_models", "load_weights", "read_info",
+    "read_state_dict", "save_state_dict", "split_backbone",
 ]

@@ -1,4 +1,4 @@
-"""What every convolutional backbone of this folder shares: width scaling, the convolution block, initialisation."""
+"""What every convolutional backbone of this folder shares: width scaling, the convolution block, initialization."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ class Backbone(nn.Module):
         self.channels = channels
 
     def init_weights(self) -> None:
-        """He initialisation (normal, fan out) of convolutions, the habit of both families; norms start as identity."""
+        """He initialization (normal, fan out) of convolutions, the habit of both families; norms start as identity."""
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")

@@ -1,7 +1,7 @@
 """The three heads: DeepLabV3 (atrous pyramid), PSPNet (pooling pyramid) and the fully convolutional auxiliary head.
 
 Every head maps a backbone stage [B, C, h, w] to (logits [B, K, h, w], feature [B, C', h, w]); the feature is what the
-classifier reads. Convolutions keep PyTorch's default initialisation. Dropout goes through ``nn.Dropout`` modules.
+classifier reads. Convolutions keep PyTorch's default initialization. Dropout goes through ``nn.Dropout`` modules.
 """
 from __future__ import annotations
 

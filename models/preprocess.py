@@ -48,7 +48,7 @@ class Preprocess:
             raise ValueError(f"std and scale must be positive, got {self.std} and {self.scale}")
 
     def __call__(self, images: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Normalise a batch.
+        """Normalize a batch.
 
         images: uint8 [B, 3, H, W], BGR, 0..255. valid: int [B, 4], the half-open rectangle (top, bottom, left, right)
         of real pixels in each image, or None when all are real. Returns float32 [B, 3, H, W], 0.0 outside ``valid``:

@@ -1,10 +1,9 @@
-"""Names of networks: the registry of backbones and models, and the one entry that builds a network.
+"""Names of networks: one table of architectures and one of backbones, and the one entry that builds a network.
 
-A backbone registers its full-width names with :func:`register_backbone`, a model its name and the backbones that it
-goes with through :func:`register_model`. The suffix ``_w<factor>`` on a backbone name scales every channel count of the
-backbone (multiples of 8, see ``backbone.scaled``) and, by the same factor and rounding, the width of the main head:
-``resnet18_w0.25``, ``mobilenetv2_w0.5``. The branches of the pooling pyramid and the auxiliary head are always a
-quarter of the stage they read.
+The suffix ``_w<factor>`` on a backbone name scales every channel count of the backbone (multiples of 8, see
+``backbone.scaled``) and, by the same factor and rounding, the width of the main head: ``resnet18_w0.25``,
+``mobilenetv2_w0.5``. The branches of the pooling pyramid and the auxiliary head are always a quarter of the stage they
+read.
 """
 from __future__ import annotations
 
@@ -33,58 +32,64 @@ MAX_WIDTH = 4.0
 
 @dataclass(frozen=True)
 class BackboneEntry:
-    """A full-width backbone: how to build it and which head widths belong to it."""
+    """A full-width backbone. build(width, norm_layer); head_widths: channels of each head over it, at full width."""
 
     build: Callable[[float, NormLayer], Backbone]
-    head_widths: dict[str, int]
+    head_widths: dict[type[nn.Module], int]
 
 
 @dataclass(frozen=True)
-class ModelEntry:
-    """A model: how to build it, the backbones it goes with, whether it has an auxiliary head by default."""
+class Architecture:
+    """A model: its head, the full-width backbones that it goes with, whether it has an auxiliary head by default."""
 
-    build: Callable[..., nn.Module]
+    head: type[nn.Module]
     backbones: tuple[str, ...]
     aux: bool
 
 
-_BACKBONES: dict[str, BackboneEntry] = {}
-_MODELS: dict[str, ModelEntry] = {}
+def _resnet(depth: int, deep_stem: bool, head_widths: dict[type[nn.Module], int]) -> BackboneEntry:
+    return BackboneEntry(lambda width, norm_layer: ResNet(depth, deep_stem, width, norm_layer), head_widths)
 
 
-def register_backbone(name: str, head_widths: dict[str, int]) -> Callable:
-    """Decorator of a function ``(width, norm_layer) -> Backbone``.
+NARROW, WIDE = {DeepLabHead: 128, PSPHead: 128}, {DeepLabHead: 256, PSPHead: 512}
+BACKBONES = {
+    "resnet18": _resnet(18, True, NARROW), "resnet18_original": _resnet(18, False, NARROW),
+    "resnet50": _resnet(50, True, WIDE), "resnet50_original": _resnet(50, False, WIDE),
+    "resnet101": _resnet(101, True, WIDE), "resnet101_original": _resnet(101, False, WIDE),
+    "mobilenetv2": BackboneEntry(MobileNetV2, NARROW),
+}
+RESNETS = tuple(name for name in BACKBONES if name.startswith("resnet"))
+ARCHITECTURES = {
+    "deeplabv3": Architecture(DeepLabHead, RESNETS, aux=True),
+    "deeplab_mobile": Architecture(DeepLabHead, ("mobilenetv2",), aux=False),
+    "psp": Architecture(PSPHead, RESNETS, aux=True),
+    "psp_mobile": Architecture(PSPHead, ("mobilenetv2",), aux=False),
+}
 
-    head_widths: {'aspp' | 'psp': channels of that head at full width}.
+
+@dataclass(frozen=True)
+class NetworkChoice:
+    """A network as the settings name it: architecture, backbone, what it starts from, its input, auxiliary head.
+
+    The fields are arguments of :func:`get_segmentation_model`.
     """
 
-    def wrap(build: Callable[[float, NormLayer], Backbone]) -> Callable[[float, NormLayer], Backbone]:
-        if name in _BACKBONES:
-            raise ValueError(f"backbone {name!r} is registered twice")
-        _BACKBONES[name] = BackboneEntry(build, head_widths)
-        return build
+    model: str
+    backbone: str
+    pretrained: str | None = None
+    pretrained_base: str | None = None
+    preprocess: str | Preprocess | None = None
+    aux: bool | None = None
 
-    return wrap
-
-
-def register_model(name: str, backbones: tuple[str, ...], aux: bool) -> Callable:
-    """Decorator of a function ``(model, backbone, num_class, aux, norm_layer, **options) -> network``.
-
-    The network offers what ``SegmentationNet`` documents. ``backbones`` are full-width names; ``aux`` is the default.
-    """
-
-    def wrap(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        if name in _MODELS:
-            raise ValueError(f"model {name!r} is registered twice")
-        _MODELS[name] = ModelEntry(build, tuple(backbones), aux)
-        return build
-
-    return wrap
+    def build(self, num_class: int, **more: Any) -> nn.Module:
+        """The network with its weights. more: further arguments, as ``norm_layer``. Raises UserError likewise."""
+        return get_segmentation_model(self.model, self.backbone, num_class, self.aux, self.pretrained,
+                                      self.pretrained_base, preprocess=self.preprocess, **more)
 
 
 def list_models() -> list[tuple[str, str]]:
-    """Every (model, backbone) pair at full width, in the order of registration."""
-    return [(model, backbone) for model, entry in _MODELS.items() for backbone in entry.backbones]
+    """Every (model, backbone) pair at full width, in the order of the table."""
+    return [(model, backbone) for model, entry in ARCHITECTURES.items() for backbone in entry.backbones]
 
 
 def split_backbone(name: str) -> tuple[str, float]:
@@ -100,13 +105,13 @@ def split_backbone(name: str) -> tuple[str, float]:
 
 def default_aux(model: str) -> bool:
     """Whether the model has an auxiliary head unless told otherwise: True over ResNets, False over MobileNets."""
-    return _entry(model).aux
+    return _architecture(model).aux
 
 
 def get_segmentation_model(model: str = "deeplabv3", backbone: str = "resnet18", num_class: int = 19,
                            aux: bool | None = None, pretrained: str | None = None, pretrained_base: str | None = None,
                            norm_layer: NormLayer = nn.BatchNorm2d, local_rank: int | None = None,
-                           preprocess: Preprocess | str | None = None, **options: Any) -> nn.Module:
+                           preprocess: Preprocess | str | None = None) -> nn.Module:
     """Build a network by name and load its weights.
 
     model, backbone: a pair of :func:`list_models`, the backbone optionally with a width suffix (``_w0.5``).
@@ -114,14 +119,21 @@ def get_segmentation_model(model: str = "deeplabv3", backbone: str = "resnet18",
     ImageNet backbone (not read when ``pretrained`` is given, which holds the backbone too). Both as in
     ``weights.load_weights``; None, '' and 'None' load nothing. norm_layer: called with a channel count.
     local_rank: accepted for old callers, without effect. preprocess: 'bgr', 'rgb' or a ``Preprocess``, overrides what
-    the weights suggest. Other keyword arguments go to the model's builder.
-    Raises UserError for an unknown name, a class count below 1, or weights that do not fit.
+    the weights suggest. Raises UserError for an unknown name, a class count below 1, or weights that do not fit.
     """
-    entry = _entry(model)
-    _check_backbone(model, entry, backbone)
+    architecture = _architecture(model)
+    base, width = split_backbone(str(backbone))
+    if base not in architecture.backbones:
+        raise UserError(f"unknown backbone {backbone!r} for {model}: expected one of "
+                        f"{', '.join(architecture.backbones)}, optionally with a width suffix such as _w0.5")
     if isinstance(num_class, bool) or not isinstance(num_class, int) or num_class < 1:
         raise UserError(f"{model}-{backbone}: num_class must be a whole number of at least 1, got {num_class!r}")
-    net = entry.build(model, backbone, num_class, entry.aux if aux is None else bool(aux), norm_layer, **options)
+    features = BACKBONES[base].build(width, norm_layer)
+    head_width = scaled(BACKBONES[base].head_widths[architecture.head], width)
+    head = architecture.head(features.channels[3], head_width, num_class, norm_layer)
+    has_aux = architecture.aux if aux is None else bool(aux)
+    auxlayer = FCNHead(features.channels[2], num_class, norm_layer) if has_aux else None
+    net = SegmentationNet(model, backbone, features, head, auxlayer, num_class)
     if is_given(pretrained):
         load_weights(net, pretrained, "model", preprocess=preprocess)
         if is_given(pretrained_base):
@@ -131,50 +143,7 @@ def get_segmentation_model(model: str = "deeplabv3", backbone: str = "resnet18",
     return net
 
 
-def _entry(model: str) -> ModelEntry:
-    if model not in _MODELS:
-        raise UserError(f"unknown model {model!r}: expected one of {', '.join(_MODELS)}")
-    return _MODELS[model]
-
-
-def _check_backbone(model: str, entry: ModelEntry, backbone: str) -> None:
-    base, _ = split_backbone(str(backbone))
-    if base not in entry.backbones:
-        raise UserError(f"unknown backbone {backbone!r} for {model}: expected one of {', '.join(entry.backbones)}, "
-                        "optionally with a width suffix such as _w0.5")
-
-
-def _register_backbones() -> None:
-    for depth, aspp, psp in ((18, 128, 128), (50, 256, 512), (101, 256, 512)):
-        for suffix, deep in (("", True), ("_original", False)):
-            register_backbone(f"resnet{depth}{suffix}", {"aspp": aspp, "psp": psp})(
-                lambda width, norm, depth=depth, deep=deep: ResNet(depth, deep, width, norm))
-    register_backbone("mobilenetv2", {"aspp": 128, "psp": 128})(MobileNetV2)
-
-
-_register_backbones()
-RESNETS = tuple(name for name in _BACKBONES if name.startswith("resnet"))
-
-
-def _compose(kind: str, head: type[nn.Module], model: str, backbone: str, num_class: int, aux: bool,
-             norm_layer: NormLayer) -> SegmentationNet:
-    base, width = split_backbone(backbone)
-    entry = _BACKBONES[base]
-    features = entry.build(width, norm_layer)
-    main = head(features.channels[3], scaled(entry.head_widths[kind], width), num_class, norm_layer)
-    auxlayer = FCNHead(features.channels[2], num_class, norm_layer) if aux else None
-    return SegmentationNet(model, backbone, features, main, auxlayer, num_class)
-
-
-@register_model("deeplab_mobile", backbones=("mobilenetv2",), aux=False)
-@register_model("deeplabv3", backbones=RESNETS, aux=True)
-def deeplabv3(model: str, backbone: str, num_class: int, aux: bool, norm_layer: NormLayer) -> SegmentationNet:
-    """DeepLabV3: atrous spatial pyramid of width 128 (ResNet-18, MobileNetV2) or 256 (ResNet-50 and -101)."""
-    return _compose("aspp", DeepLabHead, model, backbone, num_class, aux, norm_layer)
-
-
-@register_model("psp_mobile", backbones=("mobilenetv2",), aux=False)
-@register_model("psp", backbones=RESNETS, aux=True)
-def psp(model: str, backbone: str, num_class: int, aux: bool, norm_layer: NormLayer) -> SegmentationNet:
-    """PSPNet: pooling pyramid and a block of width 128 (ResNet-18, MobileNetV2) or 512 (ResNet-50 and -101)."""
-    return _compose("psp", PSPHead, model, backbone, num_class, aux, norm_layer)
+def _architecture(model: str) -> Architecture:
+    if model not in ARCHITECTURES:
+        raise UserError(f"unknown model {model!r}: expected one of {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[model]

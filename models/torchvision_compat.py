@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from utils.errors import UserError
+from utils.tensor_files import first_line
 
 _SIGNATURES = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -38,12 +39,6 @@ def import_torchvision() -> ModuleType:
         return importlib.import_module("torchvision")
     except (ImportError, RuntimeError) as error:
         raise UserError(f"torchvision does not fit this torch {torch.__version__}: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, at most 160 characters; its class name when there is none."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
 
 
 def _declare_operators() -> None:

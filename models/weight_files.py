@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from models.preprocess import Preprocess
-from models.torchvision_compat import first_line, import_torchvision
+from models.torchvision_compat import import_torchvision
 from utils.errors import UserError
-from utils.files import write_atomically, write_json
+from utils.files import write_json
+from utils.tensor_files import first_line, load_tensors, save_tensors
 
 #: a source that starts with this is one of torchvision's weight names, e.g. torchvision:ResNet50_Weights.IMAGENET1K_V2
 TORCHVISION = "torchvision:"
@@ -60,7 +59,7 @@ def open_weights(source: str | os.PathLike) -> WeightFile:
     if name.startswith(TORCHVISION):
         return WeightFile(name, _tensors(name, _download(name)))
     path = Path(name).expanduser()
-    content = _load(path)
+    content = load_tensors(path, "weights file")
     nested = content.get(INFO_KEY) if isinstance(content, Mapping) else None
     info = read_info(path)
     return WeightFile(name, _tensors(name, content), info if info is not None else _checked_info(name, nested))
@@ -102,10 +101,10 @@ def save_state_dict(net: nn.Module, path: str | os.PathLike) -> None:
     """
     net, path = unwrap(net), Path(path).expanduser()
     state = OrderedDict((k, v.detach().cpu().contiguous()) for k, v in net.state_dict().items())
+    save_tensors(path, state)
     try:
-        write_atomically(path, lambda p: torch.save(state, p))
         write_json(_info_path(path), describe(net))
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except OSError as error:
         raise UserError(f"{path}: cannot be written ({first_line(error)})") from error
 
 
@@ -137,24 +136,6 @@ def _checked_info(name: str, info: Any) -> dict[str, Any] | None:
     except (ValueError, TypeError) as error:
         raise UserError(f"{name}: 'preprocess' is not usable ({first_line(error)})") from error
     return info
-
-
-def _load(path: Path) -> Any:
-    if not path.exists():
-        raise UserError(f"{path}: no such weights file")
-    if not path.is_file():
-        raise UserError(f"{path}: expected a weights file, this is {'a folder' if path.is_dir() else 'no plain file'}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
-    except Exception as error:  # a damaged or hostile file can make the reader raise nearly anything
-        refused = isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower()
-        why = ("it holds Python objects other than tensors, which are refused for safety" if refused else
-               "it is cut off, or not a PyTorch file")
-        raise UserError(f"{path}: not a weights file that can be loaded: {why}") from error
 
 
 def _download(name: str) -> Any:

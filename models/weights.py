@@ -77,9 +77,9 @@ def load_weights(net: nn.Module, source: str | os.PathLike | None, what: str = "
         return LoadReport()
     file = open_weights(source)
     fit = _fit_model if what == "model" else _fit_backbone
-    found, report, suggested = fit(net, file)
+    pairs, report, suggested = fit(net, file)
     with torch.no_grad():
-        for target, value in found:
+        for target, value in pairs:
             target.copy_(value)
     net.preprocess = wanted or suggested or net.preprocess
     _log(net, file, what, report)
@@ -175,10 +175,10 @@ def _pairs(net: nn.Module, file: WeightFile, own: dict[str, Tensor], given: dict
 
 
 def _hint(name: str, value: Tensor, target: Tensor) -> str:
-    """What may be behind two shapes of one name: a label channel beside the colours, or another stem."""
+    """What may be behind two shapes of one name: input channels beside the colors, or another stem."""
     given, wanted = tuple(value.shape), tuple(target.shape)
     if given[1:2] + wanted[1:2] in ((3, 4), (4, 3)) and given[:1] + given[2:] == wanted[:1] + wanted[2:]:
-        return f" (the {'file' if given[1] == 4 else 'network'} is of a label-assisted teacher, with a label channel)"
+        return f" (the file has {given[1]} input channels, the network {wanted[1]})"
     if name.removeprefix("pretrained.") == "conv1.weight" and given[2:] != wanted[2:]:
         return " (resnetN has a deep stem of 3x3 convolutions, resnetN_original one 7x7 convolution)"
     return ""

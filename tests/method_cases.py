@@ -1,23 +1,26 @@
 """What the tests of all methods share: options, network descriptions, tensors that stand for two networks' outputs."""
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 
 import torch
 from helpers import train_arguments
-from torch import Tensor
+from torch import Tensor, nn
 
-from losses.composition import active_terms, build_distillers
-from losses.distiller import BuildContext, Distiller, NetInfo, check_taps, methods
-from models import get_segmentation_model
+from engine.build import run_facts
+from engine.method_list import described_network
+from engine.presets import published
+from engine.settings import Settings, parse_settings
+from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, Preparation, RunFacts, methods
+from losses.core.needs import check_needs
+from losses.core.objective import build_distillers
+from models import NetworkChoice, get_segmentation_model
 from models.output import SegOutput
 from models.weights import save_state_dict
-from utils.config import parse_config, published
 from utils.errors import UserError
-from utils.method_list import described_network
 
 CLASSES = 5
 STUDENT = NetInfo("small-net", {"logits": CLASSES, "aux": CLASSES, "c1": 8, "c2": 16, "c3": 24, "c4": 32, "head": 16},
@@ -40,33 +43,88 @@ def as_flags(options: Mapping[str, object]) -> list[str]:
 
 
 @cache
-def _parsed(words: tuple[str, ...]) -> argparse.Namespace:
-    return parse_config(["--teacher-pretrained", "teacher.pth", *words])
+def _parsed(words: tuple[str, ...]) -> Settings:
+    return parse_settings(["--teacher-pretrained", "teacher.pth", *words])
 
 
-def options(name: str, crop: tuple[int, int], dataset: str = "citys", *flags: str) -> argparse.Namespace:
-    """The parsed command line of ``--method name`` with its quick options."""
-    words = ("--method", name, "--dataset", dataset, "--crop-size", *map(str, crop), *as_flags(methods()[name].quick),
-             "--student-model", RUN_STUDENT[0], "--student-backbone", RUN_STUDENT[1])
-    return argparse.Namespace(**vars(_parsed((*words, *flags))))
+def settings_of(name: str, crop: tuple[int, int], dataset: str = "citys", *flags: str) -> Settings:
+    """The parsed command line of ``--method name`` with its trial settings."""
+    return _parsed(("--method", name, "--dataset", dataset, "--crop-size", *map(str, crop),
+                    *as_flags(methods()[name].trial), "--student-model", RUN_STUDENT[0], "--student-backbone",
+                    RUN_STUDENT[1], *flags))
 
 
-def context(name: str, crop: tuple[int, int], *, terms: frozenset[str] | None = None, dataset: str = "citys",
-            flags: tuple[str, ...] = (), student: NetInfo = STUDENT, teacher: NetInfo = TEACHER,
-            ignore_label: int = -1) -> BuildContext:
-    """What ``--method name`` is built from. terms: the active ones, by default those of the preset."""
-    parsed = options(name, crop, dataset, *flags)
-    return BuildContext(student, teacher, student.num_class, ignore_label,
-                        active_terms(parsed) if terms is None else terms, crop, dataset, parsed)
+def facts(num_class: int = CLASSES, **changes) -> RunFacts:
+    """The facts of a run with the program's defaults, but for ``changes``."""
+    return replace(run_facts(_parsed(()), num_class), **changes)
+
+
+def options_of_method(name: str, **changes) -> OptionGroup:
+    """The method's options at their defaults, but for ``changes``."""
+    return replace(methods()[name].Options(), **changes)
+
+
+def make(name: str, student: NetInfo, teacher: NetInfo | None, *flags: str, active: Iterable[str] | None = None,
+         crop: tuple[int, int] = (512, 1024), **changes) -> Distiller:
+    """Build a method as the program does: defaults, but for command-line words and for single settings or facts.
+
+    active: its terms that count, with weight 1 or as {term: weight}; all of them by default.
+    """
+    cls = methods()[name]
+    parsed = _parsed(tuple(flags))
+    own = {f.name for f in fields(cls.Options)} & set(changes)
+    options = replace(parsed.method_options[name], **{k: changes.pop(k) for k in own})
+    terms = [t.name for t in cls.terms] if active is None else active
+    weights = dict(terms) if isinstance(terms, Mapping) else dict.fromkeys(terms, 1.0)
+    facts = {"active": weights, "crop_size": crop, **changes}
+    run = replace(run_facts(parsed, student.num_class), **facts)
+    check_needs(name, cls.requires(options, run, student, teacher), student, teacher, run.crop_size)
+    return cls.build(options, run, student, teacher)
+
+
+def batch(student: SegOutput, teacher: SegOutput | None, target: Tensor | None = None, step: int = 0,
+          images: Tensor | None = None) -> Batch:
+    """A batch for ``Distiller.forward``. target: by default no pixel has a label, at eight times the size of a map."""
+    if target is None:
+        one = next(x for x in (student.logits, student.head, student.c4, student.aux) if x is not None)
+        target = torch.full((len(one), 8 * one.shape[-2], 8 * one.shape[-1]), -1)
+    return Batch(student, teacher, target, images, step)
+
+
+class Case:
+    """A method as ``--method name`` builds it, and what it is built from. terms: the active ones, by default those of
+    the preset."""
+
+    def __init__(self, name: str, crop: tuple[int, int], *, terms: frozenset[str] | None = None,
+                 dataset: str = "citys", flags: tuple[str, ...] = (), student: NetInfo = STUDENT,
+                 teacher: NetInfo = TEACHER, ignore_label: int = -1) -> None:
+        settings = settings_of(name, crop, dataset, *flags)
+        self.cls, self.options = methods()[name], settings.method_options
+        self.student, self.teacher = student, teacher
+        self.run = replace(run_facts(settings, student.num_class), ignore_label=ignore_label)
+        if terms is not None:
+            self.run = replace(self.run, active=dict.fromkeys(terms, 1.0))
+
+    @property
+    def active(self) -> frozenset[str]:
+        """The terms that count."""
+        return frozenset(self.run.active)
+
+    @property
+    def needs(self) -> Needs:
+        """What the method requires."""
+        return self.cls.requires(self.options[self.cls.method], self.run, self.student, self.teacher)
+
+    def build(self) -> Distiller:
+        """The method itself, after the check of its needs."""
+        check_needs(self.cls.method, self.needs, self.student, self.teacher, self.run.crop_size)
+        return self.cls.build(self.options[self.cls.method], self.run, self.student, self.teacher)
 
 
 def build(name: str, crop: tuple[int, int], seed: int = 0, **more) -> Distiller:
-    """The method with random weights; keyword arguments as in :func:`context`."""
+    """The method with random weights; keyword arguments as in :class:`Case`."""
     torch.manual_seed(seed)
-    where = context(name, crop, **more)
-    distiller = methods()[name].build(where)
-    check_taps(distiller, where.student, where.teacher)
-    return distiller
+    return Case(name, crop, **more).build()
 
 
 @cache
@@ -81,9 +139,9 @@ def smallest_crop(name: str, terms: frozenset[str] | None = None) -> tuple[int, 
     raise AssertionError(f"{name} refuses every crop of {CROPS}: {refusal}")
 
 
-def own_terms(name: str, active: frozenset[str]) -> set[str]:
-    """The active terms that belong to the method itself."""
-    return {t.name for t in methods()[name].terms} & active
+def own_terms(name: str, active: Iterable[str]) -> set[str]:
+    """The active terms that belong to the method itself and are losses."""
+    return {t.name for t in methods()[name].terms if not t.scales_task} & set(active)
 
 
 def outputs(info: NetInfo, crop: tuple[int, int], batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32,
@@ -120,15 +178,15 @@ def run(distiller: Distiller, student: SegOutput, teacher: SegOutput, target: Te
         seed: int = 0) -> dict[str, Tensor]:
     """One forward pass with a seeded generator; the default generator is set elsewhere, it must not matter."""
     generator = torch.Generator(target.device).manual_seed(1000 * seed + step)
-    more = {"images": images_like(student, target, step)} if distiller.uses_images else {}
-    return distiller(student, teacher, target, step, generator, **more)
+    return distiller(Batch(student, teacher, target, images_like(student, target, step), step), generator)
 
 
 def images_like(student: SegOutput, target: Tensor, seed: int = 0) -> Tensor:
     """Random images [B, 3, H, W] for labels, in the precision of the student's output."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn((len(target), 3, *target.shape[1:]), generator=generator, dtype=torch.float64)
-    return (50 * images).to(target.device, student.logits.dtype)
+    dtype = next(x for x in student if x is not None).dtype
+    return (50 * images).to(target.device, dtype)
 
 
 def check_gradients(name: str, distiller: Distiller, student: SegOutput, teacher: SegOutput, terms: dict) -> None:
@@ -139,7 +197,7 @@ def check_gradients(name: str, distiller: Distiller, student: SegOutput, teacher
     assert reached and all(t.grad.isfinite().all() for t in reached)
     assert all(t is None or t.grad is None for t in teacher)
     for parameter, value in distiller.named_parameters():
-        if parameter not in distiller.unsynchronised() and value.requires_grad:
+        if parameter not in distiller.unsynchronized() and value.requires_grad:
             assert value.grad is not None and value.grad.isfinite().all(), f"{name}: {parameter} got no gradient"
 
 
@@ -147,7 +205,7 @@ def train(distiller: Distiller, crop: tuple[int, int], steps: range, info: tuple
           device: str = "cpu") -> list[dict[str, float]]:
     """Short training of the method alone on fixed random maps; the terms of every step."""
     own = distiller.trained_parameters()
-    found = []
+    history = []
     for step in steps:
         student, teacher = (outputs(i, crop, seed=step + n, device=device) for n, i in enumerate(info))
         terms = run(distiller, student, teacher, labels(crop, seed=step, device=device), step)
@@ -157,24 +215,24 @@ def train(distiller: Distiller, crop: tuple[int, int], steps: range, info: tuple
                 parameter -= 1e-3 * parameter.grad / (1 + parameter.grad.norm())
                 parameter.grad = None
         distiller.after_step(step)
-        found.append(values(terms))
-    return found
+        history.append(values(terms))
+    return history
 
 
 @cache
 def trial_flags(name: str) -> tuple[str, ...]:
     """Flags of a short run of the method: its preset, or that of camvid where only this one fits small crops."""
-    student, teacher = (described_network(*net, CLASSES) for net in (RUN_STUDENT, RUN_TEACHER))
+    student, teacher = (described_network(NetworkChoice(*net), CLASSES) for net in (RUN_STUDENT, RUN_TEACHER))
     for crop in CROPS:
         for weights in ("citys", "camvid"):
             chosen = as_flags(published(name, weights, RUN_STUDENT[1]))
             try:
-                build_distillers(context(name, crop, flags=tuple(chosen), student=student, teacher=teacher,
-                                         dataset="toy_streets"))
+                case = Case(name, crop, flags=tuple(chosen), student=student, teacher=teacher, dataset="toy_streets")
+                build_distillers(case.options, case.run, student, teacher)
             except UserError as error:
                 refusal = error
                 continue
-            return ("--method", name, *chosen, "--crop-size", *map(str, crop), *as_flags(methods()[name].quick))
+            return ("--method", name, *chosen, "--crop-size", *map(str, crop), *as_flags(methods()[name].trial))
     raise AssertionError(f"{name} refuses every crop of {CROPS}: {refusal}")
 
 
@@ -191,3 +249,9 @@ def write_run_teacher(path: Path) -> Path:
     torch.manual_seed(0)
     save_state_dict(get_segmentation_model(model=RUN_TEACHER[0], backbone=RUN_TEACHER[1], num_class=CLASSES), path)
     return path
+
+
+def preparation(teacher: nn.Module | None, directory: Path, batches, log=lambda line: None, *, main: bool = True,
+                data: str = "", images: int = 0, student: nn.Module | None = None) -> Preparation:
+    """What a stage before training is given, on the CPU."""
+    return Preparation(student, teacher, torch.device("cpu"), directory, main, batches, log, data, images)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from losses.cirkd import minibatch_pixel_loss
+from losses.core.relations import minibatch_pixel_loss
 from losses.dsd import csd_loss, psd_loss
 from losses.ifvd import ifvd_loss
 from losses.maskd import maskd_loss
@@ -69,12 +69,12 @@ def ifvd_slow(maps: Maps) -> Tensor:
     loop over the classes that rewrites the whole map of means."""
     cosines = []
     for head in (maps.student_head, maps.teacher_head):
-        centres = head.clone()
+        centers = head.clone()
         for k in range(maps.student_logits.shape[1]):
             mask = (maps.labels == k).to(head.dtype).unsqueeze(1).expand_as(head)
             mean = (mask * head).sum((2, 3)) / (mask.sum((2, 3)) + 1e-6)
-            centres = (1 - mask) * centres + mask * mean[:, :, None, None]
-        cosines.append(F.cosine_similarity(head, centres, dim=1))
+            centers = (1 - mask) * centers + mask * mean[:, :, None, None]
+        cosines.append(F.cosine_similarity(head, centers, dim=1))
     return ((cosines[0] - cosines[1]) ** 2).mean()
 
 
@@ -84,8 +84,8 @@ def cirkd_slow(maps: Maps) -> Tensor:
     total = student.new_zeros(())
     for i in range(len(student)):
         for j in range(len(student)):
-            ours, theirs = (x[i].transpose(0, 1) @ x[j] / TAU for x in (student, teacher))
-            q, p = F.log_softmax(ours, dim=1), F.softmax(theirs, dim=1)
+            own, taught = (x[i].transpose(0, 1) @ x[j] / TAU for x in (student, teacher))
+            q, p = F.log_softmax(own, dim=1), F.softmax(taught, dim=1)
             total = total + F.kl_div(q, p, reduction="batchmean")
     return total / len(student) ** 2
 
@@ -102,18 +102,18 @@ def dsd_slow(maps: Maps) -> Tensor:
     pairs = [(0, 1), (0, 2), (1, 2)]
     pixel = maps.student_head.new_zeros(())
     for i, j in pairs:
-        ours, theirs = (F.normalize(attention(own[j]) - attention(own[i]), dim=1) for own in layers)
-        pixel = pixel + ((ours - theirs) ** 2).mean() / len(pairs)
-    pooled = [F.avg_pool2d(own[2], 2, ceil_mode=True).flatten(2) for own in layers]
-    ours, theirs = (torch.einsum("bkp,bmp->bkm", phi, phi) for phi in (F.softmax(x / TEMPERATURE, 2) for x in pooled))
-    return pixel + ((ours - theirs) ** 2).mean()
+        own, taught = (F.normalize(attention(taps[j]) - attention(taps[i]), dim=1) for taps in layers)
+        pixel = pixel + ((own - taught) ** 2).mean() / len(pairs)
+    pooled = [F.avg_pool2d(taps[2], 2, ceil_mode=True).flatten(2) for taps in layers]
+    own, taught = (torch.einsum("bkp,bmp->bkm", phi, phi) for phi in (F.softmax(x / TEMPERATURE, 2) for x in pooled))
+    return pixel + ((own - taught) ** 2).mean()
 
 
 def maskd_slow(maps: Maps) -> Tensor:
     """Half the mean over images, tokens and classes of the masked squared differences, as a [B, T, K, h, w] tensor."""
     masks = torch.einsum("tk,bkhw->bthw", maps.tokens, maps.teacher_logits).sigmoid()
-    ours, theirs = (masks[:, :, None] * z[:, None] for z in (maps.student_logits, maps.teacher_logits))
-    sums = ((ours - theirs) ** 2).sum((3, 4))
+    own, taught = (masks[:, :, None] * z[:, None] for z in (maps.student_logits, maps.teacher_logits))
+    sums = ((own - taught) ** 2).sum((3, 4))
     return (sums / (masks.sum((2, 3))[:, :, None] + 1e-5)).mean() / 2
 
 

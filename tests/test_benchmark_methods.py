@@ -8,6 +8,7 @@ import sys
 import pytest
 from helpers import ROOT, assert_refused
 
+from utils.cli import describe_error
 from utils.errors import UserError
 
 SMALL = ["--student", "psp-resnet18_w0.125", "--teacher", "psp-resnet18_w0.25", "--dataset", "camvid", "--crop", "64",
@@ -34,7 +35,7 @@ def here(benchmark, monkeypatch) -> list[list]:
         try:
             return benchmark.measure_job(job, benchmark.parse(argv))
         except UserError as error:
-            return {"refused": str(error)}
+            return {"refused": describe_error(error)}
 
     monkeypatch.setattr(benchmark, "in_own_process", measure)
     return jobs

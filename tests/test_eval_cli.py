@@ -18,11 +18,11 @@ from torch import nn
 
 import eval as program
 from dataset import SegmentationDataset, get_dataset_spec
+from engine.evaluate import predict
 from models import get_segmentation_model
 from utils.cli import run_main
-from utils.evaluate import predict
 from utils.score import SegmentationMetric
-from utils.visualize import colour_mask
+from utils.visualize import color_mask
 
 ROOT = Path(__file__).parents[1]
 NETWORK = ["--model", "deeplab_mobile", "--backbone", "mobilenetv2_w0.25"]
@@ -142,7 +142,7 @@ def test_pictures(place: Path, tmp_path: Path) -> None:
     for kind in ("colour", "index", "ids"):        # CamVid's own label values are the train ids
         np.testing.assert_array_equal(np.asarray(Image.open(folder / kind / "b.png")), expected)
     colours = np.asarray(Image.open(folder / "colour" / "b.png").convert("RGB"))
-    np.testing.assert_array_equal(colours, colour_mask(expected, data.spec.palette))
+    np.testing.assert_array_equal(colours, color_mask(expected, data.spec.palette))
     mixed = np.asarray(Image.open(folder / "overlay" / "b.png")).astype(float)
     image = data[1]["image"].permute(1, 2, 0).numpy()[..., ::-1]
     assert np.abs(mixed - (image / 2 + colours / 2)).max() <= 1

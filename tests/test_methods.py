@@ -14,9 +14,10 @@ from method_cases import (
     CLASSES,
     STUDENT,
     TEACHER,
+    Case,
+    batch,
     build,
     check_gradients,
-    context,
     images_like,
     labels,
     outputs,
@@ -28,9 +29,9 @@ from method_cases import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from losses.distiller import Distiller, NetInfo, methods
+from engine.settings import build_parser
+from losses.core import Distiller, NetInfo, methods
 from models.output import SegOutput
-from utils.config import build_parser
 from utils.errors import UserError
 
 NAMES = list(methods())
@@ -51,22 +52,22 @@ class TestDescription:
         cls = methods()[name]
         assert cls.title and cls.paper and cls.cost and 1990 < cls.year < 2100
         assert cls.terms and all(t.help for t in cls.terms)
-        assert set((*cls.student_taps, *cls.teacher_taps)) <= set(SegOutput._fields)
+        assert set((*cls.needs.student, *cls.needs.teacher)) <= set(SegOutput._fields)
 
-    def test_every_option_has_help_and_the_quick_ones_exist(self, name) -> None:
+    def test_every_option_has_help_and_those_of_a_trial_exist(self, name) -> None:
         actions = {a.dest: a for a in build_parser()._actions}
-        assert set(methods()[name].quick) <= set(actions)
+        assert set(methods()[name].trial) <= set(actions)
         for group in build_parser()._action_groups:
             if group.title == f"method {name}":
                 assert all(a.help for a in group._group_actions)
 
     @pytest.mark.parametrize("dataset", ["citys", "ade20k", "coco_stuff_164k", "voc", "camvid", "toy_streets"])
     def test_the_preset_of_every_data_set_switches_a_term_on(self, name, dataset) -> None:
-        assert own_terms(name, context(name, (512, 512), dataset=dataset).active)
+        assert own_terms(name, Case(name, (512, 512), dataset=dataset).active)
 
     def test_a_stage_before_training_has_a_quick_form(self, name) -> None:
         cls = methods()[name]
-        assert cls.prepare is Distiller.prepare or cls.quick
+        assert cls.prepare is Distiller.prepare or cls.trial
 
     def test_every_term_weighs_nothing_unless_asked_for(self, name) -> None:
         if name not in ("kd", "afdcd"):  # the defaults of the reference's parser
@@ -78,11 +79,13 @@ class TestForward:
         distiller = build(name, crop)
         student, teacher = outputs(STUDENT, crop), outputs(TEACHER, crop, seed=1)
         terms = run(distiller, student, teacher, labels(crop))
-        assert set(terms) == own_terms(name, context(name, crop).active)
+        assert set(terms) == own_terms(name, Case(name, crop).active)
         check_gradients(name, distiller, student, teacher, terms)
 
     def test_every_term_alone(self, name) -> None:
         for term in methods()[name].terms:
+            if term.scales_task:
+                continue
             alone = frozenset([term.name])
             crop = smallest_crop(name, alone)
             distiller = build(name, crop, terms=alone)
@@ -95,10 +98,10 @@ class TestForward:
         distiller = build(name, crop)
         student, teacher = outputs(STUDENT, crop), outputs(TEACHER, crop, seed=1)
         wanted = run(distiller, student, teacher, labels(crop))
+        needs = Case(name, crop).needs
         only = [SegOutput(**{t: v if t in taps else None for t, v in maps._asdict().items()})
-                for maps, taps in ((student, distiller.student_taps), (teacher, distiller.teacher_taps))]
-        found = run(build(name, crop), *only, labels(crop))
-        assert values(found) == values(wanted)
+                for maps, taps in ((student, needs.student), (teacher, needs.teacher))]
+        assert values(run(build(name, crop), *only, labels(crop))) == values(wanted)
 
     @pytest.mark.parametrize("widths", ["equal", "student wider"])
     def test_other_widths(self, name, crop, widths) -> None:
@@ -220,9 +223,9 @@ class TestState:
         assert train(second, crop, range(2, 4)) == train(first, crop, range(2, 4))
 
     def test_it_can_be_built_without_memory(self, name, crop) -> None:
-        where = context(name, crop)
+        case = Case(name, crop)
         with torch.device("meta"):
-            described = methods()[name].build(where)
+            described = case.build()
         real = build(name, crop)
         shapes = [{k: v.shape for k, v in d.named_parameters()} for d in (described, real)]
         assert shapes[0] == shapes[1]
@@ -230,15 +233,15 @@ class TestState:
     def test_what_it_leaves_out_of_ddp_exists(self, name, crop) -> None:
         distiller = build(name, crop)
         known = {n for n, _ in (*distiller.named_parameters(), *distiller.named_buffers())}
-        assert distiller.unsynchronised() <= known
+        assert distiller.unsynchronized() <= known
 
 
 class TestDevices:
     def test_the_step_never_asks_the_device_for_a_value(self, name, crop) -> None:
         """Fake tensors have no values: every such question (``item``, ``if tensor``, boolean masks) is an error."""
-        where = context(name, crop)
+        case = Case(name, crop)
         with FakeTensorMode():
-            distiller = methods()[name].build(where)
+            distiller = case.build()
             student, teacher = outputs(STUDENT, crop), outputs(TEACHER, crop)
             target = torch.zeros((2, *crop), dtype=torch.int64)
             terms = run(distiller, student, teacher, target)
@@ -253,8 +256,8 @@ class TestDevices:
         images = images_like(student, target)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            more = {"images": images} if distiller.uses_images else {}
-            sum(distiller(student, teacher, target, 0, generator, **more).values()).backward()
+            terms = distiller(batch(student, teacher, target, images=images), generator)
+            sum(terms.values()).backward()
             distiller.after_step(0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -269,7 +272,7 @@ class TestRefusals:
     @pytest.mark.parametrize("role", ["student", "teacher"])
     def test_a_missing_tap_is_named_beside_those_on_offer(self, name, crop, role) -> None:
         whole = {"student": STUDENT, "teacher": TEACHER}
-        for tap in getattr(build(name, crop), f"{role}_taps"):
+        for tap in getattr(Case(name, crop).needs, role):
             kept = {t: c for t, c in whole[role].channels.items() if t != tap}
             lacking = {role: NetInfo("odd-net", kept, CLASSES)}
             try:
@@ -278,7 +281,7 @@ class TestRefusals:
                 assert tap in str(error) and "odd-net" in str(error), error
                 assert all(re.search(rf"\b{t}\b", str(error)) for t in kept), error
             else:  # it has something to put in its place
-                assert tap not in getattr(distiller, f"{role}_taps")
+                assert tap not in getattr(Case(name, crop, **lacking).needs, role)
                 student, teacher = (outputs({**whole, **lacking}[r], crop, seed=n) for n, r in enumerate(whole))
                 terms = run(distiller, student, teacher, labels(crop))
                 check_gradients(name, distiller, student, teacher, terms)

@@ -6,12 +6,11 @@
 
 Every measurement has a process of its own, and the repetitions go round all methods, so that a machine that slows down
 slows all of them. Networks have random weights and images are noise: neither matters to the cost. Stages before
-training run with their ``quick`` options and are not counted. ``none`` trains the student alone; ``teacher`` runs the
+training run with their ``trial`` settings and are not counted. ``none`` trains the student alone; ``teacher`` runs the
 teacher too and distils nothing, so that what a method itself adds is the difference to ``teacher``.
 """
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -21,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,17 +29,37 @@ import torch
 from torch import Tensor, nn
 
 from dataset import get_dataset_spec
-from losses.composition import Objective
-from losses.distiller import Preparation, methods
+from engine.build import build_objective, build_optimizer
+from engine.settings import from_flat, parse_settings
+from engine.step import TrainStep
+from losses.core import Preparation, methods
+from losses.core.objective import Objective
 from models import get_segmentation_model
-from utils.build import build_objective, build_optimizer
-from utils.cli import ArgumentParser, number, run_main
-from utils.config import needs_teacher, parse_config
+from utils.cli import parse_options, run_main
 from utils.errors import UserError
-from utils.step import TrainStep
+from utils.options import OptionGroup, option
 
 BASELINES = ("none", "teacher")
 MARK = "measured: "
+
+
+@dataclass(frozen=True)
+class Options(OptionGroup):
+    """The command line."""
+
+    student: str = option("deeplabv3-resnet18", "MODEL-BACKBONE of the student", metavar="NET")
+    teacher: str = option("deeplabv3-resnet101", "MODEL-BACKBONE of the teacher", metavar="NET")
+    dataset: str = option("citys", "whose presets and number of classes")
+    crop: tuple[int, int] = option((512, 1024), "training crop", at_least=1, metavar=("H", "W"))
+    batch: int = option(2, "images per step", at_least=2, metavar="N")
+    steps: int = option(3, "steps per measurement, after a warm-up", at_least=1, metavar="N")
+    repeats: int = option(3, "rounds over all methods", at_least=1, metavar="N")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    methods: tuple[str, ...] = option(tuple(methods()), "which ones (default: all)", choices=lambda: tuple(methods()),
+                                      metavar="NAME")
+    json: str | None = option(None, "write the figures there too", metavar="FILE")
+    slow_forms: bool = option(False, "measure the losses of five methods against their slow forms instead")
+    job: str | None = option(None, hidden=True)  # the one measurement of a child process
 
 
 # -- one measurement, in a process of its own -------------------------------------------------------------------------
@@ -86,7 +106,7 @@ def network(name: str, num_class: int) -> nn.Module:
     return get_segmentation_model(model=model, backbone=backbone, num_class=num_class)
 
 
-def random_batches(options: argparse.Namespace, num_class: int) -> Callable[..., Iterator[tuple[Tensor, Tensor]]]:
+def random_batches(options: Options, num_class: int) -> Callable[..., Iterator[tuple[Tensor, Tensor]]]:
     """What ``Preparation.batches`` asks for, with noise as images and random labels."""
 
     def batches(steps: int, batch_size: int, start: int, role: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -98,33 +118,33 @@ def random_batches(options: argparse.Namespace, num_class: int) -> Callable[...,
     return batches
 
 
-def prepare(objective: Objective, teacher: nn.Module | None, options: argparse.Namespace, num_class: int) -> None:
+def prepare(objective: Objective, teacher: nn.Module | None, options: Options, num_class: int) -> None:
     """Run the methods' stages before training, on noise."""
     with tempfile.TemporaryDirectory() as folder:
-        stage = Preparation(teacher, torch.device(options.device), Path(folder), True,
-                            random_batches(options, num_class), lambda text: None, student=objective.student)
+        stage = Preparation(objective.student, teacher, torch.device(options.device), Path(folder), True,
+                            random_batches(options, num_class), lambda text: None, data="noise", images=options.batch)
         for distiller in objective.distillers.values():
             distiller.prepare(stage)
 
 
-def measure_method(name: str, options: argparse.Namespace) -> dict[str, float]:
+def measure_method(name: str, options: Options) -> dict[str, float]:
     """Seconds per training step and peak memory of one method or baseline; its parameters and bytes of state."""
     device = torch.device(options.device)
     num_class = get_dataset_spec(options.dataset).num_class
     method = "none" if name in BASELINES else name
     model, _, backbone = options.student.partition("-")
-    config = parse_config(["--method", method, "--dataset", options.dataset, "--crop-size", *map(str, options.crop),
+    settings = parse_settings(["--method", method, "--dataset", options.dataset, "--crop-size", *map(str, options.crop),
                            "--student-model", model, "--student-backbone", backbone,
                            "--batch-size", str(options.batch), "--teacher-pretrained", "random"])
     if method != "none":
-        vars(config).update(methods()[method].quick)
+        settings = from_flat({**settings.flat(), **methods()[method].trial})
     torch.manual_seed(0)
     student = network(options.student, num_class).train()
     teacher = None
-    if name == "teacher" or needs_teacher(config):
+    if name == "teacher" or settings.needs_teacher:
         teacher = network(options.teacher, num_class).eval().requires_grad_(False).to(device)
-    objective = build_objective(config, student, teacher).to(device)
-    step_fn = TrainStep(objective, teacher, build_optimizer(config, objective), lr=1e-4, max_iterations=10**6)
+    objective = build_objective(settings, student, teacher).to(device)
+    step_fn = TrainStep(objective, teacher, build_optimizer(settings, objective), lr=1e-4, max_iterations=10**6)
     images = torch.randn(options.batch, 3, *options.crop, device=device)
     target = torch.randint(0, num_class, (options.batch, *options.crop), device=device)
     if method != "none":
@@ -136,7 +156,7 @@ def measure_method(name: str, options: argparse.Namespace) -> dict[str, float]:
             "state": sum(t.numel() * t.element_size() for t in kept)}
 
 
-def measure_form(name: str, which: int, options: argparse.Namespace) -> dict[str, float]:
+def measure_form(name: str, which: int, options: Options) -> dict[str, float]:
     """Seconds and memory beyond the inputs of forward and backward of one loss: 0 the slow form, 1 ours."""
     from tests.slow_forms import FORMS, make_maps
 
@@ -223,27 +243,12 @@ def refusals(results: Mapping[str, dict | list[dict]]) -> list[tuple[str, str]]:
     return [(name, r["refused"]) for name, r in flat if "refused" in r]
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> Options:
     """The command line."""
-    count = number(int, 1)
-    parser = ArgumentParser(prog="benchmark_methods.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--student", default="deeplabv3-resnet18", metavar="NET", help="MODEL-BACKBONE of the student")
-    parser.add_argument("--teacher", default="deeplabv3-resnet101", metavar="NET", help="MODEL-BACKBONE of the teacher")
-    parser.add_argument("--dataset", default="citys", help="whose presets and number of classes")
-    parser.add_argument("--crop", type=count, nargs=2, default=[512, 1024], metavar=("H", "W"), help="training crop")
-    parser.add_argument("--batch", type=number(int, 2), default=2, metavar="N", help="images per step")
-    parser.add_argument("--steps", type=count, default=3, metavar="N", help="steps per measurement, after a warm-up")
-    parser.add_argument("--repeats", type=count, default=3, metavar="N", help="rounds over all methods")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--methods", nargs="+", choices=list(methods()), default=list(methods()), metavar="NAME",
-                        help="which ones (default: all)")
-    parser.add_argument("--json", default=None, metavar="FILE", help="write the figures there too")
-    parser.boolean(parser, "--slow-forms", False, "measure the losses of five methods against their slow forms instead")
-    parser.add_argument("--job", default=None, help=argparse.SUPPRESS)  # the one measurement of a child process
-    return parser.parse_args(argv)
+    return parse_options(Options, argv, prog="benchmark_methods.py", description=__doc__.split("\n")[0])
 
 
-def measure_job(job: list, options: argparse.Namespace) -> dict[str, float]:
+def measure_job(job: list, options: Options) -> dict[str, float]:
     """The figures of ["method", name] or ["form", name, 0 | 1] (slow form, ours), measured in this process."""
     return measure_method(job[1], options) if job[0] == "method" else measure_form(job[1], job[2], options)
 
@@ -277,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, reason in refusals(results):
         print(f"\n{name}: not measured: {reason}")
     if options.json:
-        settings = {k: v for k, v in vars(options).items() if k not in ("job", "json")}
+        settings = {k: v for k, v in asdict(options).items() if k not in ("job", "json")}
         Path(options.json).write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
     return 0
 

@@ -7,31 +7,31 @@ Exit code 0 when everything that was read is fine, 2 (and one line on stderr) ot
 """
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
 
 from dataset import DatasetSpec, SegmentationDataset, get_dataset_spec, list_datasets
-from utils.cli import ArgumentParser, number, run_main
+from utils.cli import parse_options, run_main
 from utils.errors import UserError
+from utils.options import OptionGroup, option
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+@dataclass(frozen=True, kw_only=True)
+class Settings(OptionGroup):
     """The command line."""
-    parser = ArgumentParser(prog="check_data.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", required=True, help=f"one of {', '.join(list_datasets())}")
-    parser.add_argument("--data", required=True, metavar="DIR", help="root folder of the data set")
-    parser.add_argument("--split", action="append", metavar="NAME", help="check this split only (may be repeated)")
-    parser.add_argument("--list", action="append", default=[], metavar="SPLIT=FILE", help="list file of a split")
-    parser.add_argument("--sample", type=number(int, 0), default=20, metavar="N",
-                        help="images to decode per split, evenly spread; 0: none")
-    parser.boolean(parser, "--all", False, "decode every image")
-    return parser.parse_args(argv)
+
+    dataset: str = option(MISSING, lambda: f"one of {', '.join(list_datasets())}")
+    data: str = option(MISSING, "root folder of the data set", metavar="DIR")
+    split: tuple[str, ...] = option((), "check this split only (may be repeated)", nargs="append", metavar="NAME")
+    list: tuple[str, ...] = option((), "list file of a split", nargs="append", metavar="SPLIT=FILE")
+    sample: int = option(20, "images to decode per split, evenly spread; 0: none", at_least=0, metavar="N")
+    all: bool = option(False, "decode every image")
 
 
 def list_files(entries: Sequence[str], spec: DatasetSpec) -> dict[str, str]:
@@ -55,10 +55,10 @@ def count_pixels(data: SegmentationDataset, indices: Sequence[int]) -> np.ndarra
     return counts
 
 
-def check_split(spec: DatasetSpec, args: argparse.Namespace, split: str, list_file: str | None) -> np.ndarray:
+def check_split(spec: DatasetSpec, settings: Settings, split: str, list_file: str | None) -> np.ndarray:
     """Print one line about a split; pixels per class of what was decoded, as :func:`count_pixels`."""
-    data = SegmentationDataset(spec, args.data, split, train=False, list_file=list_file)
-    wanted = len(data) if args.all else min(args.sample, len(data))
+    data = SegmentationDataset(spec, settings.data, split, train=False, list_file=list_file)
+    wanted = len(data) if settings.all else min(settings.sample, len(data))
     indices = np.unique(np.linspace(0, len(data) - 1, wanted).astype(int)) if wanted else []
     counts = count_pixels(data, indices)
     published = spec.split(split).published
@@ -77,25 +77,25 @@ def print_histogram(spec: DatasetSpec, counts: np.ndarray) -> None:
     print(f"     {'ignored (of all pixels)':24s} {100 * counts[-1] / max(int(counts.sum()), 1):8.3f} %")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(settings: Settings) -> None:
     """Check the splits that were asked for, or all; a split that no training needs may be absent."""
-    spec = get_dataset_spec(args.dataset, args.data)
-    lists = list_files(args.list, spec)
-    print(f"{spec.title}: {spec.num_class} classes, {args.data}")
+    spec = get_dataset_spec(settings.dataset, settings.data)
+    lists = list_files(settings.list, spec)
+    print(f"{spec.title}: {spec.num_class} classes, {settings.data}")
     counts = np.zeros(spec.num_class + 1, dtype=np.int64)
-    for split in args.split or spec.splits:
-        needed = bool(args.split) or split in lists or split in (spec.train_split, spec.selection_split)
-        if not needed and not os.path.isdir(os.path.join(args.data, spec.split(split).image_dir)):
+    for split in settings.split or spec.splits:
+        needed = bool(settings.split) or split in lists or split in (spec.train_split, spec.selection_split)
+        if not needed and not os.path.isdir(os.path.join(settings.data, spec.split(split).image_dir)):
             print(f"{split}: absent")
             continue
-        counts += check_split(spec, args, split, lists.get(split))
+        counts += check_split(spec, settings, split, lists.get(split))
     if counts.any():
         print_histogram(spec, counts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    run(parse(argv))
+    run(parse_options(Settings, argv, prog="check_data.py", description=__doc__.split("\n")[0]))
     return 0
 
 

@@ -4,24 +4,32 @@
     python tools/make_scripts.py            rewrite them all
     python tools/make_scripts.py --check    exit with 1 and name what differs
 
-The three tables below are the only place where settings stand. A new method is one line in METHODS.
+Settings come from where ``--method`` has them: the published ones of the method's file in ``losses/`` and the defaults
+of its options. Here stand the published figures, the protocol of each data set, and which settings a script shows. A
+new method is one line in METHODS.
 """
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from textwrap import wrap
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import ArgumentParser, run_main
+import numpy as np
+
+from engine.presets import preset, published_row
+from engine.settings import build_parser
+from utils.cli import parse_options, run_main
 from utils.files import write_text
+from utils.options import OptionGroup, flag, option
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "train_scripts"
-OPTIMISATION = "--batch-size 16 --lr 0.02 --momentum 0.9 --weight-decay {decay} --poly-power 0.9 --aux-weight {aux}"
-RUNNING = "--workers 8 --val-per-iters 800 --save-per-iters 800 --log-iter 10"
+OPTIMIZATION = ("batch_size", "lr", "momentum", "weight_decay", "poly_power", "aux_weight")
+RUNNING = ("workers", "val_per_iters", "save_per_iters", "log_iter")
 
 
 @dataclass(frozen=True)
@@ -49,22 +57,14 @@ class Table:
     note: str = ""
 
 
-#: by (data set, student), by data set, or '*' for the rest; see :func:`lookup`
-ByRow = Mapping[str | tuple[str, str], str]
-
-
 @dataclass(frozen=True)
 class Method:
-    """title: for people; weights, variant: flags that differ by row; flags: the same everywhere; decay: weight decay;
-    aux: weight of the auxiliary head; notes: comments; teacher: whether it learns from the table's teacher."""
+    """title: for people; shown: settings that the scripts spell out, a tuple per line; notes: comments, by (data set,
+    student), by data set, or '*' for the rest; teacher: whether it learns from the table's teacher."""
 
     title: str
-    weights: ByRow = field(default_factory=dict)
-    variant: ByRow = field(default_factory=dict)
-    flags: str = ""
-    decay: ByRow = field(default_factory=lambda: {"*": "0.0001"})
-    aux: str = "0.4"
-    notes: ByRow = field(default_factory=dict)
+    shown: tuple[tuple[str, ...], ...] = ()
+    notes: Mapping[str | tuple[str, str], str] = field(default_factory=dict)
     teacher: bool = True
 
 
@@ -100,91 +100,78 @@ TABLES = {
              "Here val chooses and test is reported; --selection-split reference restores that habit."),
 }
 
-#: SKD, IFVD and CWD rows: KD and a discriminator beside the method's own terms
-ADVERSARIAL = "--lambda-kd 1.0 {own} --lambda-adv 0.001"
-#: KT rows, and with NO_TWIN those of MasKD and DIST
 MORE_DECAY = "Published with a larger weight decay than the other rows."
 NO_TWIN = f"{MORE_DECAY} The student alone was not trained again with it."
-CIRKD = "--lambda-kd 1.0 --lambda-cirkd-batch 1.0 --lambda-cirkd-pixel {memory} --lambda-cirkd-region {memory}"
 CITYS_ONLY = "Only Cityscapes scripts of this row were released: the same weights on this data set are an assumption."
 NO_ADVERSARIAL = ("A crop of 360 gives logits of 45x45, on which the released discriminator crashes: this row runs "
                   "without the adversarial term (--lambda-adv 0.001 --adv-upsample switches it on).")
-
-
-def adversarial(title: str, own: str) -> Method:
-    """A row that was published with KD and the adversarial term."""
-    weights = ADVERSARIAL.format(own=own)
-    return Method(title, weights={"*": weights, "camvid": weights.replace("0.001", "0.0")},
-                  notes={"citys": "", "voc": CITYS_ONLY, "camvid": f"{CITYS_ONLY} {NO_ADVERSARIAL}"})
-
+#: of SKD, IFVD and CWD
+ADVERSARIAL = {"citys": "", "voc": CITYS_ONLY, "camvid": f"{CITYS_ONLY} {NO_ADVERSARIAL}"}
 
 #: a script is written for every method listed here and every student with a published figure of it
 METHODS = {
     "none": Method("not distilled", teacher=False),
     "kd": Method(
-        "KD", weights={"*": "--lambda-kd 1.0", "ade20k": "--lambda-kd 0.5", "coco_stuff_164k": "--lambda-kd 0.5"},
-        flags="--kd-temperature 1.0",
-        notes={"*": "No script of this row was released; the weight is that of KD within Af-DCD on this data set."}),
-    "skd": adversarial("SKD", "--lambda-skd 10.0"),
-    "ifvd": adversarial("IFVD", "--lambda-ifvd 20.0"),
-    "cwd": adversarial("CWD", "--lambda-cwd-feat 50.0 --lambda-cwd-logit 3.0"),
+        "KD", (("lambda_kd",), ("kd_temperature",)),
+        {"*": "No script of this row was released; the weight is that of KD within Af-DCD on this data set."}),
+    "skd": Method("SKD", (("lambda_kd", "lambda_skd", "lambda_adv"),), ADVERSARIAL),
+    "ifvd": Method("IFVD", (("lambda_kd", "lambda_ifvd", "lambda_adv"),), ADVERSARIAL),
+    "cwd": Method("CWD", (("lambda_kd", "lambda_cwd_feat", "lambda_cwd_logit", "lambda_adv"),), ADVERSARIAL),
     "dsd": Method(
-        "DSD", weights={"*": "--lambda-dsd-psd 1000.0 --lambda-dsd-csd 10.0"},
-        variant={("citys", MBV2): "--compat reference"},
-        notes={("citys", MBV2): "This student has no auxiliary head, and the released code compares its maps with "
-                                "others of the teacher; the published figure was made with it: hence --compat "
-                                "reference. Without it head and logits are compared with head and logits."}),
+        "DSD", (("lambda_dsd_psd", "lambda_dsd_csd"), ("compat",)),
+        {("citys", MBV2): "This student has no auxiliary head, and the released code compares its maps with "
+                          "others of the teacher; the published figure was made with it: hence --compat "
+                          "reference. Without it head and logits are compared with head and logits."}),
     "cirkd": Method(
         "CIRKD",
-        weights={"*": CIRKD.format(memory=0.1), "voc": CIRKD.format(memory=0.01)},
-        flags="--group-size 2 --compat reference",
-        notes={"*": "The released code fills the pixel queues with pixels of other classes, and the published figure "
-                    "was made with it: hence --compat reference. Without it the queues are correct."}),
+        (("lambda_kd", "lambda_cirkd_batch", "lambda_cirkd_pixel", "lambda_cirkd_region"), ("group_size", "compat")),
+        {"*": "The released code fills the pixel queues with pixels of other classes, and the published figure "
+              "was made with it: hence --compat reference. Without it the queues are correct."}),
     "maskd": Method(
-        "MasKD", weights={"*": "--lambda-maskd 1.0 --maskd-aux-weight 0.4"},
-        flags="--maskd-tokens 8 --maskd-steps 10000 --maskd-batch-size 16 --maskd-lr 0.1",
-        decay={"*": "0.0005", ("citys", MBV2): "0.0002"},
-        notes={"*": f"Learns its masks first (10k iterations, cached in the run's folder). {NO_TWIN}"}),
+        "MasKD", (("lambda_maskd", "maskd_aux_weight"),
+                  ("maskd_tokens", "maskd_steps", "maskd_batch_size", "maskd_lr")),
+        {"*": f"Learns its masks first (10k iterations, cached in the run's folder). {NO_TWIN}"}),
     "dist": Method(
-        "DIST", weights={"*": "--lambda-dist 1.0 --dist-aux-weight 0.4"},
-        flags="--dist-temperature 1.0 --dist-beta 1.0 --dist-gamma 1.0 --group-size 2", decay={"*": "0.0005"},
-        notes={"*": NO_TWIN,
-               ("citys", PSP): f"{NO_TWIN} Others who ran the released code report 75.37 to 75.53."}),
+        "DIST", (("lambda_dist", "dist_aux_weight"), ("dist_temperature", "dist_beta", "dist_gamma", "group_size")),
+        {"*": NO_TWIN, ("citys", PSP): f"{NO_TWIN} Others who ran the released code report 75.37 to 75.53."}),
     "kt": Method(
-        "KT",
-        weights={"*": "--lambda-kd 1.0 --lambda-kt-logit 1.0 --lambda-kt-feature 1.0 --lambda-kt-contrast 1.0"},
-        flags="--lambda-kt-aux 0.4 --kd-temperature 4.0 --kt-temperature 4.0 --kt-switch 10000", decay={"*": "0.0005"},
-        notes={"*": f"{MORE_DECAY} The released code compares the logits at crop size, as --compat reference does: the "
-                    "same but for cells that label edges cut, and slower."}),
+        "KT", (("lambda_kd", "lambda_kt_logit", "lambda_kt_feature", "lambda_kt_contrast"),
+               ("lambda_kt_aux", "kd_temperature", "kt_temperature", "kt_switch")),
+        {"*": f"{MORE_DECAY} The released code compares the logits at crop size, as --compat reference does: the "
+              "same but for cells that label edges cut, and slower."}),
     "lad": Method(
-        "LAD", weights={"*": "--lambda-lad 3.0"}, flags="--lad-model deeplabv3", aux="0.02", teacher=False,
-        notes={"*": "Published with one decimal. The teacher, a DeepLabV3-ResNet18 that is shown noisy labels, is "
-                    "trained first by the same command (cached in the run's folder). The released code has a learning "
-                    "rate of 0.001 and a student that starts from trained weights; this is the schedule of the other "
-                    "rows (--lr 0.001 --student-pretrained FILE come closer)."}),
+        "LAD", (("lambda_lad",), ("lad_model",)),
+        {"*": "Published with one decimal. The teacher, a DeepLabV3-ResNet18 that is shown noisy labels, is "
+              "trained first by the same command (cached in the run's folder). The released code has a learning "
+              "rate of 0.001 and a student that starts from trained weights; this is the schedule of the other "
+              "rows (--lr 0.001 --student-pretrained FILE come closer)."}, teacher=False),
     "afdcd": Method(
-        "Af-DCD",
-        weights={
-            "citys": "--lambda-kd 1.0 --lambda-fd 0.000002 --lambda-ctr 0.005",
-            "ade20k": "--lambda-kd 0.5 --lambda-fd 0.000001 --lambda-ctr 0.04",
-            "coco_stuff_164k": "--lambda-kd 0.5 --lambda-fd 0.000005 --lambda-ctr 0.005",
-            "voc": "--lambda-kd 1.0 --lambda-fd 0.000001 --lambda-ctr 0.005",
-            "camvid": "--lambda-kd 1.0 --lambda-fd 0.000008 --lambda-ctr 0.01",
-        },
-        variant={"*": "--rand-mask true --enhance-projector false --mask-ratio 0.75",
-                 ("citys", R18): "--rand-mask false --enhance-projector true --mask-ratio 0.75"},
-        flags="--kd-temperature 1.0 --tau-ocd 0.07 --m-ocd 16 --pool-size 4 --patch-size 4 4 --clip-distiller 15",
-        notes={("citys", R18): "The released script asks for centre mask and enhanced projector in a spelling that its "
-                               "program rejects, so nobody can tell which setting gave the published figure. This is "
-                               "the intended one; add --rand-mask true --enhance-projector false for that program's "
-                               "defaults.",
-               "camvid": "The contrast is not pooled on CamVid, whatever --pool-size says."}),
+        "Af-DCD", (("lambda_kd", "lambda_fd", "lambda_ctr"), ("rand_mask", "enhance_projector", "mask_ratio"),
+                   ("kd_temperature", "tau_ocd", "m_ocd", "pool_size", "patch_size", "clip_distiller")),
+        {("citys", R18): "The released script asks for centre mask and enhanced projector in a spelling that its "
+                         "program rejects, so nobody can tell which setting gave the published figure. This is "
+                         "the intended one; add --rand-mask true --enhance-projector false for that program's "
+                         "defaults.",
+         "camvid": "The contrast is not pooled on CamVid, whatever --pool-size says."}),
 }
 
 
-def lookup(table: ByRow, dataset: str, student: str) -> str:
-    """The most specific entry of a row, '' when there is none."""
-    return table.get((dataset, student), table.get(dataset, table.get("*", "")))
+def lookup(notes: Mapping[str | tuple[str, str], str], dataset: str, student: str) -> str:
+    """The most specific note of a row, '' when there is none."""
+    return notes.get((dataset, student), notes.get(dataset, notes.get("*", "")))
+
+
+@cache
+def defaults() -> dict[str, object]:
+    """{setting: default} of ``train_kd.py``."""
+    return {action.dest: action.default for action in build_parser()._actions}
+
+
+def written(setting: str, value: object) -> str:
+    """A setting as the command line takes it, numbers without exponents: ``--lambda-fd 0.000002``."""
+    values = value if isinstance(value, (list, tuple)) else (value,)
+    texts = [np.format_float_positional(v, trim="0") if isinstance(v, float) else str(v).lower() for v in values]
+    return " ".join([flag(setting), *texts])
 
 
 def scripts() -> Iterator[tuple[str, str]]:
@@ -227,45 +214,58 @@ def student_script(dataset: str, student: str, method: str) -> str:
 
 def assemble(dataset: str, student: str, method: str, comment: list[str]) -> str:
     """Comment paragraphs and command of one script."""
-    table, network, settings = TABLES[dataset], NETWORKS[student], METHODS[method]
-    height, width = table.crop
-    lines = [f'--dataset {dataset} --data "$DATA" --crop-size {height} {width} --max-iterations {table.iterations}',
-             OPTIMISATION.format(decay=lookup(settings.decay, dataset, student), aux=settings.aux)]
-    if settings.teacher:
-        lines += [f"--teacher-model {NETWORKS[R101].model} --teacher-backbone {NETWORKS[R101].backbone}",
-                  f'--teacher-pretrained "${{TEACHER:-$CKPT/{table.teacher_file}}}"']
-    lines += [f"--student-model {network.model} --student-backbone {network.backbone}",
-              f'--student-pretrained-base "$CKPT/{network.base}"',
-              f"--method {method} {lookup(settings.weights, dataset, student)}".rstrip(),
-              lookup(settings.variant, dataset, student), settings.flags, RUNNING,
-              '--save-dir "$WORK_DIR" --log-dir "$LOG_DIR" "$@"']
+    table, network, described = TABLES[dataset], NETWORKS[student], METHODS[method]
+    row = published_row(method, dataset, network.model, network.backbone)
+    values = {**defaults(), **preset(method, dataset, network.backbone), **row,
+              "dataset": dataset, "crop_size": table.crop, "max_iterations": table.iterations}
+    # a defect that only some figures were made with is shown where it is wanted
+    lines = [[name for name in line if name != "compat" or values[name] == "reference"] for line in described.shown]
+
+    def show(names: Iterable[str]) -> str:
+        return " ".join(written(name, values[name]) for name in names)
+
+    commands = [f'--dataset {dataset} --data "$DATA" {show(("crop_size", "max_iterations"))}', show(OPTIMIZATION)]
+    if described.teacher:
+        commands += [f"--teacher-model {NETWORKS[R101].model} --teacher-backbone {NETWORKS[R101].backbone}",
+                     f'--teacher-pretrained "${{TEACHER:-$CKPT/{table.teacher_file}}}"']
+    commands += [f"--student-model {network.model} --student-backbone {network.backbone}",
+                 f'--student-pretrained-base "$CKPT/{network.base}"',
+                 " ".join([f"--method {method}", *map(show, lines[:1])]), *map(show, lines[1:]), show(RUNNING),
+                 '--save-dir "$WORK_DIR" --log-dir "$LOG_DIR" "$@"']
     head = [*comment, table.note,
             "GPUS, DATA, TEACHER, ...: see ../common.sh. More flags are passed on. Written by tools/make_scripts.py."]
     return "\n".join(["#!/usr/bin/env bash", *(f"# {line}" for text in head for line in wrap(text, 116)),
                       "set -euo pipefail",
                       f'source "$(dirname "${{BASH_SOURCE[0]}}")/../common.sh" {dataset}', "",
-                      "train \\\n    " + " \\\n    ".join(filter(None, lines))]) + "\n"
+                      "train \\\n    " + " \\\n    ".join(filter(None, commands))]) + "\n"
 
 
 def differences() -> list[str]:
     """Scripts that are missing, differ from the tables, or stand in none of them; paths below train_scripts."""
     wanted = dict(scripts())
     paths = (path for table in TABLES.values() for path in SCRIPTS.glob(f"{table.folder}/*.sh"))
-    found = {str(path.relative_to(SCRIPTS)) for path in paths}
+    present = {str(path.relative_to(SCRIPTS)) for path in paths}
     changed = [name for name, text in wanted.items()
-               if name in found and (SCRIPTS / name).read_text(encoding="utf-8") != text]
-    return ([f"{name}: differs" for name in changed] + [f"{name}: missing" for name in sorted(wanted.keys() - found)]
-            + [f"{name}: not in the tables" for name in sorted(found - wanted.keys())])
+               if name in present and (SCRIPTS / name).read_text(encoding="utf-8") != text]
+    return ([f"{name}: differs" for name in changed] + [f"{name}: missing" for name in sorted(wanted.keys() - present)]
+            + [f"{name}: not in the tables" for name in sorted(present - wanted.keys())])
+
+
+@dataclass(frozen=True)
+class Settings(OptionGroup):
+    """The command line."""
+
+    check: bool = option(False, "write nothing; exit with 1 when a script differs from the tables")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write or check. Returns the exit code."""
-    parser = ArgumentParser(prog="make_scripts.py", description="Write train_scripts/<data set>/*.sh from one table.")
-    parser.boolean(parser, "--check", False, "write nothing; exit with 1 when a script differs from the tables")
-    if parser.parse_args(argv).check:
-        found = differences()
-        print("\n".join(found) or "all scripts agree with the tables")
-        return 1 if found else 0
+    settings = parse_options(Settings, argv, prog="make_scripts.py",
+                             description="Write train_scripts/<data set>/*.sh from one table.")
+    if settings.check:
+        problems = differences()
+        print("\n".join(problems) or "all scripts agree with the tables")
+        return 1 if problems else 0
     for name, text in scripts():
         path = SCRIPTS / name
         write_text(path, text)

@@ -23,11 +23,13 @@ import torch
 
 from dataset import SegmentationDataset, get_dataset_spec
 from dataset.toy_streets import write_toy_streets
+from engine.evaluate import evaluate
 from models import get_segmentation_model
-from utils.cli import ArgumentParser, number, run_main
+from utils.cli import parse_options, run_main
+from utils.distributed import available_cpus
 from utils.errors import UserError
-from utils.evaluate import available_cpus, evaluate
 from utils.files import write_json
+from utils.options import OptionGroup, option
 from utils.visualize import comparison, save_rgb
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,13 +168,18 @@ def picture(out: Path, data: Path, seed: int, recipe: Recipe, results: dict[str,
     return path
 
 
+@dataclass(frozen=True)
+class Options(OptionGroup):
+    """The command line."""
+
+    seeds: tuple[int, ...] = option((0,), "one complete run per seed", at_least=0, metavar="N")
+    out: str | None = option(None, "folder of the runs (default: runs/quickstart)", metavar="DIR")
+    short: bool = option(False, "a few iterations on a few images: shows that everything works")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the whole quickstart; returns the exit code."""
-    parser = ArgumentParser(prog="quickstart.py", description="Distil a small network on toy streets.")
-    parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0], help="one complete run per seed")
-    parser.add_argument("--out", default=None, metavar="DIR", help="folder of the runs (default: runs/quickstart)")
-    parser.boolean(parser, "--short", False, "a few iterations on a few images: shows that everything works")
-    options = parser.parse_args(argv)
+    options = parse_options(Options, argv, prog="quickstart.py", description="Distil a small network on toy streets.")
     recipe = SHORT if options.short else Recipe()
     usual = ROOT / "runs" / ("quickstart_short" if options.short else "quickstart")
     out = Path(options.out).expanduser().resolve() if options.out else usual

@@ -13,13 +13,15 @@ import json
 import statistics
 import subprocess
 import sys
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from losses.distiller import methods
-from utils.cli import ArgumentParser, number, run_main
+from losses.core import methods
+from utils.cli import parse_options, run_main
 from utils.errors import UserError
+from utils.options import OptionGroup, option
 
 ROOT = Path(__file__).resolve().parent.parent
 #: options that make a run of some dozens of steps possible: short stages, discriminators on small logits
@@ -29,19 +31,38 @@ SMALL = {"maskd": ["--maskd-steps", "30", "--maskd-batch-size", "4"], "kt": ["--
 SMALL_LOGITS = ["--adv-upsample"]
 
 
-def command(name: str, options, folder: Path) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class Settings(OptionGroup):
+    """The command line."""
+
+    dataset: str = option("toy_streets", "data set")
+    data: str = option("data/toy_streets", "its folder", metavar="DIR")
+    teacher_model: str = option("deeplabv3", "architecture of the teacher")
+    teacher_backbone: str = option("resnet18_w0.5", "backbone of the teacher")
+    student_model: str = option("deeplabv3", "architecture of the student")
+    student_backbone: str = option("resnet18_w0.25", "backbone of the student")
+    teacher_pretrained: str = option(MISSING, "trained teacher", metavar="FILE")
+    crop_size: tuple[int, int] = option((64, 96), "crop", at_least=32, metavar="N")
+    batch_size: int = option(4, "images per step", at_least=2)
+    steps: int = option(60, "steps per method", at_least=10)
+    methods: tuple[str, ...] = option(("none", *methods()), "which ones", metavar="NAME")
+    out: str = option("runs/smoke", "folder of the runs", metavar="DIR")
+    no_cuda: bool = option(False, "run on the CPU although there is a GPU")
+
+
+def command(name: str, settings: Settings, folder: Path) -> list[str]:
     """The ``train_kd.py`` command of one method ('none': not distilled)."""
-    words = ["--dataset", options.dataset, "--data", options.data, "--method", name, "--student-model",
-             options.student_model, "--student-backbone", options.student_backbone, "--crop-size",
-             *map(str, options.crop_size), "--batch-size", str(options.batch_size), "--max-iterations",
-             str(options.steps), "--workers", "0", "--log-iter", "1", "--save-per-iters", str(options.steps),
-             "--val-per-iters", str(options.steps), "--no-tensorboard", "--save-dir", str(folder), "--log-dir",
+    words = ["--dataset", settings.dataset, "--data", settings.data, "--method", name, "--student-model",
+             settings.student_model, "--student-backbone", settings.student_backbone, "--crop-size",
+             *map(str, settings.crop_size), "--batch-size", str(settings.batch_size), "--max-iterations",
+             str(settings.steps), "--workers", "0", "--log-iter", "1", "--save-per-iters", str(settings.steps),
+             "--val-per-iters", str(settings.steps), "--no-tensorboard", "--save-dir", str(folder), "--log-dir",
              str(folder)]
     if name != "none":
-        words += ["--teacher-model", options.teacher_model, "--teacher-backbone", options.teacher_backbone,
-                  "--teacher-pretrained", options.teacher_pretrained, "--m-ocd", "16", "--pool-size", "2",
+        words += ["--teacher-model", settings.teacher_model, "--teacher-backbone", settings.teacher_backbone,
+                  "--teacher-pretrained", settings.teacher_pretrained, "--m-ocd", "16", "--pool-size", "2",
                   "--patch-size", "2", "2", *SMALL_LOGITS, *SMALL.get(name, [])]
-    return [sys.executable, str(ROOT / "train_kd.py"), *words, *(["--no-cuda"] if options.no_cuda else [])]
+    return [sys.executable, str(ROOT / "train_kd.py"), *words, *(["--no-cuda"] if settings.no_cuda else [])]
 
 
 def read(folder: Path) -> list[dict]:
@@ -49,12 +70,12 @@ def read(folder: Path) -> list[dict]:
     return [json.loads(line) for path in folder.glob("*.jsonl") for line in path.read_text("utf-8").splitlines()]
 
 
-def result(name: str, options) -> list[dict]:
+def result(name: str, settings: Settings) -> list[dict]:
     """Records of the method's run, made now unless a complete one is there."""
-    folder = Path(options.out) / name
+    folder = Path(settings.out) / name
     records = read(folder)
-    if not any(r["kind"] == "val" and r["step"] == options.steps for r in records):
-        done = subprocess.run(command(name, options, folder), capture_output=True, text=True)
+    if not any(r["kind"] == "val" and r["step"] == settings.steps for r in records):
+        done = subprocess.run(command(name, settings, folder), capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{name}: exit code {done.returncode}: {(done.stderr.strip() or done.stdout)[-300:]}")
         records = read(folder)
@@ -75,26 +96,13 @@ def row(name: str, records: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the methods one after another and print the table."""
-    parser = ArgumentParser(prog="smoke_methods.py", description="A short real run of every method.")
-    parser.add_argument("--dataset", default="toy_streets", help="data set")
-    parser.add_argument("--data", default="data/toy_streets", metavar="DIR", help="its folder")
-    for role, backbone in (("teacher", "resnet18_w0.5"), ("student", "resnet18_w0.25")):
-        parser.add_argument(f"--{role}-model", default="deeplabv3", help=f"architecture of the {role}")
-        parser.add_argument(f"--{role}-backbone", default=backbone, help=f"backbone of the {role}")
-    parser.add_argument("--teacher-pretrained", required=True, metavar="FILE", help="trained teacher")
-    parser.add_argument("--crop-size", type=number(int, 32), nargs=2, default=[64, 96], metavar="N", help="crop")
-    parser.add_argument("--batch-size", type=number(int, 2), default=4, help="images per step")
-    parser.add_argument("--steps", type=number(int, 10), default=60, help="steps per method")
-    parser.add_argument("--methods", nargs="+", default=["none", *methods()], metavar="NAME", help="which ones")
-    parser.add_argument("--out", default="runs/smoke", metavar="DIR", help="folder of the runs")
-    parser.boolean(parser, "--no-cuda", False, "run on the CPU although there is a GPU")
-    options = parser.parse_args(argv)
-    unknown = set(options.methods) - {"none", *methods()}
+    settings = parse_options(Settings, argv, prog="smoke_methods.py", description="A short real run of every method.")
+    unknown = set(settings.methods) - {"none", *methods()}
     if unknown:
         raise UserError(f"--methods: unknown {', '.join(sorted(unknown))}; known are {', '.join(methods())}")
     print("| method | own terms, first tenth | last tenth | task loss, last tenth | val mIoU % |\n" + "|---" * 5 + "|")
-    for name in options.methods:
-        print(row(name, result(name, options)), flush=True)
+    for name in settings.methods:
+        print(row(name, result(name, settings)), flush=True)
     return 0
 
 

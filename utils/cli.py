@@ -5,25 +5,29 @@
   under ``torchrun`` find the same fault, one of them says so.
 
     def main(argv: list[str] | None = None) -> int | None:
-        parser = ArgumentParser(prog="train_kd.py", description="...")
+        settings = parse_options(Settings, argv, prog="check_data.py", description="...")
         ...
         return 0
 
     if __name__ == "__main__":
         sys.exit(run_main(main))
+
+Flags, types and help derive from the dataclasses of ``utils/options.py``.
 """
 from __future__ import annotations
 
 import argparse
 import difflib
-import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from utils.errors import UserError
+from utils.options import Option, OptionGroup, flag, is_required, options_of
+
+Group = TypeVar("Group", bound=OptionGroup)
 
 #: seconds to wait for the launcher's store before a message is written in any case
 STORE_PATIENCE = 5.0
@@ -39,31 +43,24 @@ def parse_bool(text: str) -> bool:
     return word in _TRUE
 
 
-def number(kind: type[int] | type[float], low: float | None = None, high: float | None = None,
-           *, open_low: bool = False) -> Callable[[str], int | float]:
-    """A ``type=`` for add_argument: a finite int or float in [low, high] (in (low, high] with ``open_low``)."""
-    noun = "a whole number" if kind is int else "a number"
-    limits = [] if low is None else [f"above {low:g}" if open_low else f"of at least {low:g}"]
-    limits += [] if high is None else [f"of at most {high:g}"]
-    expected = " ".join([noun, " and ".join(limits)]).strip()
+def _converter(one: Option) -> Callable[[str], Any]:
+    """The ``type=`` of a numeric setting: a finite number within its limits, or ArgumentTypeError."""
 
     def convert(text: str) -> int | float:
         try:
-            value = kind(text)
+            value = one.kind(text)
         except ValueError:
             value = None
-        fits = value is not None and math.isfinite(value)
-        fits = fits and (low is None or (value > low if open_low else value >= low))
-        if not fits or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        if value is None or not one.allows(value):
+            raise argparse.ArgumentTypeError(f"expected {one.expected}, got {text!r}")
         return value
 
-    convert.metavar = "N" if kind is int else "X"
+    convert.metavar = "N" if one.kind is int else "X"
     return convert
 
 
 class BooleanAction(argparse.Action):
-    """``--flag``, ``--flag true|false|1|0|yes|no`` and ``--no-flag``; made by `ArgumentParser.boolean`."""
+    """``--flag``, ``--flag true|false|1|0|yes|no`` and ``--no-flag``."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, default: bool | None = False,
                  help: str | None = None) -> None:
@@ -124,16 +121,39 @@ class ArgumentParser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
 
-    def boolean(self, group: argparse._ActionsContainer, flag: str, default: bool | None,
-                help: str) -> argparse.Action:
-        """Add ``flag`` (with dashes) to ``group``; it also gets a ``--no-...`` form unless it is one itself."""
-        spellings = [flag] if flag.startswith("--no-") else [flag, f"--no-{flag[2:]}"]
-        return group.add_argument(*spellings, action=BooleanAction, default=default, help=help)
+    def add_options(self, group: argparse._ActionsContainer, settings: type[OptionGroup]) -> None:
+        """Add a flag for every setting of a dataclass that this parser does not have yet."""
+        for one in options_of(settings):
+            if flag(one.name) not in self._option_string_actions:
+                self.add_option(group, one)
+
+    def add_option(self, group: argparse._ActionsContainer, one: Option) -> None:
+        """Add the flag of one setting."""
+        spellings = [flag(one.name), *map(flag, one.aliases)]
+        more = {"help": argparse.SUPPRESS if one.hidden else one.help}
+        if one.kind is bool:
+            spellings += [] if one.name.startswith("no_") else [f"--no-{spellings[0][2:]}"]
+            group.add_argument(*spellings, action=BooleanAction, default=one.default, **more)
+            return
+        if one.nargs == "append":
+            more |= {"action": "append"}
+        elif one.nargs is not None:
+            more |= {"nargs": one.nargs}
+        if one.kind in (int, float):
+            more |= {"type": _converter(one)}
+        elif one.kind is not str:
+            more |= {"type": one.kind}
+        if one.metavar is not None:
+            more |= {"metavar": one.metavar}
+        default = list(one.default) if isinstance(one.default, tuple) else one.default
+        required = is_required(one)
+        group.add_argument(*spellings, choices=one.choices, required=required, default=None if required else default,
+                           **more)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As argparse, after turning the underscores of known options into dashes."""
         given = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(self._normalise(given), namespace)
+        return super().parse_known_args(self._normalize(given), namespace)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As argparse; an unknown option is an error that names the closest known ones."""
@@ -153,7 +173,7 @@ class ArgumentParser(argparse.ArgumentParser):
         _say(f"{self.prog}: error: {' '.join(message.split())}\n")
         self.exit(2)
 
-    def _normalise(self, args: list[str]) -> list[str]:
+    def _normalize(self, args: list[str]) -> list[str]:
         end = args.index("--") if "--" in args else len(args)
         return [self._dashed(arg) for arg in args[:end]] + args[end:]
 
@@ -171,6 +191,19 @@ class ArgumentParser(argparse.ArgumentParser):
         return f" (did you mean {', '.join(dict.fromkeys(close))}?)" if close else ""
 
 
+def read_options(values: Mapping[str, Any], settings: type[Group]) -> Group:
+    """The settings of one dataclass from {setting: value}; lists become tuples."""
+    own = {one.name: values[one.name] for one in options_of(settings)}
+    return settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in own.items()})
+
+
+def parse_options(settings: type[Group], argv: Sequence[str] | None, *, prog: str, description: str) -> Group:
+    """Parse a command line whose flags are the fields of one dataclass."""
+    parser = ArgumentParser(prog=prog, description=description)
+    parser.add_options(parser, settings)
+    return read_options(vars(parser.parse_args(argv)), settings)
+
+
 def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None, *,
              prog: str | None = None) -> int:
     """Run a program and return its exit code, for ``sys.exit(run_main(main))``.
@@ -181,7 +214,7 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
     try:
         return main(argv) or 0
     except UserError as error:
-        _say(f"{prog}: error: {_message(error)}\n")
+        _say(f"{prog}: error: {describe_error(error)}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
@@ -225,9 +258,14 @@ def _is_lost_connection(error: RuntimeError) -> bool:
                                            "remote process exited", "socket closed"))
 
 
-def _message(error: UserError) -> str:
-    """The message in one line; that of a loading process comes wrapped in its traceback, of which the end counts."""
+def describe_error(error: UserError) -> str:
+    """The message in one line, with the flags of the settings that it speaks of and does not name.
+
+    That of a loading process comes wrapped in its traceback, of which the end counts.
+    """
     text = str(error)
     if text.startswith("Caught UserError in "):
         text = text.rsplit("UserError: ", 1)[-1]
-    return " ".join(text.split())
+    text = " ".join(text.split())
+    flags = [flag(name) for name in error.settings if flag(name) not in text]
+    return f"{text} ({', '.join(flags)})" if flags else text

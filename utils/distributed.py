@@ -14,7 +14,7 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process's place in the run. ``world_size`` 1 means that no process group exists."""
+    """Rank and device of this process. ``world_size`` 1 means that no process group exists."""
 
     rank: int
     world_size: int
@@ -22,7 +22,7 @@ class Distributed:
     device: torch.device
 
     @property
-    def is_main(self) -> bool:
+    def is_main_process(self) -> bool:
         """True on the one process that prints and writes files."""
         return self.rank == 0
 
@@ -62,9 +62,14 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def place() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """(rank, number of processes) of this process; (0, 1) when it stands alone."""
     return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+
+
+def available_cpus() -> int:
+    """Number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def barrier() -> None:
@@ -103,7 +108,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Give every process rank 0's buffers (batch-norm statistics that were not synchronised)."""
+    """Give every process rank 0's buffers (batch-norm statistics that were not synchronized)."""
     if is_distributed():
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
@@ -133,17 +138,17 @@ class CrossProcessBatchNorm2d(nn.BatchNorm2d):
         count = wide.new_full((1,), wide.numel() / wide.shape[1])
         mean = all_reduce(torch.cat([wide.sum((0, 2, 3)), count]))
         mean, total = mean[:-1] / mean[-1], mean[-1].detach()
-        centred = wide - mean[:, None, None]
-        var = all_reduce(centred.square().sum((0, 2, 3))) / total
+        centered = wide - mean[:, None, None]
+        var = all_reduce(centered.square().sum((0, 2, 3))) / total
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_((var * total / (total - 1)).to(self.running_var.dtype), self.momentum)
         scale = (self.weight * torch.rsqrt(var + self.eps))[:, None, None]
-        return (centred * scale + self.bias[:, None, None]).to(x.dtype)
+        return (centered * scale + self.bias[:, None, None]).to(x.dtype)
 
 
-def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+def synchronize_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     """Make every batch norm of a module use the statistics of all processes. Parameters and names stay the same."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)

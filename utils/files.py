@@ -37,8 +37,8 @@ def check_target(path: Path, flag: str, is_folder: bool) -> None:
     """`UserError` unless the file or folder can be written; nothing is created."""
     if path.exists() and path.is_dir() != is_folder:
         raise UserError(f"{flag} {path}: expected a {'folder' if is_folder else 'file'}")
-    place = path if is_folder else path.parent
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"{flag} {path}: cannot be written, {place} is not a folder that this user may write to")
+    existing = path if is_folder else path.parent
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{flag} {path}: cannot be written, {existing} is not a folder that this user may write to")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from utils.distributed import is_distributed
 from utils.errors import UserError
 
 #: the reference divides by ``count + _EPS``: an empty class or an empty data set scores 0
@@ -95,11 +96,10 @@ class SegmentationMetric:
     def all_reduce(self) -> None:
         """Add up the counts of every process of the default process group, once; alone it does nothing."""
         self._check()
-        dist = torch.distributed
-        if self._reduced or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if self._reduced or not is_distributed():
             return
         flat = torch.cat([self._counts.flatten(), self._correct_reference.view(1)])
-        dist.all_reduce(flat)
+        torch.distributed.all_reduce(flat)
         self._counts = flat[:-1].view_as(self._counts).clone()
         self._correct_reference = flat[-1].clone()
         self._reduced = True

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from utils.files import write_atomically
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 #: colour of ignored pixels, and their index in palette files
-IGNORE_COLOUR: Colour = (255, 255, 255)
+IGNORE_COLOR: Color = (255, 255, 255)
 IGNORE_INDEX = 255
 
 _INK, _FAINT, _PAPER = (33, 37, 41), (108, 117, 125), (255, 255, 255)
 _EDGE = (173, 181, 189)
 
 
-def colour_mask(index: np.ndarray | Tensor, palette: np.ndarray, ignore: Colour = IGNORE_COLOUR) -> np.ndarray:
+def color_mask(index: np.ndarray | Tensor, palette: np.ndarray, ignore: Color = IGNORE_COLOR) -> np.ndarray:
     """Class indices [H,W] (any integer dtype) -> colours [H,W,3]; values outside 0..K-1 get ``ignore``.
 
     palette: uint8 [K,3] RGB.
@@ -36,7 +36,7 @@ def colour_mask(index: np.ndarray | Tensor, palette: np.ndarray, ignore: Colour 
 def overlay(image: np.ndarray, index: np.ndarray | Tensor, palette: np.ndarray, alpha: float = 0.5) -> np.ndarray:
     """The image [H,W,3] with the colours of the classes [H,W] mixed in; where no class is, the image stays as it is."""
     index = np.asarray(index)
-    mixed = np.rint((1 - alpha) * image + alpha * colour_mask(index, palette)).astype(np.uint8)
+    mixed = np.rint((1 - alpha) * image + alpha * color_mask(index, palette)).astype(np.uint8)
     is_class = (index >= 0) & (index < len(palette))
     return np.where(is_class[..., None], mixed, image)
 
@@ -56,7 +56,7 @@ def save_index(path: Path, index: np.ndarray | Tensor, palette: np.ndarray | Non
     index = np.where((index >= 0) & (index < IGNORE_INDEX), index, IGNORE_INDEX).astype(np.uint8)
     picture = Image.fromarray(index)
     if palette is not None:
-        colours = np.full((256, 3), IGNORE_COLOUR, np.uint8)
+        colours = np.full((256, 3), IGNORE_COLOR, np.uint8)
         colours[:min(len(palette), IGNORE_INDEX)] = np.asarray(palette, np.uint8)[:IGNORE_INDEX]
         picture.putpalette(colours.tobytes())
     _save(path, picture)
@@ -122,13 +122,13 @@ def comparison(images: Sequence[np.ndarray], labels: Sequence[np.ndarray | Tenso
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         maps = [np.asarray(label), *(np.asarray(model[i]) for model in predictions)]
         # where the truth is unknown, a prediction can be neither right nor wrong; it is shown all the same
-        tiles += [image, *(colour_mask(index, palette) for index in maps)]
+        tiles += [image, *(color_mask(index, palette) for index in maps)]
         occurring.update(int(value) for index in maps for value in np.unique(index))
     shown = sorted(value for value in occurring if 0 <= value < len(palette))[:48]
     names = [classes[value] for value in shown] if len(classes) else []
     colours = np.asarray(palette, np.uint8)[shown]
     if names and occurring - set(range(len(palette))):
-        names, colours = [*names, "ignored"], np.concatenate([colours, np.array([IGNORE_COLOUR], np.uint8)])
+        names, colours = [*names, "ignored"], np.concatenate([colours, np.array([IGNORE_COLOR], np.uint8)])
     return panel(tiles, ["image", "truth", *titles], columns=2 + len(predictions), heading=heading, classes=names,
                  palette=colours, tile_width=tile_width)
 
@@ -193,7 +193,7 @@ def _titles(titles: Sequence[str], width: int, step: int, margin: int, font: Ima
 
 
 def _legend(classes: Sequence[str], palette: np.ndarray, width: int, font: ImageFont.FreeTypeFont) -> np.ndarray:
-    """Colour swatches with class names, in columns of equal width."""
+    """Color swatches with class names, in columns of equal width."""
     height = _line_height(font)
     swatch = height * 3 // 4
     step = min(swatch + height + math.ceil(max(font.getlength(name) for name in classes)), width)

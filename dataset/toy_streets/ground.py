@@ -196,7 +196,7 @@ _GRASS = (rgb(88, 108, 50), rgb(104, 112, 58), rgb(70, 92, 44), rgb(128, 122, 72
 def _pavement(
     stage: Stage, street: Street, side: int, off: np.ndarray, z: np.ndarray, fine_x: np.ndarray, fine_z: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Colour [n, 3] and label [n] of ground pixels that lie `off` metres outside the kerb line."""
+    """Color [n, 3] and label [n] of ground pixels that lie `off` metres outside the kerb line."""
     rng = stage.rng
     base, across, along = _PAVINGS[int(rng.integers(len(_PAVINGS)))]
     gain = rng.uniform(0.8, 1.15)

@@ -44,8 +44,8 @@ def test_report(check, camvid_root):
     assert lines[1] == "train: 2 images, PUBLISHED: 367; 2 decoded"
     label = tiny_data.label("camvid", "train", "b")
     road = 4800 + int((label == 3).sum())
-    labelled = 4800 + int((label < 11).sum())
-    assert lines[2 + 3].split() == ["3", "road", f"{100 * road / labelled:.3f}", "%"]
+    labeled = 4800 + int((label < 11).sum())
+    assert lines[2 + 3].split() == ["3", "road", f"{100 * road / labeled:.3f}", "%"]
     assert lines[-1].split()[-2] == f"{100 * (label == 11).sum() / (4800 + label.size):.3f}"
 
 

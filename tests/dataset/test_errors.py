@@ -103,10 +103,10 @@ class TestLists:
 
     def test_voc_uses_the_list_in_its_usual_place(self, tmp_path):
         lists = tiny_data.write(str(tmp_path), "voc")
-        place = tmp_path / "ImageSets/Segmentation"
-        place.mkdir(parents=True)
-        Path(lists["train"]).rename(place / "train_aug.txt")
-        (place / "train_aug.txt").write_text("train_b\n")
+        folder = tmp_path / "ImageSets/Segmentation"
+        folder.mkdir(parents=True)
+        Path(lists["train"]).rename(folder / "train_aug.txt")
+        (folder / "train_aug.txt").write_text("train_b\n")
         spec = get_dataset_spec("voc")
         assert [s.name for s in SegmentationDataset(spec, tmp_path, "train", train=True).samples] == ["train_b"]
         assert len(SegmentationDataset(spec, tmp_path, "val", train=False)) == 2
@@ -130,7 +130,7 @@ class TestReading:
 
     @pytest.mark.parametrize("part", [0.3, 0.9])
     def test_truncated_jpeg(self, tmp_path, part):
-        """OpenCV decodes such a file to a picture whose lower part is grey."""
+        """OpenCV decodes such a file to a picture whose lower part is gray."""
         tiny_data.write(str(tmp_path), "ade20k")
         path = tmp_path / "images/validation/val_a.jpg"
         data = cv2.imencode(".jpg", cv2.imread(str(path)))[1].tobytes()
@@ -159,7 +159,7 @@ class TestReading:
         path.write_bytes(path.read_bytes()[:keep])
         says(lambda: camvid(camvid_root)[0], path, "label")
 
-    def test_colour_label(self, camvid_root):
+    def test_color_label(self, camvid_root):
         path = camvid_root / "valannot/a.png"
         Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(path)
         says(lambda: camvid(camvid_root)[0], path, "mode RGB", "8-bit index")

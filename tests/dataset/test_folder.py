@@ -129,7 +129,7 @@ def test_class_file_that_is_not_text(root):
         get_dataset_spec("folder", root)
 
 
-def test_the_digest_tells_training_sets_apart_but_not_places(tmp_path):
+def test_the_digest_tells_training_sets_apart_but_not_folders(tmp_path):
     from helpers import write_folder_dataset
 
     roots = [write_folder_dataset(tmp_path / name) for name in ("a", "b", "c", "d")]

@@ -76,7 +76,7 @@ class TestTransforms:
         assert (padded[:, :14] == -1).all() and (padded[:, 14:] == 1).all()
 
     def test_mapping_after_cropping_equals_mapping_first(self):
-        """Nearest neighbours commute with a table lookup, so that only the crop has to be mapped."""
+        """Nearest neighbors commute with a table lookup, so that only the crop has to be mapped."""
         label = np.random.default_rng(1).integers(0, 256, (45, 50), dtype=np.uint8)
         table = get_dataset_spec("citys").id_to_train
         scaled = transforms.scale_pair(np.zeros((45, 50, 3), np.uint8), label, 1.3)[1]
@@ -155,7 +155,7 @@ class TestIgnoreLabel:
             camvid(camvid_root, ignore_label=value)
 
 
-def test_voc_labels_are_read_by_index_grey_or_palette(tmp_path):
+def test_voc_labels_are_read_by_index_gray_or_palette(tmp_path):
     tiny_data.write(str(tmp_path), "voc")
     data = SegmentationDataset(get_dataset_spec("voc"), tmp_path, "train", train=False)
     before = data[0]["label"]

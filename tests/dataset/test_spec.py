@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +14,18 @@ from dataset import get_dataset_spec, list_datasets, register_dataset
 from dataset.palette import bit_palette
 from utils.errors import UserError
 
-FIXED = ["ade20k", "camvid", "citys", "coco_stuff_164k", "voc"]
+FIXED = ["ade20k", "camvid", "citys", "coco_stuff_164k", "toy_streets", "voc"]
 
 
 def test_all_are_listed():
     assert set(FIXED) | {"folder"} <= set(list_datasets())
+
+
+def test_the_list_needs_no_painters():
+    """In a fresh interpreter: toy streets are listed without the program that paints them."""
+    code = ("import sys, dataset; assert 'toy_streets' in dataset.list_datasets(); "
+            "sys.exit(any(name.startswith('dataset.toy_streets') for name in sys.modules))")
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, timeout=120)
 
 
 def test_unknown_name_lists_the_known_ones():
@@ -32,7 +42,7 @@ def test_registering_a_name_twice():
 class TestSpec:
     """What every spec promises."""
 
-    def test_names_and_colours_are_distinct(self, name):
+    def test_names_and_colors_are_distinct(self, name):
         spec = get_dataset_spec(name)
         assert len(set(spec.classes)) == spec.num_class and all(spec.classes)
         assert spec.palette.shape == (spec.num_class, 3) and spec.palette.dtype == np.uint8

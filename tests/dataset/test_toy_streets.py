@@ -87,8 +87,8 @@ class TestPainter:
         for _, label in streets:
             assert rows[label == labels.SKY].mean() < 55 < rows[label == labels.ROAD].mean()
 
-    def test_colour_alone_does_not_tell_the_class(self, streets):
-        """The best guess from the (coarse) colour of a pixel stays far from solving the task."""
+    def test_color_alone_does_not_tell_the_class(self, streets):
+        """The best guess from the (coarse) color of a pixel stays far from solving the task."""
         codes = [(image // 32).astype(np.int64) @ np.array([64, 8, 1]) for image, _ in streets]
         counts = np.zeros((512, 12))
         for code, (_, label) in zip(codes[:24], streets[:24], strict=True):
@@ -98,7 +98,7 @@ class TestPainter:
         assert 0.25 < np.mean([(guess[code] == label).mean() for code, (_, label) in unseen]) < 0.75
 
     def test_labels_follow_the_picture(self, streets):
-        """Colour steps are much larger across a border of labels than inside a class."""
+        """Color steps are much larger across a border of labels than inside a class."""
         across, inside = [], []
         for image, label in streets:
             step = np.abs(np.diff(image.astype(np.int64), axis=1)).sum(axis=2)
@@ -288,7 +288,7 @@ class TestCommandLine:
         (["--width", "20"], "--width 20: expected at least 32 pixels"),
         (["--seed", "-1"], "--seed -1: expected 0 or more"),
         (["--workers", "0"], "argument --workers: expected a whole number of at least 1, got '0'"),
-        (["--train", "many"], "argument --train: invalid int value: 'many'"),
+        (["--train", "many"], "argument --train: expected a whole number, got 'many'"),
     ])
     def test_bad_numbers(self, tmp_path, capsys, change, message):
         try:

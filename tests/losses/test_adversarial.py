@@ -6,10 +6,13 @@ import io
 
 import pytest
 import torch
+from method_cases import batch as batch_of
+from method_cases import make, options_of_method
 from reference import fill, golden
 from torch import nn
 
 import losses.adversarial as adversarial
+from engine.presets import preset
 from losses.adversarial import (
     Adversarial,
     Discriminator,
@@ -20,10 +23,8 @@ from losses.adversarial import (
     generator_loss,
     gradient_penalty,
 )
-from losses.distiller import BuildContext, NetInfo, methods
+from losses.core import NetInfo, methods
 from models.output import SegOutput
-from utils.cli import ArgumentParser
-from utils.config import preset
 from utils.errors import UserError
 
 DTYPES = (torch.float32, torch.float64)
@@ -39,10 +40,11 @@ def output(x) -> SegOutput:
     return SegOutput(**{**dict.fromkeys(SegOutput._fields), "logits": x})
 
 
-def make(seed=0, dtype=torch.float32, **settings) -> Adversarial:
+def narrow(seed=0, dtype=torch.float32, **settings) -> Adversarial:
     """A narrow discriminator whose attention takes part."""
     torch.manual_seed(seed)
-    method = Adversarial(CLASSES, width=8, **settings).to(dtype)
+    options = options_of_method("adv", **{f"adv_{name}": value for name, value in settings.items()})
+    method = Adversarial(CLASSES, options, group_size=2, width=8).to(dtype)
     with torch.no_grad():
         method.discriminator.attn1.gamma.fill_(0.3)
         method.discriminator.attn2.gamma.fill_(-0.2)
@@ -54,7 +56,7 @@ def step(method: Adversarial, index: int, batch=2) -> float:
     dtype = method.discriminator.last[0].weight.dtype
     student, teacher = (logits(f"{role}{index}", batch, dtype=dtype) for role in ("student", "teacher"))
     generator = torch.Generator().manual_seed(index)
-    value = method(output(student), output(teacher), None, index, generator)["adv"].item()
+    value = method(batch_of(output(student), output(teacher)), generator)["adv"].item()
     method.after_step(index)
     return value
 
@@ -136,7 +138,7 @@ class TestParts:
 
     @pytest.mark.parametrize(("size", "scores"), [((64, 64), (1, 1)), ((71, 95), (1, 2)), ((64, 128), (1, 5))])
     def test_score_map(self, size, scores):
-        assert make().discriminator(logits("x", 1, size)).shape == (1, 1, *scores)
+        assert narrow().discriminator(logits("x", 1, size)).shape == (1, 1, *scores)
 
     def test_losses_by_hand(self):
         student, teacher = torch.tensor([-3.0, 0.5]), torch.tensor([0.25, 2.0])
@@ -157,36 +159,36 @@ class TestParts:
 
 class TestGeneratorTerm:
     def test_gradients_reach_the_student_only(self):
-        method, student, teacher = make(), logits("s").requires_grad_(), logits("t").requires_grad_()
+        method, student, teacher = narrow(), logits("s").requires_grad_(), logits("t").requires_grad_()
         before = copy.deepcopy(dict(method.discriminator.named_parameters()))
-        terms = method(output(student), output(teacher), None, 0)
+        terms = method(batch_of(output(student), output(teacher)))
         terms["adv"].backward()
         assert list(terms) == ["adv"] and student.grad.abs().sum() > 0 and teacher.grad is None
         assert all(p.grad is None and p.requires_grad and torch.equal(p, before[n])
                    for n, p in method.discriminator.named_parameters())
 
     def test_value_is_that_of_the_discriminator(self):
-        method, student = make(), logits("s")
+        method, student = narrow(), logits("s")
         twin = copy.deepcopy(method.discriminator)
-        found = method(output(student), output(logits("t")), None, 0)["adv"]
+        found = method(batch_of(output(student), output(logits("t"))))["adv"]
         assert found.item() == -twin(student).mean().item()
         assert torch.equal(method.discriminator.l1[0].module.weight_u, twin.l1[0].module.weight_u)
 
     def test_autocast_and_half_precision_are_computed_in_float32(self):
         student, teacher = (output(logits(n).bfloat16()) for n in "st")
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = make()(student, teacher, None, 0)["adv"]
+            found = narrow()(batch_of(student, teacher))["adv"]
         assert found.dtype == torch.float32
-        assert found.item() == make()(output(logits("s").bfloat16().float()), teacher, None, 0)["adv"].item()
+        assert found.item() == narrow()(batch_of(output(logits("s").bfloat16().float()), teacher))["adv"].item()
 
     def test_small_logits_are_enlarged_on_request_only(self):
         small = [output(logits(n, 2, (45, 80))) for n in "st"]
         with pytest.raises(UserError, match="64x64 or more, got 45x80"):
-            make()(*small, None, 0)
-        method = make(upsample=True)
+            narrow()(batch_of(*small))
+        method = narrow(upsample=True)
         enlarged = [output(nn.functional.interpolate(x.logits, (64, 80), mode="bilinear", align_corners=True))
                     for x in small]
-        assert method(*small, None, 0)["adv"].item() == make()(*enlarged, None, 0)["adv"].item()
+        assert method(batch_of(*small))["adv"].item() == narrow()(batch_of(*enlarged))["adv"].item()
         method.after_step(0)
         assert method.diagnostics()["d_loss"].isfinite()
 
@@ -195,7 +197,7 @@ class TestDiscriminatorStep:
     @pytest.mark.parametrize("loss", ["hinge", "wgan-gp"])
     def test_equals_the_published_order(self, loss):
         """Student's term; then zero_grad, D(student), D(teacher), (D(mix)), backward, step: bit for bit."""
-        method = make(loss=loss, d_weight=0.1)
+        method = narrow(loss=loss, d_weight=0.1)
         twin = copy.deepcopy(method.discriminator)
         adam = torch.optim.Adam(twin.parameters(), lr=4e-4, betas=(0.9, 0.99))
         for index in range(2):
@@ -215,14 +217,14 @@ class TestDiscriminatorStep:
             assert torch.equal(method.discriminator.state_dict()[name], tensor), name
 
     def test_it_learns_to_tell_them_apart(self):
-        method = make(lr=4e-3)
+        method = narrow(lr=4e-3)
         for _ in range(6):
             step(method, 0)
         found = method.diagnostics()
         assert found["score_teacher"] > found["score_student"] + 1
 
     def test_a_step_without_a_forward_pass_does_nothing(self):
-        method = make()
+        method = narrow()
         step(method, 0)
         before = copy.deepcopy(method.discriminator.state_dict())
         method.after_step(1)
@@ -235,34 +237,34 @@ class TestDiscriminatorStep:
                             lambda parameters: seen.append([p.grad.clone() for p in parameters]))
         student, teacher = (logits(n, 4, dtype=torch.float64) for n in "st")
         for part in (slice(None), slice(0, 2), slice(2, 4)):
-            method = make(dtype=torch.float64)
-            method(output(student[part]), output(teacher[part]), None, 0)
+            method = narrow(dtype=torch.float64)
+            method(batch_of(output(student[part]), output(teacher[part])))
             method.after_step(0)
         whole, *halves = seen
-        assert len(whole) == len(list(make().parameters()))
+        assert len(whole) == len(list(narrow().parameters()))
         for one, first, second in zip(whole, *halves, strict=True):
             torch.testing.assert_close((first + second) / 2, one, rtol=1e-9, atol=1e-14)
 
     def test_it_belongs_to_neither_ddp_nor_the_students_optimizer(self):
-        method = make()
+        method = narrow()
         assert method.trained_parameters() == []
-        assert method.unsynchronised() | {"_extra_state"} == set(method.state_dict())
+        assert method.unsynchronized() | {"_extra_state"} == set(method.state_dict())
 
 
 class TestState:
     @pytest.mark.parametrize("loss", ["hinge", "wgan-gp"])
     def test_a_restored_run_is_the_same_run(self, loss):
-        first = make(loss=loss)
+        first = narrow(loss=loss)
         step(first, 0)
         file = io.BytesIO()
         torch.save(first.state_dict(), file)
         file.seek(0)
-        second = make(seed=9, loss=loss)
+        second = narrow(seed=9, loss=loss)
         second.load_state_dict(torch.load(file, weights_only=True))
         assert [step(second, i) for i in (1, 2)] == [step(first, i) for i in (1, 2)]
 
     def test_the_loaded_state_is_not_shared(self):
-        first, second = make(), make(seed=9)
+        first, second = narrow(), narrow(seed=9)
         step(first, 0)
         state = first.state_dict()
         second.load_state_dict(state)
@@ -271,7 +273,7 @@ class TestState:
         assert torch.equal(first.optimizer.state_dict()["state"][0]["exp_avg"], moment)
 
     def test_moments_follow_the_parameters(self):
-        method = make()
+        method = narrow()
         step(method, 0)
         method.double()
         for parameter, moments in method.optimizer.state.items():
@@ -280,29 +282,27 @@ class TestState:
         step(method, 1)
 
     def test_the_learning_rate_is_that_of_the_options(self):
-        state = make(lr=1e-2).state_dict()
-        method = make(lr=1e-3)
+        state = narrow(lr=1e-2).state_dict()
+        method = narrow(lr=1e-3)
         method.load_state_dict(state)
         assert method.optimizer.param_groups[0]["lr"] == 1e-3
 
 
 def build(*flags: str, crop=(512, 512), net=NET, **options) -> Adversarial:
-    parser = ArgumentParser(prog="test")
-    Adversarial.add_arguments(parser.add_argument_group("adv"))
-    parsed = parser.parse_args(flags)
-    vars(parsed).update(options)
-    return Adversarial.build(BuildContext(NET, net, CLASSES, crop_size=crop, options=parsed))
+    return make("adv", NET, net, *flags, crop=crop, **options)
 
 
 def test_method_and_options():
     assert methods()["adv"] is Adversarial
     method = build()
-    assert (method.d_weight, method.lr, method.loss, method.upsample) == (0.1, 4e-4, "hinge", False)
+    o = method.options
+    assert (o.adv_d_weight, o.adv_lr, o.adv_loss, o.adv_upsample) == (0.1, 4e-4, "hinge", False)
     group = method.optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (4e-4, (0.9, 0.99), 0)
     assert method.discriminator.preprocess_additional.group_size == 2
     method = build("--adv-d-weight", "0.5", "--adv_lr", "1e-3", "--adv-loss", "wgan-gp", group_size=0)
-    assert (method.d_weight, method.lr, method.loss) == (0.5, 1e-3, "wgan-gp")
+    o = method.options
+    assert (o.adv_d_weight, o.adv_lr, o.adv_loss) == (0.5, 1e-3, "wgan-gp")
     assert method.discriminator.preprocess_additional.group_size == 0
 
 
@@ -312,17 +312,18 @@ def test_preset():
 
 @pytest.mark.parametrize("crop", [(360, 360), (504, 1024)])
 def test_small_crops_are_refused_before_training(crop):
-    wanted = rf"--crop-size {crop[0]} {crop[1]} gives .*--crop-size 512 512 .*--lambda-adv 0"
-    with pytest.raises(UserError, match=wanted):
+    wanted = rf"crops of {crop[0]}x{crop[1]} give .*: use crops of 512x512 or more"
+    with pytest.raises(UserError, match=wanted) as refused:
         build(crop=crop)
-    assert build("--adv-upsample", crop=crop).upsample
+    assert refused.value.settings == ("crop_size", "lambda_adv", "adv_upsample")
+    assert build("--adv-upsample", crop=crop).options.adv_upsample
     assert build(crop=(505, 1024)) is not None  # ceil(505 / 8) = 64
 
 
 def test_errors_name_what_is_wrong():
     with pytest.raises(UserError, match=r"adv.*\(2, 3, 64, 64\).*\(2, 3, 64, 65\)"):
-        make()(output(logits("s")), output(logits("t", 2, (64, 65))), None, 0)
-    with pytest.raises(UserError, match="--adv-loss relative: expected one of hinge, wgan-gp"):
-        make(loss="relative")
+        narrow()(batch_of(output(logits("s")), output(logits("t", 2, (64, 65)))))
+    with pytest.raises(UserError, match="adv loss 'relative': expected one of hinge, wgan-gp"):
+        narrow(loss="relative")
     with pytest.raises(UserError, match="logits 3 of the student net and 4 of the teacher other"):
         build(net=NetInfo("other", {"logits": 4}, 4))

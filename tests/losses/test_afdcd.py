@@ -1,16 +1,18 @@
 """Af-DCD: properties that no recorded value covers."""
 from __future__ import annotations
 
-import argparse
+import inspect
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
+from method_cases import batch, make
 from reference import fill
 
 from losses.afdcd import (
-    DEFAULTS,
     AfDCD,
+    AfDCDOptions,
     OmniContrastiveFeatureLoss,
     center_keep_mask,
     masked_feature_loss,
@@ -18,12 +20,12 @@ from losses.afdcd import (
     positive_rank,
     random_keep_mask,
 )
-from losses.distiller import BuildContext, NetInfo, methods
+from losses.core import NetInfo, methods
 from models.output import SegOutput
-from utils.cli import ArgumentParser
 from utils.errors import UserError
 
-BOTH = frozenset({"fd", "ctr"})
+BOTH = ("fd", "ctr")
+STUDENT, TEACHER = NetInfo("small", {"logits": 5, "c4": 6}, 5), NetInfo("large", {"logits": 5, "c4": 16}, 5)
 
 
 def maps(student=(2, 6, 16, 24), teacher=(2, 8, 16, 24), dtype=torch.float64):
@@ -87,8 +89,12 @@ def test_equal_channels_need_no_alignment():
     module = criterion(8, 8, rand_mask=False)
     assert not any(name.startswith("align") for name, _ in module.named_parameters())
     fd, ctr = module(student, teacher)
+    projected = module.projetor(student * module.keep_mask(student))
+    pooled = (module.contrast_map(x) for x in (projected, teacher))
+    want = masked_feature_loss(projected, teacher), omni_contrastive_loss(*pooled, 0.07, 4, (2, 4))
+    assert (fd.item(), ctr.item()) == (want[0].item(), want[1].item())
     (fd + ctr).backward()
-    assert torch.isfinite(student.grad).all() and student.grad.abs().sum() > 0
+    assert student.grad.isfinite().all() and student.grad.abs().sum() > 0
 
 
 def test_maps_that_patches_do_not_divide_are_cut():
@@ -97,8 +103,12 @@ def test_maps_that_patches_do_not_divide_are_cut():
     cut = omni_contrastive_loss(student[..., :6, :8], teacher[..., :6, :8], 0.5, 4, (2, 4))
     assert whole.item() == cut.item()
     odd_student, odd_teacher = maps((1, 6, 15, 23), (1, 8, 15, 23))
-    fd, ctr = criterion(rand_mask=False)(odd_student, odd_teacher)
-    assert torch.isfinite(fd) and ctr > 0
+    module = criterion(rand_mask=False)
+    fd, ctr = module(odd_student, odd_teacher)
+    projected = module.projetor(module.align(odd_student) * module.keep_mask(odd_student))
+    assert fd.item() == masked_feature_loss(projected, odd_teacher).item()
+    cut = (module.contrast_map(x)[..., :6, :8] for x in (projected, odd_teacher))
+    assert ctr.item() == omni_contrastive_loss(*cut, 0.07, 4, (2, 4)).item() > 0
 
 
 def test_camvid_ignores_the_pool_size():
@@ -114,17 +124,19 @@ def test_mismatched_maps_are_named():
         criterion()(student, teacher)
     with pytest.raises(UserError, match="6 and 8 channels"):
         criterion()(teacher, teacher)
-    with pytest.raises(UserError, match="--crop-size 32 64"):
+    with pytest.raises(UserError, match="3x24 map.*by 2 and patches of 2x4 need 4x8 or more") as refused:
         criterion()(*maps((2, 6, 3, 24), (2, 8, 3, 24)))
+    assert refused.value.settings == ("crop_size", "pool_size", "patch_size")
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"M_ocd": 3}, "--m-ocd 3.*8 channels"), ({"M_ocd": 1}, "at least 2"), ({"tau_ocd": 0.0}, "--tau-ocd"),
-    ({"mask_ratio": 1.5}, "--mask-ratio 1.5"), ({"patch_size": (0, 4)}, "--patch-size"),
-    ({"pool_size": -1}, "--pool-size")])
+    ({"M_ocd": 3}, "3 channel groups.*8 channels"), ({"M_ocd": 1}, "at least 2"), ({"tau_ocd": 0.0}, "above 0"),
+    ({"mask_ratio": 1.5}, "mask ratio 1.5.*at most 1"), ({"patch_size": (0, 4)}, "at least 1"),
+    ({"pool_size": -1}, "pool size -1.*at least 0")])
 def test_bad_options(options, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as refused:
         criterion(**options)
+    assert refused.value.settings == tuple(name.lower() for name in options)
 
 
 def test_random_mask_keeps_the_rest_of_the_ratio_and_follows_the_generator():
@@ -170,11 +182,13 @@ def test_autocast_keeps_the_losses_in_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = module(student, teacher)
     for a, b in zip(half, exact, strict=True):
-        assert a.dtype == torch.float32 and a.item() == pytest.approx(b.item(), rel=2e-2)
+        # aligner and projector are in half precision
+        assert a.dtype == torch.float32 and a.item() == pytest.approx(b.item(), rel=1e-3)
     # in half precision these distances would round to steps of 8 and more
-    far = fill.tensor("far", (1, 64, 4, 4), 1, 100.0)
-    loss = omni_contrastive_loss(far.bfloat16(), far.bfloat16() + 3, 0.07, 4, (4, 4))
-    assert loss.dtype == torch.float32 and torch.isfinite(loss)
+    far = fill.tensor("far", (1, 64, 4, 4), 1, 100.0).bfloat16()
+    near = far + 3
+    loss, want = (omni_contrastive_loss(*x, 500.0, 4, (4, 4)) for x in ((far, near), (far.float(), near.float())))
+    assert loss.dtype == torch.float32 and loss.item() == want.item() > 0
 
 
 def test_positive_rank():
@@ -186,47 +200,44 @@ def test_positive_rank():
     assert positive_rank(teacher.flip(1), teacher, 2, (1, 2)).item() == 1
 
 
-def context(options=None, **changes) -> BuildContext:
-    nets = {"student": NetInfo("small", {"logits": 5, "c4": 6}, 5),
-            "teacher": NetInfo("large", {"logits": 5, "c4": 16}, 5)}
-    return BuildContext(**{**nets, "num_class": 5, "crop_size": (128, 128), "active": BOTH,
-                           "options": options or argparse.Namespace(), **changes})
-
-
-def parsed(*arguments: str) -> argparse.Namespace:
-    parser = ArgumentParser(prog="test")
-    AfDCD.add_arguments(parser.add_argument_group("afdcd"))
-    return parser.parse_args(list(arguments))
+def build(*flags: str, student=STUDENT, teacher=TEACHER, crop=(128, 128), **changes) -> AfDCD:
+    return make("afdcd", student, teacher, *flags, crop=crop, **changes)
 
 
 def output(c4: torch.Tensor) -> SegOutput:
     return SegOutput(logits=c4, aux=None, c1=c4, c2=c4, c3=c4, c4=c4, head=c4)
 
 
+def test_the_options_have_the_defaults_of_the_reference_class():
+    signature = inspect.signature(OmniContrastiveFeatureLoss).parameters
+    stated = {name.lower(): p.default for name, p in signature.items() if p.default is not p.empty}
+    options = asdict(AfDCDOptions())
+    assert options.pop("clip_distiller") == 15.0
+    assert options == {name: stated[name] for name in options}
+    assert options == {"rand_mask": True, "mask_ratio": 0.75, "enhance_projector": False, "tau_ocd": 0.07, "m_ocd": 16,
+                       "pool_size": 4, "patch_size": (4, 4), "contrast_chunk": 0}
+
+
 def test_method_defaults_and_options():
     assert methods()["afdcd"] is AfDCD and AfDCD.method == "afdcd"
-    assert {**vars(parsed()), "patch_size": (4, 4)} == DEFAULTS
-    plain = AfDCD.build(context())
-    same = AfDCD.build(context(parsed()))
-    for method in (plain, same):
-        c = method.criterion
-        assert (c.rand_mask, c.mask_ratio, c.tau, c.groups, c.pool, c.patch) == (True, 0.75, 0.07, 16, 4, (4, 4))
-        assert method.clip_norm == 15.0
-    options = parsed("--no-rand-mask", "--enhance_projector", "True", "--m-ocd", "8", "--patch-size", "2", "4",
-                     "--pool-size", "0", "--tau-ocd", "0.1", "--contrast-chunk", "3", "--clip-distiller", "0")
-    changed = AfDCD.build(context(options))
+    method = build()
+    c = method.criterion
+    assert (c.rand_mask, c.mask_ratio, c.tau, c.groups, c.pool, c.patch) == (True, 0.75, 0.07, 16, 4, (4, 4))
+    assert method.clip_norm == 15.0
+    changed = build("--no-rand-mask", "--enhance_projector", "True", "--m-ocd", "8", "--patch-size", "2", "4",
+                    "--pool-size", "0", "--tau-ocd", "0.1", "--contrast-chunk", "3", "--clip-distiller", "0")
     c = changed.criterion
     assert (c.rand_mask, c.tau, c.groups, c.pool, c.patch, c.chunk) == (False, 0.1, 8, 0, (2, 4), 3)
     assert hasattr(c.projetor, "adpator_1") and changed.clip_norm is None
-    assert AfDCD.build(context(dataset="camvid")).criterion.pool == 0
+    assert build("--dataset", "camvid", "--pool-size", "2").criterion.pool == 0
 
 
 def test_method_forward_state_and_diagnostics():
-    method = AfDCD.build(context())
+    method = build()
     assert method.diagnostics() == {}
     student, teacher = torch.rand(2, 6, 16, 16, requires_grad=True), torch.rand(2, 16, 16, 16)
     target = torch.zeros(2, 128, 128, dtype=torch.long)
-    terms = method(output(student), output(teacher), target, 0, torch.Generator().manual_seed(1))
+    terms = method(batch(output(student), output(teacher), target), torch.Generator().manual_seed(1))
     assert set(terms) == {t.name for t in AfDCD.terms} and all(t.ndim == 0 for t in terms.values())
     sum(terms.values()).backward()
     assert all(p.grad is not None for p in method.parameters())
@@ -238,14 +249,14 @@ def test_method_forward_state_and_diagnostics():
 @pytest.mark.parametrize("term", sorted(BOTH))
 def test_a_term_without_weight_is_not_computed(term, monkeypatch):
     """And the other one is what it was, with the same state."""
-    both, one = (AfDCD.build(context(active=a)) for a in (BOTH, frozenset({term})))
+    both, one = (build(active=a) for a in (BOTH, [term]))
     one.load_state_dict(both.state_dict())
     student, teacher = torch.rand(2, 6, 16, 16), torch.rand(2, 16, 16, 16)
-    run = [output(student), output(teacher), torch.zeros(2, 128, 128, dtype=torch.long), 0]
-    expected = both(*run, torch.Generator().manual_seed(1))[term].item()
+    step = batch(output(student), output(teacher))
+    expected = both(step, torch.Generator().manual_seed(1))[term].item()
     skipped = {"fd": "omni_contrastive_loss", "ctr": "masked_feature_loss"}[term]
     monkeypatch.setattr(f"losses.afdcd.{skipped}", None)
-    terms = one(*run, torch.Generator().manual_seed(1))
+    terms = one(step, torch.Generator().manual_seed(1))
     assert list(terms) == [term] and terms[term].item() == expected
     assert list(one.diagnostics()) == (["positive_rank"] if term == "ctr" else [])
     terms[term].backward()
@@ -253,19 +264,20 @@ def test_a_term_without_weight_is_not_computed(term, monkeypatch):
 
 
 def test_without_the_contrast_its_limits_do_not_hold():
-    method = AfDCD.build(context(active=frozenset({"fd"}), crop_size=(64, 64),
-                                 teacher=NetInfo("large", {"c4": 20}, 5)))
-    maps = output(torch.rand(1, 6, 8, 8)), output(torch.rand(1, 20, 8, 8))
-    terms = method(*maps, torch.zeros(1, 64, 64, dtype=torch.long), 0)
+    method = build(active=["fd"], crop=(64, 64), teacher=NetInfo("large", {"c4": 20}, 5))
+    terms = method(batch(output(torch.rand(1, 6, 8, 8)), output(torch.rand(1, 20, 8, 8))))
     assert list(terms) == ["fd"] and terms["fd"] > 0
 
 
 def test_method_refuses_what_cannot_work():
     with pytest.raises(UserError, match="needs c4 of the student, but small offers only logits"):
-        AfDCD.build(context(student=NetInfo("small", {"logits": 5}, 5)))
+        build(student=NetInfo("small", {"logits": 5}, 5))
     with pytest.raises(UserError, match="method 'afdcd' needs a teacher: it reads c4 of it, but there is none"):
-        AfDCD.build(context(teacher=None))
-    with pytest.raises(UserError, match="--crop-size 128 128"):
-        AfDCD.build(context(crop_size=(96, 512)))
-    with pytest.raises(UserError, match="--m-ocd 16"):
-        AfDCD.build(context(teacher=NetInfo("large", {"c4": 20}, 5)))
+        build(teacher=None)
+    with pytest.raises(UserError, match="crops of 96x512 give 12x64: use crops of 128x128 or more") as refused:
+        build(crop=(96, 512))
+    assert refused.value.settings == ("crop_size", "pool_size", "patch_size")
+    build(crop=(96, 512), pool_size=3)
+    with pytest.raises(UserError, match="16 channel groups.*20 channels") as refused:
+        build(teacher=NetInfo("large", {"c4": 20}, 5))
+    assert refused.value.settings == ("m_ocd",)

@@ -5,13 +5,15 @@ import math
 
 import pytest
 import torch
+from method_cases import batch, make
 from reference import fill, golden
+from torch import nn
 
 from losses import SegCrossEntropyLoss
 from losses.aicsd import AICSD, aicsd_kd_loss, aicsd_loss, ickd_loss
-from losses.distiller import BuildContext, NetInfo, methods
+from losses.core import NetInfo, methods
+from losses.core.objective import Objective
 from models.output import SegOutput
-from utils.cli import ArgumentParser
 from utils.errors import UserError
 
 ALL = frozenset({"aicsd", "aicsd_kd", "aicsd_task", "ickd"})
@@ -22,12 +24,8 @@ def output(logits: torch.Tensor) -> SegOutput:
     return SegOutput(logits, None, logits, logits, logits, logits, logits)
 
 
-def context(*arguments: str, active: frozenset[str] = ALL, length: int = 10, **shared) -> BuildContext:
-    parser = ArgumentParser(prog="test")
-    AICSD.add_arguments(parser.add_argument_group("aicsd"))
-    options = parser.parse_args(list(arguments))
-    vars(options).update(shared, max_iterations=length)
-    return BuildContext(NET, NET, 4, active=active, options=options)
+def build(*arguments: str, active: frozenset[str] = ALL, length: int = 10, **settings) -> AICSD:
+    return make("aicsd", NET, NET, *arguments, active=active, max_iterations=length, **settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -100,63 +98,89 @@ def test_equal_logits_confident_logits_and_autocast(form):
 
 @pytest.mark.parametrize("step, a", [(0, 0.1), (4, 0.5), (9, 1.0), (20, 1.0)])
 def test_schedule(step, a):
-    method = AICSD.build(context())
+    method = build()
     student, teacher = (fill.tensor(n, (2, 4, 5, 3), 4, 2.0) for n in ("s", "t"))
     target = fill.labels("y", (2, 40, 24), 4, 4, 0.2)
-    ce = SegCrossEntropyLoss()(student, target).item()
-    terms = {k: v.item() for k, v in method(output(student), output(teacher), target, step).items()}
+    terms = {k: v.item() for k, v in method(batch(output(student), output(teacher), target, step)).items()}
     assert terms == pytest.approx({"aicsd": a * aicsd_loss(student, teacher).item(),
                                    "aicsd_kd": (1 - a) * aicsd_kd_loss(student, teacher).item(),
-                                   "aicsd_task": (a - 1) * ce, "ickd": ickd_loss(student, teacher).item()})
-    constant = AICSD.build(context("--no-aicsd-schedule"))
-    terms = constant(output(student), output(teacher), target, step)
+                                   "ickd": ickd_loss(student, teacher).item()})
+    assert method.task_scale(step) == pytest.approx(a)
+    constant = build("--no-aicsd-schedule")
+    terms = constant(batch(output(student), output(teacher), target, step))
     assert terms["aicsd"].item() == aicsd_loss(student, teacher).item()
-    assert terms["aicsd_kd"].item() == aicsd_kd_loss(student, teacher).item() and terms["aicsd_task"].item() == 0
+    assert terms["aicsd_kd"].item() == aicsd_kd_loss(student, teacher).item() and constant.task_scale(step) == 1
 
 
 @pytest.mark.parametrize("compat, form", [("fixed", "paper"), ("reference", "released")])
 def test_the_form_follows_compat(compat, form):
-    method = AICSD.build(context("--no-aicsd-schedule", compat=compat, group_size=3))
+    method = build("--no-aicsd-schedule", compat=compat, group_size=3)
     student, teacher = (fill.tensor(n, (4, 4, 5, 3), 4, 2.0) for n in ("s", "t"))
-    got = method(output(student), output(teacher), fill.labels("y", (4, 40, 24), 4, 4, 0.2), 0)["aicsd"].item()
+    got = method(batch(output(student), output(teacher)))["aicsd"].item()
     assert got == aicsd_loss(student, teacher, form, 3).item()
     other = {"paper": "released", "released": "paper"}[form]
     assert got != pytest.approx(aicsd_loss(student, teacher, other, 3).item(), rel=0.5)
 
 
-def test_the_task_term_takes_back_the_grouped_cross_entropy():
-    student, teacher = (fill.tensor(n, (3, 4, 5, 3), 4, 2.0) for n in ("s", "t"))
+class Student(nn.Module):
+    """A network of one convolution with an auxiliary head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.side = nn.Conv2d(3, 4, 8, stride=8), nn.Conv2d(3, 4, 8, stride=8)
+
+    def forward(self, images: torch.Tensor) -> SegOutput:
+        logits = self.body(images)
+        return output(logits)._replace(aux=self.side(images))
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+@pytest.mark.parametrize("group_size", [0, 2])
+def test_the_task_loss_is_scaled_by_the_schedule(weight, group_size):
+    """The whole objective: a CE + 0.4 CE(aux) + a * aicsd + (1 - a) * kd, with weight 1 on the task's scale."""
+    torch.manual_seed(0)
+    weights = {"aicsd": 3.0, "aicsd_kd": 2.0, "aicsd_task": weight}
+    method = build(active=frozenset(weights), group_size=group_size)
+    objective = Objective(Student(), {"aicsd": method}, weights, 0.4, -1, group_size).double()
+    images, teacher = torch.randn(3, 3, 40, 24).double(), torch.randn(3, 4, 5, 3).double()
     target = fill.labels("y", (3, 40, 24), 4, 4, 0.2)
     target[0, 5:] = -1
-    ce = [SegCrossEntropyLoss(-1, size)(student, target).item() for size in (2, 0)]
-    got = AICSD.build(context(group_size=2))(output(student), output(teacher), target, 0)["aicsd_task"].item()
-    assert got == pytest.approx(-0.9 * ce[0]) != pytest.approx(-0.9 * ce[1], rel=1e-3)
+    entropy = SegCrossEntropyLoss(-1, group_size)
+    for step in (0, 3, 9):
+        a = (step + 1) / 10
+        terms = objective(images, output(teacher), target, step)
+        total = sum(objective.weighted(terms, step).values())
+        logits, aux = objective.student(images).logits, objective.student(images).aux
+        expected = ((1 + weight * (a - 1)) * entropy(logits, target) + 0.4 * entropy(aux, target)
+                    + 3 * a * aicsd_loss(logits, teacher) + 2 * (1 - a) * aicsd_kd_loss(logits, teacher))
+        torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
+        assert set(terms) == {"task", "aux", "aicsd", "aicsd_kd"}
 
 
-@pytest.mark.parametrize("name", sorted(ALL))
+@pytest.mark.parametrize("name", sorted(ALL - {"aicsd_task"}))
 def test_only_active_terms(name):
     assert methods()["aicsd"] is AICSD
-    method = AICSD.build(context(active=frozenset({name})))
+    method = build(active=frozenset({name}))
     student, teacher = (torch.randn(1, 4, 5, 3, requires_grad=True) for _ in range(2))
-    terms = method(output(student), output(teacher), torch.zeros(1, 40, 24, dtype=torch.long), 3)
+    terms = method(batch(output(student), output(teacher), step=3))
     assert list(terms) == [name]
     terms[name].backward()
     assert student.grad.abs().sum() > 0 and teacher.grad is None
 
 
 def test_all_ignored():
-    method = AICSD.build(context())
+    method = build()
     logits = torch.randn(1, 4, 5, 3, requires_grad=True)
-    terms = method(output(logits), output(torch.randn(1, 4, 5, 3)), torch.full((1, 40, 24), -1), 0)
+    teacher = torch.randn(1, 4, 5, 3)
+    terms = method(batch(output(logits), output(teacher)))
+    assert terms["aicsd"].item() == pytest.approx(0.1 * aicsd_loss(logits, teacher).item())
     sum(terms.values()).backward()
-    assert terms["aicsd_task"].item() == 0 and logits.grad.isfinite().all()
+    assert logits.grad.isfinite().all() and logits.grad.abs().sum() > 0
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(UserError, match="--max-iterations 0"):
-        AICSD(0)
     with pytest.raises(UserError, match="aicsd"):
-        AICSD.build(BuildContext(NET, NetInfo("other", {"logits": 5}, 5), 4, active=ALL))
+        make("aicsd", NET, NetInfo("other", {"logits": 5}, 5))
     for loss in (aicsd_loss, ickd_loss, aicsd_kd_loss):
         with pytest.raises(UserError, match=r"\(1, 4, 5, 3\).*\(1, 4, 5, 4\)"):
             loss(torch.zeros(1, 4, 5, 3), torch.zeros(1, 4, 5, 4))

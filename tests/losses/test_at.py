@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from method_cases import batch, make
 from reference import golden
 
 from losses.at import AT, at_loss, attention_map
-from losses.distiller import BuildContext, NetInfo, methods
+from losses.core import NetInfo, methods
 from models.output import SegOutput
 from utils.errors import UserError
 
@@ -64,12 +65,12 @@ def test_dead_features_have_no_gradient():
 def test_method():
     assert methods()["at"] is AT
     net, bare = NetInfo("s", {"logits": 2, "head": 4}, 2), NetInfo("bare", {"logits": 2}, 2)
-    method = AT.build(BuildContext(net, net, 2))
+    method = make("at", net, net)
     s, t = torch.randn(2, 4, 5, 3, requires_grad=True), torch.randn(2, 6, 5, 3, requires_grad=True)
-    terms = method(output(s), output(t), torch.zeros(2, 40, 24), 0)
+    terms = method(batch(output(s), output(t)))
     terms["at"].backward()
     assert list(terms) == ["at"] and t.grad is None and s.grad.abs().sum() > 0 and not list(method.parameters())
     with pytest.raises(UserError, match="'at' needs head of the teacher, but bare offers only logits"):
-        AT.build(BuildContext(net, bare, 2))
+        make("at", net, bare)
     with pytest.raises(UserError, match=r"at: .*\(2, 4, 5, 3\).*\(2, 4, 5, 4\)"):
         at_loss(s, torch.zeros(2, 4, 5, 4))

@@ -1,17 +1,17 @@
 """AttnFD: recorded values, attention and loss in loops, groups, edge cases, the method."""
 from __future__ import annotations
 
-import argparse
 import copy
 
 import pytest
 import torch
+from method_cases import batch, make, preparation
 from reference import fill, golden
 from torch import nn
 from torch.nn import functional as F
 
 from losses.attnfd import CBAM, AttnFD, attnfd_loss, connector
-from losses.distiller import BuildContext, NetInfo, Preparation, methods
+from losses.core import NetInfo, methods
 from models.output import SegOutput
 from utils.errors import UserError
 
@@ -119,12 +119,11 @@ def output(c4, head) -> SegOutput:
 def test_method_trains_the_students_side_only():
     assert methods()["attnfd"] is AttnFD and AttnFD.terms[0].weight == 0
     small, large = net("small", 32, 16), net("large", 48, 24)
-    options = argparse.Namespace(group_size=1, attnfd_connector_steps=0)
-    method = AttnFD.build(BuildContext(small, large, 5, options=options))
+    method = make("attnfd", small, large, group_size=1, attnfd_connector_steps=0)
     assert method.group_size == 1
     s, t = (output(torch.randn(2, i.channels["c4"], 4, 6).requires_grad_(), torch.randn(2, i.channels["head"], 4, 6))
             for i in (small, large))
-    method(s, t, torch.zeros(2, 32, 48, dtype=torch.long), 0)["attnfd"].backward()
+    method(batch(s, t))["attnfd"].backward()
     trained = {n for n, p in method.named_parameters() if p.grad is not None}
     assert trained == {n for n, _ in method.named_parameters() if not n.startswith("teacher_attention")}
     assert len(method.trained_parameters()) == len(trained) and t.c4.grad is None and s.c4.grad is not None
@@ -134,9 +133,9 @@ def test_misfits_are_named():
     with pytest.raises(UserError, match=r"attnfd.*\(3, 4, 3, 5\).*\(3, 4, 3, 4\)"):
         attnfd_loss([maps()[0]], [maps()[1][..., :4]])
     with pytest.raises(UserError, match="needs c4 of the student"):
-        AttnFD.build(BuildContext(NetInfo("none", {"head": 5}, 5), net("large", 3, 4), 5))
-    with pytest.raises(UserError, match="output stride 8 of small and 16 of large"):
-        AttnFD.build(BuildContext(net("small", 3, 4), net("large", 3, 4, 16), 5))
+        make("attnfd", NetInfo("none", {"head": 5}, 5), net("large", 3, 4))
+    with pytest.raises(UserError, match="output stride 8 of the student small and 16 of the teacher large"):
+        make("attnfd", net("small", 3, 4), net("large", 3, 4, 16))
 
 
 class Net(nn.Module):
@@ -160,13 +159,11 @@ def batches(steps: int, batch_size: int, start: int, role: str):
 def staged(folder, steps: int | None = 3, images: int = 0) -> tuple[AttnFD, Net, Net, AttnFD]:
     """(method after its stage, student, teacher, the method before its stage); the student has to be as it was."""
     torch.manual_seed(0)
-    options = argparse.Namespace(group_size=2, attnfd_connector_steps=steps, batch_size=2, lr=0.01, momentum=0.9,
-                                 weight_decay=1e-3, lambda_attnfd=2.0)
-    method = AttnFD.build(BuildContext(net("small", 8, 6), net("large", 10, 7), 5, options=options))
+    method = make("attnfd", net("small", 8, 6), net("large", 10, 7), attnfd_connector_steps=steps, batch_size=2,
+                  lr=0.01, momentum=0.9, weight_decay=1e-3, active={"attnfd": 2.0})
     student, teacher = Net(8, 6).train(), Net(10, 7).eval()
     before, untouched = copy.deepcopy(method), copy.deepcopy(student.state_dict())
-    method.prepare(Preparation(teacher, torch.device("cpu"), folder, True, batches, lambda line: None, images=images,
-                               student=student))
+    method.prepare(preparation(teacher, folder, batches, images=images, student=student))
     assert student.training and all(v.equal(untouched[k]) for k, v in student.state_dict().items())
     return method, student, teacher, before
 
@@ -177,8 +174,7 @@ def test_the_stage_trains_the_connectors_alone_at_ten_times_the_rate(tmp_path):
     optimizer = torch.optim.SGD(twin.connectors.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
     for images, _ in batches(3, 2, 0, "both"):
         optimizer.zero_grad()
-        found, taught = student(images[0]), teacher(images[1])
-        (2 * twin(found, taught, torch.zeros(2, 6, 8), 0)["attnfd"]).backward()
+        (2 * twin(batch(student(images[0]), teacher(images[1])))["attnfd"]).backward()
         optimizer.step()
     for (name, value), other in zip(method.connectors.named_parameters(), twin.connectors.parameters(), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-7)

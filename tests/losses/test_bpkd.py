@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
+from method_cases import batch, make
 from reference import fill
 
-from losses.bpkd import BPKD, body_loss, edge_loss, edge_mask
+from losses.bpkd import BPKD, BPKDOptions, body_loss, edge_loss, edge_mask
+from losses.core import NetInfo, methods
 from losses.cwd import cwd_loss
-from losses.distiller import BuildContext, NetInfo, methods
 from models.output import SegOutput
-from utils.cli import ArgumentParser
 from utils.errors import UserError
 
 BOTH = frozenset({"bpkd_edge", "bpkd_body"})
@@ -103,9 +103,9 @@ def test_loop_twin(tau):
 @pytest.mark.parametrize("label", [-1, 2])
 def test_without_edges_the_body_is_cwd(label):
     """Nothing labelled, or one class only: no edge, and the whole map is body."""
-    method = BPKD.build(BuildContext(NET, NET, 4, active=BOTH))
+    method = make("bpkd", NET, NET)
     student, teacher = (torch.randn(2, 4, 5, 3, requires_grad=True) for _ in range(2))
-    terms = method(output(student), output(teacher), torch.full((2, 40, 24), label), 0)
+    terms = method(batch(output(student), output(teacher), torch.full((2, 40, 24), label)))
     assert terms["bpkd_edge"].item() == 0
     torch.testing.assert_close(terms["bpkd_body"], cwd_loss(student, teacher, 1.0))
     (gradient,) = torch.autograd.grad(terms["bpkd_edge"], student)
@@ -115,13 +115,10 @@ def test_without_edges_the_body_is_cwd(label):
 @pytest.mark.parametrize("active", [BOTH, {"bpkd_edge"}, {"bpkd_body"}])
 def test_method(active):
     assert methods()["bpkd"] is BPKD and "unofficial" in BPKD.title
-    parser = ArgumentParser(prog="test")
-    BPKD.add_arguments(parser.add_argument_group("bpkd"))
-    options = parser.parse_args(["--bpkd-kernel", "3", "--bpkd-temperature", "4"])
-    method = BPKD.build(BuildContext(NET, NET, 4, active=frozenset(active), options=options))
+    method = make("bpkd", NET, NET, "--bpkd-kernel", "3", "--bpkd-temperature", "4", active=active)
     student, teacher = (fill.tensor(n, (2, 4, 3, 2), 7, 2.0).requires_grad_() for n in ("s", "t"))
     target = labels()
-    terms = method(output(student), output(teacher), target, 0)
+    terms = method(batch(output(student), output(teacher), target))
     assert set(terms) == set(active)
     mask = edge_mask(target, 4, (3, 2), 3)
     for name, loss in (("bpkd_edge", edge_loss), ("bpkd_body", body_loss)):
@@ -130,16 +127,17 @@ def test_method(active):
     sum(terms.values()).backward()
     assert student.grad.abs().sum() > 0 and teacher.grad is None
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = method(output(student.bfloat16()), output(teacher.bfloat16()), target, 0)
+        half = method(batch(output(student.bfloat16()), output(teacher.bfloat16()), target))
     for name in active:
         assert half[name].dtype == torch.float32 and half[name].item() == pytest.approx(terms[name].item(), rel=0.05)
 
 
 def test_what_does_not_fit_is_refused():
-    for arguments, words in (((4, 4), "--bpkd-kernel 4"), ((4, 3, 0.0), "--bpkd-temperature 0")):
+    for arguments, words in (({"bpkd_kernel": 4}, "bpkd kernel 4: expected an odd"),
+                             ({"bpkd_temperature": 0.0}, "bpkd temperature 0.0: expected a number above 0")):
         with pytest.raises(UserError, match=words):
-            BPKD(*arguments)
+            BPKDOptions(**arguments)
     with pytest.raises(UserError, match="bpkd"):
-        BPKD.build(BuildContext(NET, NetInfo("other", {"logits": 5}, 5), 4, active=BOTH))
+        make("bpkd", NET, NetInfo("other", {"logits": 5}, 5))
     with pytest.raises(UserError, match="bpkd"):
         edge_loss(torch.zeros(1, 4, 3, 2), torch.zeros(1, 4, 3, 3), torch.zeros(1, 4, 3, 2))

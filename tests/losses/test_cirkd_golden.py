@@ -7,7 +7,8 @@ from reference import golden
 from torch import nn
 
 from losses.cirkd import Draws, MemoryRelations, MemorySettings, minibatch_pixel_loss
-from losses.cirkdv2 import ChannelRelations, ContextBlock, FitNet
+from losses.cirkdv2 import CHANNEL_TERMS, ChannelRelations, ContextBlock
+from losses.core.feature_losses import CriterionFitNet
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -15,7 +16,7 @@ DTYPES = (torch.float32, torch.float64)
 @pytest.fixture(params=[2 ** 23, 3000])
 def block(request, monkeypatch):
     """Similarities computed at a time: all, a part."""
-    monkeypatch.setattr("losses.relations.BLOCK", request.param)
+    monkeypatch.setattr("losses.core.relations.BLOCK", request.param)
 
 
 def widths(inputs: dict) -> tuple[int, int]:
@@ -49,7 +50,7 @@ def test_memory(name, dtype):
     c, inputs, labels = case["config"], golden.make_inputs(case, dtype), golden.make_labels(case)
     settings = MemorySettings(c["pixel_memory_size"], c["region_memory_size"], c["pixel_contrast_per_class"],
                               c["region_contrast_per_class"], c["pixel_update_freq"], c["contrast_temperature"],
-                              c["contrast_kd_temperature"], dtype=dtype, as_released=c["bug_compatible"])
+                              c["contrast_kd_temperature"], group_size=2, dtype=dtype, as_released=c["bug_compatible"])
     memory = MemoryRelations(*widths(inputs), c["num_classes"], settings).to(dtype)
     golden.fill_params(memory, case, MEMORY_NAMES)
     batch, _, height, width = inputs["student"].shape
@@ -78,8 +79,8 @@ def test_channels(name, dtype):
     c, inputs = case["config"], golden.make_inputs(case, dtype)
     batch, width = len(inputs["teacher"]), inputs["teacher"].shape[1]
     module = ChannelRelations(*widths(inputs), inputs["student"].shape[-2:], c["channel_memory_size"],
-                              c["channel_contrast_size"], tau=c["contrast_temperature"],
-                              kd_tau=c["contrast_kd_temperature"], dtype=dtype).to(dtype)
+                              c["channel_contrast_size"], frozenset(CHANNEL_TERMS.values()), 2,
+                              c["contrast_temperature"], c["contrast_kd_temperature"], dtype).to(dtype)
     golden.fill_params(module, case, CHANNEL_NAMES)
     draws = torch.arange(batch * width), torch.arange(c["channel_memory_size"])
     losses = module(inputs["student"], inputs["teacher"], draws=draws)
@@ -94,8 +95,8 @@ def test_channels(name, dtype):
 def test_context_block_and_fitnet(name, dtype):
     case = golden.load_case(name)
     inputs = golden.make_inputs(case, dtype)
-    module = nn.ModuleDict({"gcn": ContextBlock(inputs["student"].shape[1]), "fit": FitNet(*widths(inputs))}).to(dtype)
-    golden.fill_params(module, case)
+    module = nn.ModuleDict({"gcn": ContextBlock(inputs["student"].shape[1]), "fit": CriterionFitNet(*widths(inputs))})
+    golden.fill_params(module.to(dtype), case)
     loss = module["fit"](module["gcn"](inputs["student"]), inputs["teacher"])
     golden.check_losses(case, {"fitnet": loss}, inputs, module)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from losses.cirkd_memory import (
+from losses.core.labels import class_members, position_labels
+from losses.core.queues import (
     FeatureQueue,
     class_means,
-    class_members,
     pick_pixels,
     push_positions,
     random_priorities,
-    small_labels,
     take_pixels,
 )
 from utils.errors import UserError
@@ -113,9 +112,9 @@ def test_picked_pixels_are_distinct_members_and_the_choice_is_even():
                 chosen = pixel[image, k].tolist()
                 assert len(set(chosen)) == 5 and (labels[image, chosen] == k).all()
         seen[pixel[0, 0]] += 1
-    mine = seen[labels[0] == 0]
-    assert seen.sum() == mine.sum() == 2000
-    assert mine.min() > 0.6 * mine.mean() and mine.max() < 1.4 * mine.mean()
+    members = seen[labels[0] == 0]
+    assert seen.sum() == members.sum() == 2000
+    assert members.min() > 0.6 * members.mean() and members.max() < 1.4 * members.mean()
 
 
 def test_the_released_choice_is_a_permutation_of_the_first_positions():
@@ -139,5 +138,5 @@ def test_means_labels_and_vectors():
     pixel = torch.tensor([[[0, 3]], [[5, 5]]])
     assert take_pixels(features, pixel).equal(torch.stack([features[0, [[0, 3]]], features[1, [[5, 5]]]]))
     target = torch.arange(48).view(1, 6, 8) % 7
-    assert small_labels(target, (3, 4), 7).equal(target[:, ::2, ::2].flatten(1))
-    assert small_labels(torch.tensor([[[0, 255, 3, 9, -4]]]), (1, 5), 9, 3).tolist() == [[0, -1, -1, -1, -1]]
+    assert position_labels(target, (3, 4), 7).equal(target[:, ::2, ::2].flatten(1))
+    assert position_labels(torch.tensor([[[0, 255, 3, 9, -4]]]), (1, 5), 9, 3).tolist() == [[0, -1, -1, -1, -1]]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from losses.relations import blocks, relation_divergence
+from losses.core.relations import blocks, relation_divergence
 
 #: (groups, rows, sets, keys per set)
 SHAPES = [(1, 13, 2, 7), (3, 5, 1, 9), (2, 8, 3, 4), (1, 1, 1, 1)]
@@ -42,27 +42,34 @@ def leaves(inputs):
     return [x for x in inputs if x.requires_grad]
 
 
+def check_rounding(loss, want, inputs):
+    """A float32 loss and its gradients equal those of the dense form in float64 up to a few roundings."""
+    assert loss.item() == pytest.approx(want.item(), rel=1e-6)
+    for gradient, other in zip(*(torch.autograd.grad(x, leaves(inputs)) for x in (loss, want)), strict=True):
+        torch.testing.assert_close(gradient, other, rtol=0, atol=1e-6 * other.abs().max().item())
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("own_keys", [True, False])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("block", [1, 60, 100, 2 ** 23])
 def test_value_and_gradients_equal_the_dense_form(shape, own_keys, masked, block, monkeypatch):
-    monkeypatch.setattr("losses.relations.BLOCK", block)
+    monkeypatch.setattr("losses.core.relations.BLOCK", block)
     inputs = problem(*shape, own_keys=own_keys)
     usable = torch.arange(shape[3]) % 3 != 1 if masked else None
     got, want = (form(*inputs, TAU, usable) for form in (relation_divergence, dense))
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
-    ours, theirs = (torch.autograd.grad(-3 * x, leaves(inputs)) for x in (got, want))
-    assert len(ours) == 1 + own_keys
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
+    gradients, expected = (torch.autograd.grad(-3 * x, leaves(inputs)) for x in (got, want))
+    assert len(gradients) == 1 + own_keys
+    for gradient, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("groups, rows, columns", [(1, 13, 14), (5, 4, 3), (5, 4, 12), (2, 3, 500), (1, 0, 7),
                                                    (0, 3, 7)])
 @pytest.mark.parametrize("block", [1, 50, 101, 2 ** 23])
 def test_blocks_cover_every_row_once_and_keep_to_the_size(groups, rows, columns, block, monkeypatch):
-    monkeypatch.setattr("losses.relations.BLOCK", block)
+    monkeypatch.setattr("losses.core.relations.BLOCK", block)
     seen, sizes = torch.zeros(groups, rows), []
     for g, r in blocks(groups, rows, columns):
         seen[g, r] += 1
@@ -73,40 +80,38 @@ def test_blocks_cover_every_row_once_and_keep_to_the_size(groups, rows, columns,
 
 @pytest.mark.parametrize("own_keys", [True, False])
 def test_gradcheck(own_keys, monkeypatch):
-    monkeypatch.setattr("losses.relations.BLOCK", 30)
+    monkeypatch.setattr("losses.core.relations.BLOCK", 30)
     inputs = problem(2, 5, 2, 3, own_keys=own_keys)
     assert torch.autograd.gradcheck(lambda *x: relation_divergence(*x, 0.5), inputs)
 
 
 def test_one_tensor_as_rows_and_keys_gets_both_gradients():
     student, teacher, *_, weight = problem(2, 8, 2, 4)
-    found = []
+    gradients = []
     for form in (relation_divergence, dense):
         loss = form(student, teacher, student.unflatten(1, (2, 4)), teacher.unflatten(1, (2, 4)), weight, TAU)
-        found.append(torch.autograd.grad(loss, student)[0])
-    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+        gradients.append(torch.autograd.grad(loss, student)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
 def test_any_strides_and_gradients_of_an_own_layout():
     inputs = problem(2, 8, 3, 5)
     odd = [x.detach().transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_(x.requires_grad) for x in inputs]
-    found = [torch.autograd.grad(relation_divergence(*x, TAU), leaves(x)) for x in (inputs, odd)]
-    for mine, other in zip(*found, strict=True):
-        torch.testing.assert_close(mine, other)
+    gradients = [torch.autograd.grad(relation_divergence(*x, TAU), leaves(x)) for x in (inputs, odd)]
+    for gradient, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, other)
 
 
 @pytest.mark.parametrize("block", [60, 2 ** 23])
 def test_float32_is_close_and_autocast_does_not_touch_it(block, monkeypatch):
-    monkeypatch.setattr("losses.relations.BLOCK", block)
+    monkeypatch.setattr("losses.core.relations.BLOCK", block)
     inputs = problem(1, 13, 2, 7, torch.float32)
     plain = relation_divergence(*inputs, TAU)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = relation_divergence(*inputs, TAU)
     want = dense(*(x.double() for x in inputs))
     assert plain.dtype == torch.float32 and cast.equal(plain)
-    assert plain.item() == pytest.approx(want.item(), rel=1e-5)
-    for mine, other in zip(*(torch.autograd.grad(x, leaves(inputs)) for x in (cast, want)), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    check_rounding(cast, want, inputs)
 
 
 def test_what_is_kept_has_the_size_of_the_student():
@@ -159,9 +164,8 @@ def test_edges_give_zero_and_a_zero_gradient(what):
         assert gradient.shape == x.shape and (gradient == 0).all()
 
 
-def test_a_small_temperature_stays_finite():
+def test_a_small_temperature_is_as_exact():
     inputs = problem(1, 7, 2, 9, torch.float32)
     loss = relation_divergence(*inputs, 1e-3)
     want = dense(*(x.double() for x in inputs), tau=1e-3)
-    assert loss.item() == pytest.approx(want.item(), rel=1e-4)
-    assert all(x.isfinite().all() for x in torch.autograd.grad(loss, leaves(inputs)))
+    check_rounding(loss, want, inputs)

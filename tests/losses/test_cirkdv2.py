@@ -1,22 +1,22 @@
 """CIRKDv2's terms: slow twins from the formulas, the context block, queue size and crop, the Distiller."""
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
+from method_cases import batch, make
 from torch.nn import functional as F
 
-from losses.cirkd import minibatch_pixel_loss
-from losses.cirkdv2 import CHANNEL_TERMS, ChannelRelations, CIRKDv2, ContextBlock
-from losses.distiller import BuildContext, NetInfo
+from losses.cirkdv2 import CHANNEL_TERMS, ChannelRelations, CIRKDv2, CIRKDv2Options, ContextBlock
+from losses.core import NetInfo
+from losses.core.queues import FeatureQueue
+from losses.core.relations import minibatch_pixel_loss
 from models.output import SegOutput
-from utils.cli import ArgumentParser
+from utils.cli import parse_options
 from utils.errors import UserError
 
 TERMS = tuple(t.name for t in CIRKDv2.terms)
 SMALL = {"cirkd_pixel_queue": 40, "cirkd_region_queue": 6, "cirkd_pixel_contrast": 20, "cirkd_region_contrast": 8,
-         "cirkdv2_channel_queue": 60, "cirkdv2_channel_contrast": 12}
+         "cirkdv2_channel_contrast": 12}
 
 
 def maps(batch=3, height=9, width=6, dtype=torch.float64):
@@ -30,10 +30,14 @@ def output(head: torch.Tensor) -> SegOutput:
     return SegOutput(*[None] * 6, head=head)
 
 
-def build(*terms: str, crop=(69, 43), **options) -> CIRKDv2:
-    context = BuildContext(NetInfo("s", {"head": 6}, 4), NetInfo("t", {"head": 10}, 4), 4, -1, frozenset(terms), crop,
-                           options=argparse.Namespace(**{**SMALL, **options}))
-    return CIRKDv2.build(context).double()
+def build(*terms: str, crop=(69, 43), **changes) -> CIRKDv2:
+    """The method with a channel queue of 60 slots, fewer than the program accepts."""
+    distiller = make("cirkdv2", NetInfo("s", {"head": 6}, 4), NetInfo("t", {"head": 10}, 4), active=terms, crop=crop,
+                     **{**SMALL, **changes})
+    if "cirkdv2_channel_memory" in terms:
+        channels = distiller.channels
+        channels.channel = FeatureQueue(60, channels.channel.queue.shape[1])
+    return distiller.double()
 
 
 def pooled(x: torch.Tensor) -> torch.Tensor:
@@ -66,10 +70,10 @@ def slow_channels(module, student, teacher, groups, draws):
 
 @pytest.mark.parametrize("group_size, groups, block", [(2, [[0, 1], [2]], 2 ** 23), (0, [[0, 1, 2]], 120)])
 def test_channels_equal_the_loops(group_size, groups, block, monkeypatch):
-    monkeypatch.setattr("losses.relations.BLOCK", block)
+    monkeypatch.setattr("losses.core.relations.BLOCK", block)
     student, teacher, _ = maps()
-    module = ChannelRelations(6, 10, (9, 6), 70, 12, group_size=group_size, kd_tau=2.0,
-                              dtype=torch.float64).double()
+    module = ChannelRelations(6, 10, (9, 6), 70, 12, frozenset(CHANNEL_TERMS.values()), group_size, 0.1, 2.0,
+                              torch.float64).double()
     for _ in range(3):
         draws = torch.randperm(30), torch.randperm(70)
         want = slow_channels(module, student, teacher, groups, draws)
@@ -94,9 +98,9 @@ def test_context_block_equals_dense_attention():
 def test_with_fitnet_every_term_sees_the_context_block():
     student, teacher, target = maps()
     distiller = build("cirkdv2_fitnet", "cirkdv2_batch")
-    losses = distiller(output(student), output(teacher), target, 0)
+    losses = distiller(batch(output(student), output(teacher), target))
     torch.testing.assert_close(losses["cirkdv2_batch"], minibatch_pixel_loss(distiller.gcn(student), teacher))
-    plain = build("cirkdv2_batch")(output(student), output(teacher), target, 0)
+    plain = build("cirkdv2_batch")(batch(output(student), output(teacher), target))
     assert plain["cirkdv2_batch"].item() == minibatch_pixel_loss(student, teacher).item()
     assert plain["cirkdv2_batch"].item() != losses["cirkdv2_batch"].item()
 
@@ -105,13 +109,13 @@ def test_with_fitnet_every_term_sees_the_context_block():
 def test_only_active_terms_are_built_and_every_parameter_is_used(terms):
     student, teacher, target = maps()
     distiller = build(*terms)
-    losses = distiller(output(student), output(teacher), target, 0)
+    losses = distiller(batch(output(student), output(teacher), target))
     assert set(losses) == set(terms)
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in distiller.parameters()) and student.grad.isfinite().all()
     queues = {"cirkdv2_pixel": "memory.pixel", "cirkdv2_region": "memory.region",
               "cirkdv2_channel_memory": "channels.channel"}
-    held = {name.rpartition(".")[0] for name in distiller.unsynchronised()}
+    held = {name.rpartition(".")[0] for name in distiller.unsynchronized()}
     assert held == {queues[t] for t in terms if t in queues}
 
 
@@ -119,10 +123,10 @@ def test_state_dict_round_trip_continues_the_run():
     student, teacher, target = maps()
     first, second = build(*TERMS), build(*TERMS, seed=3)
     for step in range(3):
-        first(output(student), output(teacher), target, step)
+        first(batch(output(student), output(teacher), target, step))
     second.load_state_dict(first.state_dict())
     second.seed = 0
-    a, b = (d(output(student), output(teacher), target, 3, torch.Generator().manual_seed(i))
+    a, b = (d(batch(output(student), output(teacher), target, 3), torch.Generator().manual_seed(i))
             for i, d in enumerate((first, second)))
     assert {k: v.item() for k, v in a.items()} == {k: v.item() for k, v in b.items()}
     assert first.channels.channel.pointer.item() == 60 - 60 + 30 * (4 % 2)
@@ -132,42 +136,48 @@ def test_state_dict_round_trip_continues_the_run():
 def test_large_maps_are_pooled_before_the_pixel_relations(monkeypatch):
     monkeypatch.setattr("losses.cirkdv2.LARGE", 6)
     student, teacher, target = maps()
-    got = build("cirkdv2_batch")(output(student), output(teacher), target, 0)["cirkdv2_batch"]
+    got = build("cirkdv2_batch")(batch(output(student), output(teacher), target))["cirkdv2_batch"]
     assert got.item() == minibatch_pixel_loss(student, teacher, pool=4).item()
 
 
 def test_another_map_size_than_the_crop_is_refused_only_with_a_queue():
     student, teacher, target = maps()
-    with pytest.raises(UserError, match="8x6 head maps.*--crop-size.*9x6"):
-        build("cirkdv2_channel_memory", crop=(64, 43))(output(student), output(teacher), target, 0)
-    build("cirkdv2_channel", crop=(64, 43))(output(student), output(teacher), target, 0)
+    with pytest.raises(UserError, match="8x6 head maps.*9x6") as refused:
+        build("cirkdv2_channel_memory", crop=(64, 43))(batch(output(student), output(teacher), target))
+    assert refused.value.settings == ("crop_size",)
+    build("cirkdv2_channel", crop=(64, 43))(batch(output(student), output(teacher), target))
 
 
 def test_bad_settings_are_refused():
     with pytest.raises(UserError, match="60 slots|60 vectors"):
         many = torch.randn(7, 10, 9, 6, dtype=torch.float64)
-        build("cirkdv2_channel_memory")(output(many[:, :6]), output(many), torch.zeros(7, 69, 43).long(), 0)
+        build("cirkdv2_channel_memory")(batch(output(many[:, :6]), output(many), torch.zeros(7, 69, 43).long()))
     with pytest.raises(UserError, match="1 channel"):
         ContextBlock(1)
-    parser = ArgumentParser()
-    CIRKDv2.add_arguments(parser.add_argument_group("x"))
+    with pytest.raises(UserError, match=r"cirkdv2.*\(1, 6, 10, 7\).*\(1, 10, 9, 7\)"):
+        build("cirkdv2_pixel")(batch(output(torch.zeros(1, 6, 10, 7)), output(torch.zeros(1, 10, 9, 7))))
     with pytest.raises(SystemExit):
-        parser.parse_args(["--cirkdv2-channel-queue", "255"])
-    assert parser.parse_args([]).cirkdv2_channel_queue == 10000
+        parse_options(CIRKDv2Options, ["--cirkdv2-channel-queue", "255"], prog="test", description="")
+    assert parse_options(CIRKDv2Options, [], prog="test", description="").cirkdv2_channel_queue == 10000
 
 
 def test_autocast_and_a_batch_without_labels():
     student, teacher, target = maps(dtype=torch.float32)
-    distiller = build(*TERMS).float()
+    distiller, same = build(*TERMS).float(), build(*TERMS).float()
+    same.load_state_dict(distiller.state_dict())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = distiller(output(student), output(teacher), torch.full_like(target, -1), 0)
+        losses = distiller(batch(output(student), output(teacher), torch.full_like(target, -1)))
     sum(losses.values()).backward()
-    assert all(v.dtype == torch.float32 and v.isfinite() for v in losses.values()) and student.grad.isfinite().all()
+    exact = same(batch(output(student), output(teacher), torch.full_like(target, -1)))
+    for name, value in losses.items():
+        # the context block and the projections are in half precision
+        assert value.dtype == torch.float32 and value.item() == pytest.approx(exact[name].item(), rel=1e-2)
+    assert student.grad.isfinite().all() and student.grad.abs().max() > 0
     assert losses["cirkdv2_pixel"].item() == losses["cirkdv2_region"].item() == 0
     assert losses["cirkdv2_channel"].item() > 0
 
 
 def test_presets_name_existing_options():
-    known = {"lambda_kd", *(t.dest for t in CIRKDv2.terms)}
+    known = {"lambda_kd", *(t.setting for t in CIRKDv2.terms)}
     assert all(set(values) == known for values in CIRKDv2.preset.values())
     assert set(CHANNEL_TERMS) < set(TERMS)

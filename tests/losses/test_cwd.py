@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from method_cases import batch, facts, make, options_of_method
 from reference import fill, golden
 from torch import nn
 
+from engine.presets import preset
+from losses.core import NetInfo, methods
 from losses.cwd import CWD, cwd_loss
-from losses.distiller import BuildContext, NetInfo, methods
 from models.output import SegOutput
-from utils.cli import ArgumentParser
-from utils.config import preset
 from utils.errors import UserError
 
 DTYPES = (torch.float32, torch.float64)
@@ -43,7 +43,8 @@ def test_recorded_with_alignment(name, dtype):
     case = golden.load_case(name)
     config = case["config"]
     inputs = golden.make_inputs(case, dtype)
-    method = CWD(config["s_channels"], config["t_channels"], temperature=config["temperature"]).to(dtype)
+    options = options_of_method("cwd", cwd_temperature=config["temperature"])
+    method = CWD(config["s_channels"], config["t_channels"], options, ["cwd_feat"]).to(dtype)
     golden.fill_params(method, case)
     golden.check_losses(case, {"cwd": method.feature_loss(**inputs)}, inputs, method)
 
@@ -107,16 +108,14 @@ def outputs(dtype=torch.float64) -> tuple[SegOutput, SegOutput]:
 
 
 def build(active=BOTH, student=SMALL, teacher=LARGE, *flags: str) -> CWD:
-    parser = ArgumentParser(prog="test")
-    CWD.add_arguments(parser.add_argument_group("cwd"))
-    return CWD.build(BuildContext(student, teacher, 5, active=frozenset(active), options=parser.parse_args(flags)))
+    return make("cwd", student, teacher, *flags, active=active)
 
 
 def test_method_and_its_terms():
     assert methods()["cwd"] is CWD
     student, teacher = outputs()
     method = build().double()
-    terms = method(student, teacher, None, 0)
+    terms = method(batch(student, teacher))
     assert terms["cwd_logit"].item() == cwd_loss(student.logits, teacher.logits, 4.0).item()
     aligned = nn.functional.conv2d(student.head, method.conv.weight)
     assert terms["cwd_feat"].item() == pytest.approx(9 / 6 * cwd_loss(aligned, teacher.head, 4.0).item(), rel=1e-12)
@@ -128,7 +127,7 @@ def test_divided_by_the_teachers_width_on_request():
     published = build().double()
     formula = build(BOTH, SMALL, LARGE, "--cwd-divide-by", "teacher").double()
     formula.load_state_dict(published.state_dict())
-    got, want = (m(student, teacher, None, 0) for m in (published, formula))
+    got, want = (m(batch(student, teacher)) for m in (published, formula))
     assert got["cwd_feat"].item() == pytest.approx(want["cwd_feat"].item() * 9 / 6, rel=1e-12)
     assert got["cwd_logit"].item() == want["cwd_logit"].item()
 
@@ -136,7 +135,7 @@ def test_divided_by_the_teachers_width_on_request():
 def test_options_reach_both_terms():
     student, teacher = outputs()
     method = build(BOTH, SMALL, LARGE, "--cwd_temperature", "2", "--cwd-norm", "spatial").double()
-    terms = method(student, teacher, None, 0)
+    terms = method(batch(student, teacher))
     wanted = {"temperature": 2.0, "norm": "spatial"}
     assert terms["cwd_logit"].item() == cwd_loss(student.logits, teacher.logits, **wanted).item()
     assert terms["cwd_feat"].item() == cwd_loss(method.conv(student.head), teacher.head, **wanted).item()
@@ -148,10 +147,11 @@ def test_builds_and_reads_only_what_is_active(active, taps, parameters):
     method = build(active)
     student, teacher = outputs(torch.float32)
     if taps:
-        assert method.student_taps == method.teacher_taps == taps
+        needs = CWD.requires(options_of_method("cwd"), facts(active=dict.fromkeys(active, 1.0)), SMALL, LARGE)
+        assert needs.student == needs.teacher == taps
         student, teacher = (SegOutput(*(v if f in taps else None for f, v in x._asdict().items()))
                             for x in (student, teacher))
-    assert set(method(student, teacher, None, 0)) == set(active)
+    assert set(method(batch(student, teacher))) == set(active)
     assert sum(p.numel() for p in method.parameters()) == parameters
 
 
@@ -171,13 +171,13 @@ def test_errors_name_what_is_wrong():
     student, teacher = maps()
     with pytest.raises(UserError, match=r"cwd.*\(2, 5, 7, 9\).*\(2, 5, 7, 8\)"):
         cwd_loss(student, teacher[..., :8])
-    with pytest.raises(UserError, match="--cwd-norm channel_mean"):
+    with pytest.raises(UserError, match="cwd: norm channel_mean"):
         cwd_loss(student, teacher, norm="channel_mean")
-    with pytest.raises(UserError, match="--cwd-norm channel_mean.*mse"):
+    with pytest.raises(UserError, match="cwd: norm channel_mean.*mse"):
         build(BOTH, SMALL, LARGE, "--cwd-norm", "channel_mean")
     with pytest.raises(UserError, match="stride 8 of the student small and 16 of the teacher large"):
         build(BOTH, SMALL, replace(LARGE, stride=16))
-    with pytest.raises(UserError, match="stride 8 of small and 16 of large"):
+    with pytest.raises(UserError, match="stride 8 of the student small and 16 of the teacher large"):
         build(["cwd_feat"], SMALL, replace(LARGE, stride=16))
     with pytest.raises(UserError, match="logits 5 of the student small and 6 of the teacher large"):
         build(BOTH, SMALL, NetInfo("large", {"logits": 6, "head": 9}, 6))

@@ -1,16 +1,14 @@
 """DIST: recorded values, the formula in loops, groups of images, edge cases."""
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
+from method_cases import batch, make
 from reference import fill, golden
 
-from losses.dist import DIST, CriterionDIST, dist_loss, mean_over_groups
-from losses.distiller import BuildContext, NetInfo, methods
+from losses.core import NetInfo, methods
+from losses.dist import DIST, DISTOptions, dist_loss, mean_over_groups
 from models.output import SegOutput
-from utils.cli import ArgumentParser
 from utils.errors import UserError
 
 DTYPES = (torch.float32, torch.float64)
@@ -88,18 +86,12 @@ def test_half_precision_is_computed_in_float32_and_the_teacher_gets_no_gradient(
 def test_shapes_must_agree():
     with pytest.raises(UserError, match=r"dist.*\(5, 4, 3, 5\).*\(5, 4, 3, 4\)"):
         dist_loss(maps()[0], maps()[1][..., :4])
-    with pytest.raises(UserError, match="--dist-temperature"):
-        CriterionDIST(0.0)
+    with pytest.raises(UserError, match="dist temperature 0.0: expected a number above 0"):
+        DISTOptions(dist_temperature=0.0)
 
 
 def output(logits, aux=None) -> SegOutput:
     return SegOutput(logits=logits, aux=aux, c1=logits, c2=logits, c3=logits, c4=logits, head=logits)
-
-
-def parsed(*arguments: str, **more) -> argparse.Namespace:
-    parser = ArgumentParser(prog="test")
-    DIST.add_arguments(parser.add_argument_group("dist"))
-    return argparse.Namespace(**vars(parser.parse_args(list(arguments))), **more)
 
 
 def test_method_adds_the_auxiliary_logits_where_both_have_them():
@@ -107,16 +99,15 @@ def test_method_adds_the_auxiliary_logits_where_both_have_them():
     with_aux, without = (NetInfo("net", {"logits": 4, **more}, 4) for more in ({"aux": 4}, {}))
     logits, aux = maps(), maps((5, 4, 2, 3))
     student, teacher = (output(x, a) for x, a in zip(logits, aux, strict=True))
-    target = torch.full((5, 24, 40), -1)
     main, side = dist_loss(*logits, group_size=2), dist_loss(*aux, group_size=2)
-    for ours, options, want in ((with_aux, parsed(group_size=2), main + 0.4 * side),
-                                (with_aux, argparse.Namespace(), main + 0.4 * side),
-                                (with_aux, parsed("--dist-aux-weight", "0", group_size=2), main),
-                                (without, parsed(group_size=2), main),
-                                (without, parsed("--dist-beta", "0", "--dist-gamma", "2", "--dist-temperature", "3",
-                                                 group_size=0), dist_loss(*logits, 3.0, 0.0, 2.0))):
-        method = DIST.build(BuildContext(ours, with_aux, 4, options=options))
-        assert method(student, teacher, target, 0)["dist"].item() == pytest.approx(want.item())
+    for net, flags, want in ((with_aux, ["--group-size", "2"], main + 0.4 * side),
+                             (with_aux, [], main + 0.4 * side),
+                             (with_aux, ["--dist-aux-weight", "0"], main),
+                             (without, [], main),
+                             (without, ["--dist-beta", "0", "--dist-gamma", "2", "--dist-temperature", "3",
+                                        "--group-size", "0"], dist_loss(*logits, 3.0, 0.0, 2.0))):
+        method = make("dist", net, with_aux, *flags)
+        assert method(batch(student, teacher))["dist"].item() == pytest.approx(want.item())
         assert not method.state_dict()
 
 
@@ -125,4 +116,4 @@ def test_method_refuses_other_classes_and_strides():
     for other, words in ((NetInfo("big", {"logits": 5}, 5), "logits 4 of the student net and 5"),
                          (NetInfo("big", {"logits": 4}, 4, 16), "output stride 8 of the student net and 16")):
         with pytest.raises(UserError, match=words):
-            DIST.build(BuildContext(net, other, 4))
+            make("dist", net, other)

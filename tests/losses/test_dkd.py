@@ -1,16 +1,15 @@
 """DKD: recorded values, the formula in loops, ignored labels, edge cases."""
 from __future__ import annotations
 
-import argparse
 import math
 
 import pytest
 import torch
+from method_cases import batch, make
 from reference import fill, golden
 
-from losses.distiller import BuildContext, NetInfo, methods
+from losses.core import NetInfo, labels_at, methods
 from losses.dkd import DKD, dkd_loss
-from losses.logits import labels_at
 from models.output import SegOutput
 from utils.errors import UserError
 
@@ -76,10 +75,10 @@ def test_ignored_pixels_get_no_gradient_and_nothing_labelled_is_zero():
     student.requires_grad_()
     label = torch.zeros(2, 3, 5, dtype=torch.long)
     label[1, 2, 3] = -1
-    dkd_loss(student, teacher, label).backward()
+    dkd_loss(student, teacher, label, 1.0, 8.0).backward()
     assert (student.grad.abs().sum(dim=1) > 0).equal(label == 0)
     student.grad = None
-    loss = dkd_loss(student, teacher, torch.full_like(label, -1))
+    loss = dkd_loss(student, teacher, torch.full_like(label, -1), 1.0, 8.0)
     loss.backward()
     assert loss.item() == 0 and student.grad.abs().max() == 0
 
@@ -90,7 +89,7 @@ def test_certain_networks_have_finite_gradients(classes):
     teacher[:, 0] = 300.0
     for sign in (1, -1):
         student = (sign * teacher).requires_grad_()
-        loss = dkd_loss(student, teacher, torch.zeros(1, 2, 2, dtype=torch.long))
+        loss = dkd_loss(student, teacher, torch.zeros(1, 2, 2, dtype=torch.long), 1.0, 8.0)
         loss.backward()
         assert torch.isfinite(loss) and torch.isfinite(student.grad).all()
 
@@ -99,9 +98,9 @@ def test_half_precision_is_computed_in_float32_and_the_teacher_gets_no_gradient(
     student, teacher = (x.bfloat16().requires_grad_() for x in maps())
     label = torch.ones(2, 3, 5, dtype=torch.long)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = dkd_loss(student, teacher, label)
+        loss = dkd_loss(student, teacher, label, 1.0, 8.0)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(dkd_loss(student.float(), teacher.float(), label).item(), rel=1e-6)
+    assert loss.item() == pytest.approx(dkd_loss(student.float(), teacher.float(), label, 1.0, 8.0).item(), rel=1e-6)
     loss.backward()
     assert teacher.grad is None and student.grad is not None
 
@@ -111,12 +110,12 @@ def test_method():
     net = NetInfo("net", {"logits": 4}, 4)
     outputs = [SegOutput(logits=x, aux=None, c1=x, c2=x, c3=x, c4=x, head=x) for x in maps()]
     target = fill.labels("y", (2, 24, 40), 4, ignore_frac=0.3, ignore=255)
-    given = argparse.Namespace(dkd_alpha=2.0, dkd_beta=8.0, dkd_temperature=4.0)
-    for options, settings in ((argparse.Namespace(), (1.0, 0.5, 1.0)), (given, (2.0, 8.0, 4.0))):
-        method = DKD.build(BuildContext(net, net, 4, ignore_label=255, options=options))
-        got = method(*outputs, target, 0)
+    given = {"dkd_alpha": 2.0, "dkd_beta": 8.0, "dkd_temperature": 4.0}
+    for options, settings in (({}, (1.0, 0.5, 1.0)), (given, (2.0, 8.0, 4.0))):
+        method = make("dkd", net, net, ignore_label=255, group_size=0, **options)
+        got = method(batch(*outputs, target))
         assert {k: v.item() for k, v in got.items()} == {"dkd": dkd_loss(*maps(), target, *settings, 255).item()}
     with pytest.raises(UserError, match="'dkd' needs at least 2 classes"):
-        DKD.build(BuildContext(*[NetInfo("net", {"logits": 1}, 1)] * 2, 1))
+        make("dkd", *[NetInfo("net", {"logits": 1}, 1)] * 2)
     with pytest.raises(UserError, match="dkd.*shape"):
-        dkd_loss(maps()[0], maps()[1][..., :3], target)
+        dkd_loss(maps()[0], maps()[1][..., :3], target, 1.0, 8.0)

@@ -1,14 +1,14 @@
 """DSD: recorded values of both kinds of student, a loop twin of both terms, which maps are compared."""
 from __future__ import annotations
 
-import argparse
 from itertools import combinations
 
 import pytest
 import torch
+from method_cases import batch, make
 from reference import golden
 
-from losses.distiller import BuildContext, NetInfo, methods
+from losses.core import NetInfo, methods
 from losses.dsd import DSD, csd_loss, psd_loss
 from models.output import SegOutput
 from utils.errors import UserError
@@ -32,8 +32,7 @@ def recorded(name: str, dtype: torch.dtype, compat: str):
         outputs.append(output(logits, aux, head))
         widths = {"logits": logits.shape[1], "head": head.shape[1]} | ({} if aux is None else {"aux": aux.shape[1]})
         nets.append(NetInfo(role, widths, logits.shape[1]))
-    context = BuildContext(*nets, nets[0].num_class, active=BOTH, options=argparse.Namespace(compat=compat))
-    terms = DSD.build(context)(*outputs, torch.zeros(2, 64, 96), 0)
+    terms = make("dsd", *nets, compat=compat)(batch(*outputs))
     if compat == "reference" and "mobile" in name:
         assert terms["dsd_psd"].item() == psd_loss([inputs["student_logits"], inputs["student_feat"],
                                                     inputs["student_logits"]],
@@ -108,7 +107,7 @@ def test_loop_twins():
     ("fixed", WITHOUT, WITH_AUX, ("head logits", "head logits")),
     ("reference", WITHOUT, WITH_AUX, ("logits head logits", "aux head logits"))])
 def test_compared_maps(compat, student, teacher, expected):
-    method = DSD.build(BuildContext(student, teacher, 3, active=BOTH, options=argparse.Namespace(compat=compat)))
+    method = make("dsd", student, teacher, compat=compat)
     assert (" ".join(method.student_taps), " ".join(method.teacher_taps)) == expected
 
 
@@ -116,14 +115,14 @@ def test_compared_maps(compat, student, teacher, expected):
 def test_method(active):
     assert methods()["dsd"] is DSD
     torch.manual_seed(0)
-    method = DSD.build(BuildContext(WITH_AUX, WITH_AUX, 3, active=frozenset(active)))
+    method = make("dsd", WITH_AUX, WITH_AUX, active=active)
     tensors = [torch.randn(1, c, 5, 3, requires_grad=True) for c in (3, 3, 4, 3, 3, 4)]
-    terms = method(output(*tensors[:3]), output(*tensors[3:]), torch.zeros(1, 40, 24), 0)
+    terms = method(batch(output(*tensors[:3]), output(*tensors[3:])))
     assert set(terms) == set(active)
     sum(terms.values()).backward()
     assert tensors[0].grad.abs().sum() > 0 and all(t.grad is None for t in tensors[3:])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = method(output(*tensors[:3]), output(*tensors[3:]), torch.zeros(1, 40, 24), 0)
+        half = method(batch(output(*tensors[:3]), output(*tensors[3:])))
     for name in active:
         torch.testing.assert_close(half[name], terms[name])
 
@@ -138,4 +137,4 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match="dsd: "):
         csd_loss(x, y)
     with pytest.raises(UserError, match="'dsd' needs head of the student"):
-        DSD.build(BuildContext(NetInfo("bare", {"logits": 3}, 3), WITHOUT, 3, active=BOTH))
+        make("dsd", NetInfo("bare", {"logits": 3}, 3), WITHOUT)

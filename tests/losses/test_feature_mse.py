@@ -1,15 +1,15 @@
 """Feature MSE: every normalisation against a loop, aligners, taps, refusals."""
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
+from method_cases import batch, make
 
-from losses.distiller import BuildContext, NetInfo, methods
-from losses.feature_mse import ALIGNERS, NORMS, FeatureMSE, feature_mse_loss, normalise
+from losses.core import NetInfo, methods
+from losses.core.feature_losses import FEATURE_NORMS as NORMS
+from losses.core.feature_losses import normalize_map
+from losses.feature_mse import ALIGNERS, FeatureMSE, FeatureMSEOptions, feature_mse_loss
 from models.output import SegOutput
-from utils.cli import ArgumentParser
 from utils.errors import UserError
 
 STUDENT = NetInfo("s", {"logits": 2, "c4": 3, "head": 4}, 2)
@@ -24,7 +24,7 @@ def maps(net: NetInfo, **more) -> SegOutput:
     return output(*(torch.randn(2, net.channels[tap], 5, 3, **more) for tap in ("c4", "head")))
 
 
-def slow_normalise(x: torch.Tensor, norm: str) -> torch.Tensor:
+def slow_normalize(x: torch.Tensor, norm: str) -> torch.Tensor:
     out = x.clone()
     batch, channels, height, width = x.shape
     vectors = ([(b, slice(None), i, j) for b in range(batch) for i in range(height) for j in range(width)]
@@ -41,7 +41,7 @@ def slow_normalise(x: torch.Tensor, norm: str) -> torch.Tensor:
 def test_loop_twin(norm):
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 4, 5, 3).double(), torch.randn(2, 4, 5, 3).double()
-    total = (slow_normalise(student, norm) - slow_normalise(teacher, norm)).square().sum() / student.numel()
+    total = (slow_normalize(student, norm) - slow_normalize(teacher, norm)).square().sum() / student.numel()
     torch.testing.assert_close(feature_mse_loss(student, teacher, norm), total)
 
 
@@ -53,37 +53,34 @@ def test_normalised_errors_ignore_the_scale_and_survive_dead_maps(norm):
     assert feature_mse_loss(student, student.detach()).item() == 0
     dead = torch.zeros(1, 4, 3, 3, requires_grad=True)
     feature_mse_loss(dead, teacher, norm).backward()
-    assert dead.grad.isfinite().all() and normalise(dead, norm).isfinite().all()
+    assert dead.grad.isfinite().all() and normalize_map(dead, norm).isfinite().all()
 
 
 @pytest.mark.parametrize("align", ALIGNERS)
 @pytest.mark.parametrize("tap", ["head", "c4"])
 def test_method(tap, align):
     assert methods()["mse"] is FeatureMSE
-    parser = ArgumentParser(prog="test")
-    FeatureMSE.add_arguments(parser.add_argument_group("mse"))
-    options = parser.parse_args(["--mse-tap", tap, "--mse-norm", "channel", "--mse-align", align])
     teacher = STUDENT if align == "none" else TEACHER
-    method = FeatureMSE.build(BuildContext(STUDENT, teacher, 2, options=options))
-    assert method.student_taps == (tap,) and bool(method.trained_parameters()) == (align != "none")
+    method = make("mse", STUDENT, teacher, "--mse-tap", tap, "--mse-norm", "channel", "--mse-align", align)
+    assert method.tap == tap and bool(method.trained_parameters()) == (align != "none")
     s, t = maps(STUDENT, requires_grad=True), maps(teacher, requires_grad=True)
-    loss = method(s, t, torch.zeros(2, 40, 24), 0)["mse"]
+    loss = method(batch(s, t))["mse"]
     loss.backward()
     used, other = (s.head, s.c4) if tap == "head" else (s.c4, s.head)
     assert used.grad.abs().sum() > 0 and other.grad is None and t.head.grad is None and t.c4.grad is None
     assert all(p.grad is not None for p in method.parameters())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = method(s, t, torch.zeros(2, 40, 24), 0)["mse"]
+        half = method(batch(s, t))["mse"]
     assert half.dtype == torch.float32 and half.item() == pytest.approx(loss.item(), rel=0.03)
 
 
 def test_what_does_not_fit_is_refused():
     bare = NetInfo("bare", {"logits": 2, "head": 4}, 2)
-    with pytest.raises(UserError, match="--mse-tap c4: the teacher bare offers only logits, head"):
-        FeatureMSE.build(BuildContext(STUDENT, bare, 2, options=argparse.Namespace(mse_tap="c4")))
-    with pytest.raises(UserError, match="--mse-align none: the student's 4 channels"):
-        FeatureMSE.build(BuildContext(STUDENT, TEACHER, 2, options=argparse.Namespace(mse_align="none")))
-    with pytest.raises(UserError, match="--mse-norm l1"):
-        FeatureMSE(4, 4, norm="l1")
+    with pytest.raises(UserError, match="'mse' needs c4 of the teacher, but bare offers only logits, head"):
+        make("mse", STUDENT, bare, mse_tap="c4")
+    with pytest.raises(UserError, match="mse without alignment: the student's 4 channels"):
+        make("mse", STUDENT, TEACHER, mse_align="none")
+    with pytest.raises(UserError, match="mse norm 'l1': expected one of none, l2"):
+        FeatureMSEOptions(mse_norm="l1")
     with pytest.raises(UserError, match=r"mse: .*\(1, 4, 4, 4\).*\(1, 5, 4, 4\)"):
         feature_mse_loss(torch.zeros(1, 4, 4, 4), torch.zeros(1, 5, 4, 4))

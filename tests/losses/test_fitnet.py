@@ -3,9 +3,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from method_cases import batch, make
 from reference import golden
 
-from losses.distiller import BuildContext, NetInfo, methods
+from losses.core import NetInfo, methods
 from losses.fitnet import CriterionFitNet, FitNet
 from models.output import SegOutput
 from utils.errors import UserError
@@ -41,20 +42,20 @@ def test_loop_twin_and_equal_widths_keep_the_convolution():
 def test_method():
     assert methods()["fitnet"] is FitNet
     student, teacher = NetInfo("s", {"logits": 2, "head": 4}, 2), NetInfo("t", {"logits": 2, "head": 6}, 2)
-    method = FitNet.build(BuildContext(student, teacher, 2))
+    method = make("fitnet", student, teacher)
     assert [tuple(p.shape) for p in method.trained_parameters()] == [(6, 4, 1, 1)]
     s, t = torch.randn(2, 4, 5, 3, requires_grad=True), torch.randn(2, 6, 5, 3, requires_grad=True)
-    terms = method(output(s), output(t), torch.full((2, 40, 24), -1), 0)
+    terms = method(batch(output(s), output(t)))
     terms["fitnet"].backward()
     assert list(terms) == ["fitnet"] and t.grad is None and s.grad.abs().sum() > 0
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = method(output(s), output(t), torch.zeros(2, 40, 24), 0)["fitnet"]
+        half = method(batch(output(s), output(t)))["fitnet"]
     assert half.dtype == torch.float32 and half.item() == pytest.approx(terms["fitnet"].item(), rel=0.02)
 
 
 def test_what_does_not_fit_is_refused():
     net, bare = NetInfo("s", {"logits": 2, "head": 4}, 2), NetInfo("bare", {"logits": 2}, 2)
     with pytest.raises(UserError, match="'fitnet' needs head of the student, but bare offers only logits"):
-        FitNet.build(BuildContext(bare, net, 2))
+        make("fitnet", bare, net)
     with pytest.raises(UserError, match=r"fitnet: .*\(1, 6, 4, 4\).*\(1, 6, 4, 5\)"):
         CriterionFitNet(4, 6)(torch.zeros(1, 4, 4, 4), torch.zeros(1, 6, 4, 5))

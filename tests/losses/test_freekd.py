@@ -1,16 +1,17 @@
 """FreeKD: recorded values, the wavelet, the loss and the prompt learning in loops, the stage, the method."""
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import pytest
 import torch
+from method_cases import batch, make, preparation
 from reference import fill, golden
 from torch import nn
 from torch.nn import functional as F
 
-from losses.distiller import BuildContext, NetInfo, Preparation, methods
+from losses.core import NetInfo, methods
+from losses.core.task import SegCrossEntropyLoss
 from losses.freekd import (
     FreeKD,
     freekd_loss,
@@ -22,7 +23,6 @@ from losses.freekd import (
     rest_of_network,
 )
 from losses.maskd import dice_overlap
-from losses.task import SegCrossEntropyLoss
 from models import get_segmentation_model
 from models.output import SegOutput
 from utils.errors import UserError
@@ -172,8 +172,8 @@ def test_prompt_learning_step_by_step(teacher):
 NET = NetInfo("net", {"logits": 4, "c4": 5, "head": 6}, 4)
 
 
-def context(student: NetInfo = NET, teacher: NetInfo = NET, active=("freekd", "freekd_mse"), **options) -> BuildContext:
-    return BuildContext(student, teacher, 4, active=frozenset(active), options=argparse.Namespace(**options))
+def build(student: NetInfo = NET, teacher: NetInfo = NET, **options) -> FreeKD:
+    return make("freekd", student, teacher, **options)
 
 
 def output(x: torch.Tensor, head: torch.Tensor) -> SegOutput:
@@ -185,22 +185,23 @@ def test_method(tap):
     assert methods()["freekd"] is FreeKD and all(t.weight == 0 for t in FreeKD.terms)
     small = NetInfo("small", {"logits": 4, "c4": 3, "head": 2}, 4)
     s, t = (output(*(torch.randn(2, i.channels[k], 6, 9) for k in ("c4", "head"))) for i in (small, NET))
-    method = FreeKD.build(context(small, freekd_tap=tap, freekd_tokens=3))
-    assert method.tokens.shape == (4, 3, NET.channels[tap]) and method.student_taps == (tap,)
-    terms = method(s, t, torch.zeros(2, 48, 72).long(), 0)
-    ours = F.conv2d(getattr(s, tap), method.align.weight, method.align.bias)
-    assert terms["freekd"].item() == pytest.approx(freekd_loss(ours, getattr(t, tap), method.tokens).item(), rel=1e-6)
-    assert terms["freekd_mse"].item() == pytest.approx((ours - getattr(t, tap)).square().mean().item(), rel=1e-6)
+    method = build(small, freekd_tap=tap, freekd_tokens=3)
+    assert method.tokens.shape == (4, 3, NET.channels[tap]) and method.tap == tap
+    terms = method(batch(s, t))
+    aligned = F.conv2d(getattr(s, tap), method.align.weight, method.align.bias)
+    expected = freekd_loss(aligned, getattr(t, tap), method.tokens).item()
+    assert terms["freekd"].item() == pytest.approx(expected, rel=1e-6)
+    assert terms["freekd_mse"].item() == pytest.approx((aligned - getattr(t, tap)).square().mean().item(), rel=1e-6)
     for name in terms:
-        alone = FreeKD.build(context(small, active=(name,), freekd_tap=tap))
-        assert set(alone(s, t, None, 0)) == {name} and (alone.settings is None) == (name == "freekd_mse")
+        alone = build(small, active=(name,), freekd_tap=tap)
+        assert set(alone(batch(s, t))) == {name} and (alone.settings is None) == (name == "freekd_mse")
 
 
 def test_networks_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="needs c4 of the teacher.*odd offers only head"):
-        FreeKD.build(context(teacher=NetInfo("odd", {"head": 6}, 4)))
-    with pytest.raises(UserError, match="output stride 8 of net and 16 of large"):
-        FreeKD.build(context(teacher=NetInfo("large", {"c4": 5}, 4, 16)))
+        build(teacher=NetInfo("odd", {"head": 6}, 4))
+    with pytest.raises(UserError, match="output stride 8 of the student net and 16 of the teacher large"):
+        build(teacher=NetInfo("large", {"c4": 5}, 4, 16))
 
 
 class Batches:
@@ -221,9 +222,9 @@ class Batches:
 
 def learned(teacher: nn.Module, directory: Path, batches: Batches | None = None, **options) -> torch.Tensor:
     info = NetInfo("net", teacher.channels, 4)
-    method = FreeKD.build(context(info, info, **{"freekd_steps": 4, "freekd_batch_size": 2, "save_per_iters": 2,
-                                                 **options}))
-    method.prepare(Preparation(teacher, torch.device("cpu"), directory, True, batches or Batches(), lambda line: None))
+    method = build(info, info, **{"freekd_steps": 4, "freekd_batch_size": 2, "save_per_iters": 2, "group_size": 0,
+                                  **options})
+    method.prepare(preparation(teacher, directory, batches or Batches()))
     return method.tokens
 
 
@@ -235,7 +236,7 @@ def test_the_stage_learns_on_the_frozen_teacher(teacher, tmp_path):
     info = NetInfo("net", teacher.channels, 4)
     with torch.no_grad():
         first, last = (prompt_learning_losses(teacher, "c4", teacher(images).c4, e, target)
-                       for e in (FreeKD.build(context(info, info)).tokens, tokens))
+                       for e in (build(info, info).tokens, tokens))
     assert first["dice"] > 0.95 and sum(last.values()) < 0.98 * sum(first.values())
     assert all(v.equal(before[k]) for k, v in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters())
@@ -252,7 +253,7 @@ def test_a_killed_stage_goes_on_and_the_cache_is_used(teacher, tmp_path):
     (cached,) = (tmp_path / "cut").iterdir()
     assert cached.name.startswith("freekd_masks_")
     info = NetInfo("net", teacher.channels, 4)
-    given = FreeKD.build(context(info, info, freekd_masks=str(cached)))
+    given = build(info, info, freekd_masks=str(cached))
     assert given.tokens.equal(whole) and given.settings is None
     for options in ({"freekd_tap": "head"}, {"freekd_lr": 0.5}, {"freekd_tokens": 2}, {"seed": 1}):
         batches = Batches()
@@ -262,11 +263,12 @@ def test_a_killed_stage_goes_on_and_the_cache_is_used(teacher, tmp_path):
 
 def test_masks_that_do_not_fit_are_refused(tmp_path):
     path = tmp_path / "given.pth"
-    for content, words in (({"mask_token": torch.ones(4, 6, 3)}, r"expected \[4, T, 5\]"),
-                           ({"mask_token": torch.ones(3, 6, 5)}, r"expected \[4, T, 5\]"),
-                           ({"mask_token": torch.ones(6, 5)}, "expected one tensor of 3 axes")):
+    for content, words in (({"mask_token": torch.ones(4, 6, 3)}, "tokens 4x6x3, expected 4xTx5"),
+                           ({"mask_token": torch.ones(3, 6, 5)}, "tokens 3x6x5, expected 4xTx5"),
+                           ({"mask_token": torch.ones(6, 5)}, "expected one tensor 4xTx5")):
         torch.save(content, path)
-        with pytest.raises(UserError, match=f"--freekd-masks.*given.pth.*{words}"):
-            FreeKD.build(context(freekd_masks=str(path)))
+        with pytest.raises(UserError, match=f"given.pth.*{words}") as refused:
+            build(freekd_masks=str(path))
+        assert refused.value.settings == ("freekd_masks",)
     torch.save({"mask_modules.0.mask_token": torch.ones(4, 6, 5)}, path)
-    assert FreeKD.build(context(freekd_masks=str(path))).tokens.eq(1).all()
+    assert build(freekd_masks=str(path)).tokens.eq(1).all()

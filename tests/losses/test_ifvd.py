@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from method_cases import batch, make
 from reference import fill, golden
 
-from losses.distiller import BuildContext, NetInfo, methods
-from losses.ifvd import IFVD, class_members, ifvd_loss
+from engine.presets import preset
+from losses.core import NetInfo, class_members, methods, position_labels
+from losses.ifvd import IFVD, ifvd_loss
 from models.output import SegOutput
-from utils.config import preset
 from utils.errors import UserError
 
 DTYPES = (torch.float32, torch.float64)
@@ -118,8 +119,8 @@ def test_an_ignore_label_inside_the_classes_is_ignored():
 
 def test_members():
     target = torch.tensor([[[0, 0, 2, 2], [0, 0, 2, 2], [255, 255, -1, -1], [255, 255, -1, -1]]])
-    found = class_members(target.short(), (2, 2), 3)
-    assert found.int().tolist() == [[[1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 0, 0]]]
+    members = class_members(position_labels(target.short(), (2, 2), 3), 3)
+    assert members.mT.int().tolist() == [[[1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 0, 0]]]
 
 
 def test_autocast_and_half_precision_are_computed_in_float32():
@@ -142,9 +143,9 @@ def test_method():
     assert methods()["ifvd"] is IFVD
     (student, teacher), target = maps(), labels(ignore=255)
     net = NetInfo("net", {"logits": CLASSES, "head": 5}, CLASSES)
-    method = IFVD.build(BuildContext(net, net, CLASSES, ignore_label=255))
+    method = make("ifvd", net, net, ignore_label=255)
     empty = dict.fromkeys(SegOutput._fields)
-    terms = method(SegOutput(**{**empty, "head": student}), SegOutput(**{**empty, "head": teacher}), target, 0)
+    terms = method(batch(SegOutput(**{**empty, "head": student}), SegOutput(**{**empty, "head": teacher}), target))
     assert list(terms) == ["ifvd"] and not method.state_dict()
     assert terms["ifvd"].item() == ifvd_loss(student, teacher, target, CLASSES, 255).item()
 
@@ -160,5 +161,5 @@ def test_errors_name_what_is_wrong():
     student, teacher = maps()
     with pytest.raises(UserError, match=r"ifvd.*\(2, 5, 9, 7\).*\(2, 8, 9, 6\)"):
         ifvd_loss(student, teacher[..., :6], labels(), CLASSES)
-    with pytest.raises(UserError, match="'ifvd'.*stride 8 of small and 16 of large"):
-        IFVD.build(BuildContext(NetInfo("small", {"head": 4}, 5), NetInfo("large", {"head": 4}, 5, 16), 5))
+    with pytest.raises(UserError, match="'ifvd'.*stride 8 of the student small and 16 of the teacher large"):
+        make("ifvd", NetInfo("small", {"head": 4}, 5), NetInfo("large", {"head": 4}, 5, 16))

@@ -1,18 +1,17 @@
 """Logit distillation and the task loss: recorded values, gradients, edge cases."""
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from method_cases import batch, make, options_of_method
 from reference import fill, golden
 
 from losses import KD, CriterionKD, SegCrossEntropyLoss, kd_loss, methods, task_loss
-from losses.distiller import BuildContext, NetInfo
+from losses.core import NetInfo
 from models.output import SegOutput
-from utils.cli import ArgumentParser
 from utils.errors import UserError
 
 RECORDED = json.loads((Path(golden.__file__).parent / "losses.json").read_text())
@@ -100,7 +99,7 @@ def test_kd_of_equal_logits_is_zero_and_shapes_must_agree():
     assert kd_loss(logits, logits, 3.0).item() == pytest.approx(0, abs=1e-6)
     with pytest.raises(UserError, match=r"\(2, 5, 4, 4\).*\(2, 5, 4, 3\)"):
         kd_loss(logits, logits[..., :3])
-    with pytest.raises(UserError, match="--kd-temperature"):
+    with pytest.raises(UserError, match="kd: temperature 0: expected a number above 0"):
         CriterionKD(0.0)
 
 
@@ -143,14 +142,10 @@ def test_task_terms():
 
 def test_kd_method():
     assert methods()["kd"] is KD
-    parser = ArgumentParser(prog="test")
-    KD.add_arguments(parser.add_argument_group("kd"))
     net = NetInfo("net", {"logits": 5}, 5)
-    context = BuildContext(net, net, 5, options=parser.parse_args(["--kd_temperature", "4"]))
     student, teacher = torch.randn(1, 5, 4, 4), torch.randn(1, 5, 4, 4)
-    target = torch.zeros(1, 32, 32, dtype=torch.long)
-    for method, temperature in ((KD.build(context), 4.0), (KD.build(BuildContext(net, net, 5)), 1.0)):
-        terms = method(output(student, None), output(teacher, None), target, 0)
+    for method, temperature in ((make("kd", net, net, "--kd_temperature", "4"), 4.0), (make("kd", net, net), 1.0)):
+        terms = method(batch(output(student, None), output(teacher, None)))
         assert {k: v.item() for k, v in terms.items()} == {"kd": kd_loss(student, teacher, temperature).item()}
         assert not list(method.parameters())
-    assert vars(parser.parse_args([])) == vars(argparse.Namespace(kd_temperature=1.0))
+    assert KD.Options() == options_of_method("kd", kd_temperature=1.0)

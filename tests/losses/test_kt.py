@@ -1,19 +1,17 @@
 """KT: loop twins of the tailoring as it was released, the stages, the projections, refusals."""
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
+from method_cases import batch, facts, make, options_of_method
 from reference import fill
 from torch.nn import functional as F
 
+from losses.core import NetInfo, methods
 from losses.cwd import cwd_loss
-from losses.distiller import BuildContext, NetInfo, methods
 from losses.kd import kd_loss
 from losses.kt import KT, FeatureTailoring, contrast_loss, logit_tailoring_loss, mix_channels, tailor_logits
 from models.output import SegOutput
-from utils.cli import ArgumentParser
 from utils.errors import UserError
 
 ALL = frozenset({"kt_logit", "kt_feature", "kt_contrast", "kt_aux"})
@@ -30,12 +28,16 @@ def outputs(**more) -> tuple[SegOutput, SegOutput]:
                           for i, width in enumerate((4, 4, net.channels["head"])))) for net in (STUDENT, TEACHER))
 
 
-def build(*arguments: str, active: frozenset[str] = ALL, **options) -> KT:
+def build(*arguments: str, active: frozenset[str] = ALL, student: NetInfo = STUDENT, **options) -> KT:
     torch.manual_seed(0)
-    parser = ArgumentParser(prog="test")
-    KT.add_arguments(parser.add_argument_group("kt"))
-    settings = argparse.Namespace(**vars(parser.parse_args(list(arguments))), kd_temperature=4.0, **options)
-    return KT.build(BuildContext(STUDENT, TEACHER, 4, active=active, options=settings))
+    return make("kt", student, TEACHER, *arguments, active=active, kd_temperature=4.0, **options)
+
+
+def taps(student: NetInfo = STUDENT, active: frozenset[str] = ALL) -> tuple[str, ...]:
+    """The taps that KT requires of both networks."""
+    needs = KT.requires(options_of_method("kt"), facts(active=dict.fromkeys(active, 1.0)), student, TEACHER)
+    assert needs.student == needs.teacher
+    return needs.student
 
 
 def labels_of(height: int, width: int, seed: int) -> torch.Tensor:
@@ -115,7 +117,7 @@ def test_stages(step, trained):
     """Iteration numbers start at 1 in the released code: --kt-switch 4 ends the first stage after 3 of them."""
     method = build("--kt-switch", "4", *(["--kt-train-projections"] if trained else []))
     student, teacher = outputs()
-    terms = method(student, teacher, fill.labels("y", (2, 40, 24), 4, 8, 0.2, -1), step)
+    terms = method(batch(student, teacher, fill.labels("y", (2, 40, 24), 4, 8, 0.2, -1), step))
     tails = method.features
     s, t = student.head, teacher.head
     if step < 3:
@@ -142,12 +144,13 @@ def test_logits_at_their_stride_or_at_crop_size():
     student, teacher = outputs()
     coarse = labels_of(5, 3, 9)
     target = coarse.repeat_interleave(8, 1).repeat_interleave(8, 2)
-    fixed, released = (build(active=frozenset({"kt_logit"}), compat=c)(student, teacher, target, 0)
+    fixed, released = (build(active=frozenset({"kt_logit"}), compat=c)(batch(student, teacher, target))
                        for c in ("fixed", "reference"))
     assert list(fixed) == ["kt_logit"]
     torch.testing.assert_close(fixed, released)
     shifted = target.roll(2, dims=2)
-    fixed, released = (build(active=frozenset({"kt_logit"}), compat=c)(student, teacher, shifted, 0)["kt_logit"].item()
+    moved = batch(student, teacher, shifted)
+    fixed, released = (build(active=frozenset({"kt_logit"}), compat=c)(moved)["kt_logit"].item()
                        for c in ("fixed", "reference"))
     assert fixed != pytest.approx(released, rel=1e-4)
 
@@ -158,18 +161,17 @@ def test_only_active_terms(name):
     method = build("--kt-train-projections", active=frozenset({name}))
     assert bool(method.trained_parameters()) == (name in ("kt_feature", "kt_contrast"))
     student, teacher = outputs()
-    terms = method(student, teacher, torch.zeros(2, 40, 24, dtype=torch.long), 0)
+    terms = method(batch(student, teacher, torch.zeros(2, 40, 24, dtype=torch.long)))
     assert list(terms) == [name]
 
 
 def test_a_network_without_auxiliary_head_does_without_that_term():
     bare = NetInfo("bare", {"logits": 4, "head": 6}, 4)
-    method = KT.build(BuildContext(bare, TEACHER, 4, active=ALL))
+    method = build(student=bare)
     student, teacher = outputs()
-    terms = method(student._replace(aux=None), teacher, torch.zeros(2, 40, 24, dtype=torch.long), 0)
-    assert set(terms) == ALL - {"kt_aux"} and method.student_taps == method.teacher_taps == ("logits", "head")
-    assert build().student_taps == ("logits", "aux", "head") and build(active=frozenset({"kt_aux"})).student_taps == (
-        "aux",)
+    terms = method(batch(student._replace(aux=None), teacher, torch.zeros(2, 40, 24, dtype=torch.long)))
+    assert set(terms) == ALL - {"kt_aux"} and set(taps(bare)) == {"logits", "head"}
+    assert set(taps()) == {"logits", "aux", "head"} and taps(active=frozenset({"kt_aux"})) == ("aux",)
 
 
 @pytest.mark.parametrize("step", [0, 10000])
@@ -177,9 +179,9 @@ def test_autocast(step):
     method = build()
     student, teacher = outputs()
     target = fill.labels("y", (2, 40, 24), 4, 8, 0.2, -1)
-    want = method(student, teacher, target, step)
+    want = method(batch(student, teacher, target, step))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = method(student, teacher, target, step)
+        got = method(batch(student, teacher, target, step))
     for name in ALL:
         assert got[name].dtype == torch.float32
         assert got[name].item() == pytest.approx(want[name].item(), rel=0.05, abs=1e-3)
@@ -187,14 +189,14 @@ def test_autocast(step):
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match="'kt' needs head of the student"):
-        KT.build(BuildContext(NetInfo("bare", {"logits": 4}, 4), TEACHER, 4, active=ALL))
+        build(student=NetInfo("bare", {"logits": 4}, 4))
     with pytest.raises(UserError, match="kt"):
-        KT.build(BuildContext(NetInfo("other", {"logits": 5, "head": 6}, 5), TEACHER, 4, active=ALL))
-    with pytest.raises(UserError, match="--lambda-kt-aux"):
+        build(student=NetInfo("other", {"logits": 5, "head": 6}, 5))
+    with pytest.raises(UserError, match="kt_aux: student and teacher need an auxiliary head"):
         bare = NetInfo("bare", {"logits": 4, "head": 6}, 4)
-        KT.build(BuildContext(bare, TEACHER, 4, active=frozenset({"kt_aux"})))
+        build(student=bare, active=frozenset({"kt_aux"}))
     with pytest.raises(UserError, match=r"kt: .*\(1, 8, 4, 5\)"):
-        FeatureTailoring(6, 8)(torch.zeros(1, 6, 4, 4), torch.zeros(1, 8, 4, 5), 0)
-    for flag, arguments in (("kt", {"temperature": 0.0}), ("kd", {"kd_temperature": 0.0})):
-        with pytest.raises(UserError, match=f"--{flag}-temperature 0"):
-            KT(None, **arguments)
+        FeatureTailoring(6, 8, 10000, 4.0)(torch.zeros(1, 6, 4, 4), torch.zeros(1, 8, 4, 5), 0)
+    for name in ("kt_temperature", "kd_temperature"):
+        with pytest.raises(UserError, match="temperature 0.0: expected a number above 0"):
+            options_of_method("kt", **{name: 0.0})

@@ -7,18 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import STUDENT, assert_refused, launch, records, train_arguments, write_folder_dataset, write_teacher
-from method_cases import CLASSES, RUN_STUDENT, build, images_like, labels, options, outputs, run
+from method_cases import CLASSES, RUN_STUDENT, build, images_like, labels, outputs, preparation, run, settings_of
 from method_cases import STUDENT as SMALL
 from torch import nn
 
 import train_kd
+from losses.core import NetInfo
+from losses.core.task import SegCrossEntropyLoss
 from losses.cwd import cwd_loss
-from losses.distiller import NetInfo, Preparation
-from losses.label_channel import channel_scale, fixed_codes, random_codes, with_labels
 from losses.lad import LAD, NOISE
-from losses.lad_stage import TeacherRecipe, TeacherState, teacher_losses
-from losses.stage import StageSettings
-from losses.task import SegCrossEntropyLoss
+from losses.stages.label_assisted import (
+    TeacherRecipe,
+    TeacherState,
+    channel_scale,
+    fixed_codes,
+    random_codes,
+    teacher_losses,
+    with_labels,
+)
+from losses.stages.stage import StageSettings
 from models import get_segmentation_model
 from models.preprocess import CAFFE_BGR, IMAGENET_RGB
 from models.segmentation import add_input_channels
@@ -150,7 +157,7 @@ class Batches:
 def prepared(folder, batches=None, steps: int = 4, *flags: str) -> tuple[LAD, list[str]]:
     lines: list[str] = []
     method = build("lad", CROP, flags=("--lad-steps", str(steps), "--save-per-iters", "2", "--lad-lr", "0.02", *flags))
-    method.prepare(Preparation(None, torch.device("cpu"), folder, True, batches or Batches(), lines.append))
+    method.prepare(preparation(None, folder, batches or Batches(), lines.append))
     return method, lines
 
 
@@ -228,8 +235,8 @@ class TestMethod:
         assert made.network.name == "-".join(RUN_STUDENT) and made.network.in_channels == 4
         other = build("lad", CROP, flags=("--lad-model", "deeplab_mobile", "--lad-backbone", "mobilenetv2_w0.25"))
         assert other.network.name == "deeplab_mobile-mobilenetv2_w0.25"
-        parsed = options("lad", CROP)
-        assert (parsed.lambda_lad, parsed.aux_weight) == (3.0, 0.02)
+        settings = settings_of("lad", CROP)
+        assert (settings.active, settings.networks.aux_weight) == ({"lad": 3.0}, 0.02)
 
     def test_it_starts_from_the_students_imagenet_weights_with_the_same_backbone_only(self, tmp_path) -> None:
         base = small_net(seed=5)

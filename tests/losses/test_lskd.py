@@ -1,14 +1,14 @@
 """LSKD: recorded values, the formula in loops, edge cases."""
 from __future__ import annotations
 
-import argparse
 import math
 
 import pytest
 import torch
+from method_cases import batch, make
 from reference import fill, golden
 
-from losses.distiller import BuildContext, NetInfo, methods
+from losses.core import NetInfo, methods
 from losses.lskd import LSKD, lskd_loss
 from models.output import SegOutput
 from utils.errors import UserError
@@ -49,12 +49,12 @@ def test_formula_in_loops():
 
 def test_scale_and_offset_do_not_matter():
     student, _ = maps()
-    assert lskd_loss(student, 5 * student + 2).item() == pytest.approx(0, abs=1e-10)
+    assert lskd_loss(student, 5 * student + 2, 2.0).item() == pytest.approx(0, abs=1e-10)
 
 
 def test_equal_logits_of_all_classes_have_finite_gradients():
     flat = torch.full((1, 3, 2, 2), 4.0, requires_grad=True)
-    loss = lskd_loss(flat, torch.randn(1, 3, 2, 2))
+    loss = lskd_loss(flat, torch.randn(1, 3, 2, 2), 2.0)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(flat.grad).all()
 
@@ -62,9 +62,9 @@ def test_equal_logits_of_all_classes_have_finite_gradients():
 def test_half_precision_is_computed_in_float32_and_the_teacher_gets_no_gradient():
     student, teacher = (x.bfloat16().requires_grad_() for x in maps())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = lskd_loss(student, teacher)
+        loss = lskd_loss(student, teacher, 2.0)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(lskd_loss(student.float(), teacher.float()).item(), rel=1e-6)
+    assert loss.item() == pytest.approx(lskd_loss(student.float(), teacher.float(), 2.0).item(), rel=1e-6)
     loss.backward()
     assert teacher.grad is None and student.grad is not None
 
@@ -74,10 +74,10 @@ def test_method():
     net = NetInfo("net", {"logits": 4}, 4)
     outputs = [SegOutput(logits=x, aux=None, c1=x, c2=x, c3=x, c4=x, head=x) for x in maps()]
     for options, temperature in (({}, 2.0), ({"lskd_temperature": 4.0}, 4.0)):
-        method = LSKD.build(BuildContext(net, net, 4, options=argparse.Namespace(**options)))
-        got = method(*outputs, torch.full((2, 24, 40), -1), 0)
+        method = make("lskd", net, net, **options)
+        got = method(batch(*outputs))
         assert {k: v.item() for k, v in got.items()} == {"lskd": lskd_loss(*maps(), temperature).item()}
     with pytest.raises(UserError, match="'lskd' needs at least 2 classes"):
-        LSKD.build(BuildContext(*[NetInfo("net", {"logits": 1}, 1)] * 2, 1))
+        make("lskd", *[NetInfo("net", {"logits": 1}, 1)] * 2)
     with pytest.raises(UserError, match="lskd.*shape"):
-        lskd_loss(maps()[0], maps()[1][:, :3])
+        lskd_loss(maps()[0], maps()[1][:, :3], 2.0)

@@ -1,16 +1,15 @@
 """MasKD: recorded values, the loss and the mask learning in loops, edge cases, the method."""
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
+from method_cases import batch, make
 from reference import fill, golden
 from torch import nn
 
-from losses.distiller import BuildContext, NetInfo, methods
+from losses.core import NetInfo, methods
+from losses.core.task import SegCrossEntropyLoss
 from losses.maskd import MasKD, dice_overlap, mask_learning_losses, maskd_loss
-from losses.task import SegCrossEntropyLoss
 from models.output import SegOutput
 from utils.errors import UserError
 
@@ -117,10 +116,10 @@ def test_shapes_must_fit():
         maskd_loss(student, teacher, tokens[:, :3])
 
 
-def context(student: dict | None = None, teacher: dict | None = None, **options) -> BuildContext:
+def build(student: dict | None = None, teacher: dict | None = None, **options) -> MasKD:
     nets = (NetInfo(name, taps or {"logits": 4, "aux": 4}, 4)
             for name, taps in (("small", student), ("large", teacher)))
-    return BuildContext(*nets, 4, options=argparse.Namespace(**options))
+    return make("maskd", *nets, **options)
 
 
 def output(logits, aux=None) -> SegOutput:
@@ -131,19 +130,17 @@ def test_method_adds_the_auxiliary_logits_where_both_have_them():
     assert methods()["maskd"] is MasKD and MasKD.terms[0].weight == 0
     (s, t, tokens), (s_aux, t_aux, _) = maps(), maps((2, 4, 2, 2))
     main, side = maskd_loss(s, t, tokens), maskd_loss(s_aux, t_aux, tokens)
-    target = torch.full((2, 24, 40), -1)
-    for made, want in ((context(maskd_tokens=3), main + 0.4 * side), (context(maskd_aux_weight=0.0), main),
-                       (context({"logits": 4}), main), (context(None, {"logits": 4}), main)):
-        method = MasKD.build(made).double()
-        method.tokens = tokens
-        got = method(output(s, s_aux), output(t, t_aux), target, 0)
+    for method, want in ((build(maskd_tokens=3), main + 0.4 * side), (build(maskd_aux_weight=0.0), main),
+                         (build({"logits": 4}), main), (build(None, {"logits": 4}), main)):
+        method.double().tokens = tokens
+        got = method(batch(output(s, s_aux), output(t, t_aux)))
         assert {k: v.item() for k, v in got.items()} == {"maskd": pytest.approx(want.item(), rel=1e-12)}
         assert list(method.state_dict()) == ["tokens"] and not list(method.parameters())
     with pytest.raises(UserError, match="logits 4 of the student small and 5 of the teacher large"):
-        MasKD.build(context(None, {"logits": 5}))
+        build(None, {"logits": 5})
 
 
 def test_tokens_depend_on_the_seed_only():
-    first, again, other = (MasKD.build(context(seed=seed)).tokens for seed in (1, 1, 2))
+    first, again, other = (build(seed=seed).tokens for seed in (1, 1, 2))
     assert first.shape == (8, 4) and first.equal(again) and not first.equal(other)
     assert first.std().item() == pytest.approx(0.01, rel=0.4)

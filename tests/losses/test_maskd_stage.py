@@ -1,7 +1,6 @@
 """MasKD's stage before training: the tokens that it learns, its cache, its resume, several processes."""
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -9,20 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from method_cases import make, preparation
 from reference import fill
 from torch import nn
 
-from losses.distiller import BuildContext, NetInfo, Preparation
+from losses.core import NetInfo, Preparation
 from losses.maskd import MasKD, mask_learning_losses
-from losses.maskd_stage import initial_tokens, learn_tokens
-from losses.stage import StageSettings
+from losses.stages.stage import StageSettings, stage_digest
+from losses.stages.tokens import initial_tokens, learn_tokens
 from models.output import SegOutput
 from utils.errors import UserError
 
-
-def context(**options) -> BuildContext:
-    net = NetInfo("net", {"logits": 4}, 4)
-    return BuildContext(net, net, 4, options=argparse.Namespace(**options))
+NET = NetInfo("net", {"logits": 4}, 4)
 
 
 class Teacher(nn.Module):
@@ -58,18 +55,17 @@ class Batches:
 
 @pytest.fixture
 def make_stage():
-    def make(directory: Path, batches=None, teacher=None, main: bool = True, data: str = "") -> Preparation:
+    def make_one(directory: Path, batches=None, teacher=None, main: bool = True, data: str = "") -> Preparation:
         lines: list[str] = []
-        stage = Preparation(teacher or Teacher(), torch.device("cpu"), directory, main, batches or Batches(),
-                            lines.append, data)
+        stage = preparation(teacher or Teacher(), directory, batches or Batches(), lines.append, main=main, data=data)
         object.__setattr__(stage, "lines", lines)
         return stage
-    return make
+    return make_one
 
 
 def method(**options) -> MasKD:
-    return MasKD.build(context(**{"maskd_steps": 8, "maskd_batch_size": 2, "maskd_tokens": 3, "save_per_iters": 3,
-                                  **options}))
+    return make("maskd", NET, NET, **{"maskd_steps": 8, "maskd_batch_size": 2, "maskd_tokens": 3, "save_per_iters": 3,
+                                      "group_size": 0, **options})
 
 
 def learned(stage: Preparation, **options) -> torch.Tensor:
@@ -124,7 +120,7 @@ def test_the_cache_is_used_for_the_same_teacher_and_settings_only(tmp_path, make
     assert learned(make_stage(tmp_path, again), save_per_iters=5).equal(first) and again.made == 0
     (cached,) = tmp_path.iterdir()
     assert cached.name.startswith("maskd_masks_")
-    assert MasKD.build(context(maskd_masks=str(cached))).tokens.equal(first)
+    assert make("maskd", NET, NET, maskd_masks=str(cached)).tokens.equal(first)
     other = Teacher()
     other.layers[1].running_mean += 0.1
     for teacher, options in ((other, {}), (None, {"maskd_lr": 0.2}), (None, {"maskd_tokens": 2}), (None, {"seed": 1}),
@@ -133,6 +129,18 @@ def test_the_cache_is_used_for_the_same_teacher_and_settings_only(tmp_path, make
         count, batches = len(list(tmp_path.iterdir())), Batches()
         learned(make_stage(tmp_path, batches, teacher), **options)
         assert batches.made and len(list(tmp_path.iterdir())) == count + 1
+
+
+@pytest.mark.parametrize(("settings", "digest"), [
+    (StageSettings(8, 2, 0.1, True, 3, ("reference", -1, 2, 3, 5), 800, "maskd", "masks"), "ba1fa67d9f2a44fc"),
+    (StageSettings(8, 2, 0.1, True, 3, ("reference", -1, 2, 3, 5), 5, "lad", "teacher", True, "lr"),
+     "27e8c2dc0256c26a")])
+def test_files_of_earlier_versions_are_found(settings, digest):
+    net = nn.Conv2d(1, 2, 1)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([0.5, -1.0]).view(2, 1, 1, 1))
+        net.bias.copy_(torch.tensor([0.25, 2.0]))
+    assert stage_digest(net, settings, "data") == digest
 
 
 def test_another_training_set_is_learned_anew(tmp_path, make_stage):
@@ -166,7 +174,7 @@ def test_compat_reference_learns_with_the_teacher_in_train_mode_and_leaves_it_as
     with pytest.raises(KeyboardInterrupt):
         learned(make_stage(tmp_path / "cut", Batches(dies_at=5)), compat="reference")
     assert learned(make_stage(tmp_path / "cut"), compat="reference").equal(got)
-    with pytest.raises(UserError, match="--maskd-batch-size 1 leaves one image per batch norm"):
+    with pytest.raises(UserError, match="maskd: .* a batch of 1 leaves one image per batch norm"):
         learned(make_stage(tmp_path), compat="reference", maskd_batch_size=1)
 
 
@@ -180,8 +188,10 @@ def test_tokens_that_explode_are_not_cached(tmp_path, make_stage):
     def explode(logits, tokens, target):
         return {"ce": (tokens * float("inf")).sum()}
 
-    with pytest.raises(UserError, match="--maskd-lr"):
-        learn_tokens(make_stage(tmp_path), initial_tokens(3, 4, 0), StageSettings(steps=4, batch_size=2), explode)
+    settings = StageSettings(steps=4, batch_size=2, lr=0.1, method="maskd", result="masks")
+    with pytest.raises(UserError, match="maskd: the masks became NaN or infinite") as refused:
+        learn_tokens(make_stage(tmp_path), initial_tokens((3, 4), 0, "maskd"), settings, explode)
+    assert refused.value.settings == ("maskd_lr",)
     assert not list(tmp_path.iterdir())
 
 
@@ -190,15 +200,15 @@ def test_given_masks_are_used_and_not_learned(tmp_path, make_stage):
     for i, content in enumerate(({"mask_token": tokens}, {"state_dict": {"mask_module.mask_token": tokens}},
                                  {"tokens": tokens, "velocity": tokens, "step": torch.tensor(3)})):
         torch.save(content, tmp_path / f"{i}.pth")
-        method = MasKD.build(context(maskd_masks=str(tmp_path / f"{i}.pth")))
+        method = make("maskd", NET, NET, maskd_masks=str(tmp_path / f"{i}.pth"))
         method.prepare(make_stage(tmp_path / "stage"))
         assert method.tokens.equal(tokens) and not (tmp_path / "stage").exists()
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    (None, "no such file"), (b"text", "not readable"), ({"weight": torch.ones(2, 4)}, "expected one matrix"),
-    ({"tokens": torch.ones(4)}, "expected one matrix"), ({"tokens": torch.ones(2, 3)}, "of 3 classes.*has 4"),
-    ([torch.ones(2, 4)], "expected one matrix")])
+    (None, "no such file"), (b"text", "not readable"), ({"weight": torch.ones(2, 4)}, "expected one tensor Tx4"),
+    ({"tokens": torch.ones(4)}, "expected one tensor Tx4"), ({"tokens": torch.ones(2, 3)}, "tokens 2x3, expected Tx4"),
+    ([torch.ones(2, 4)], "expected one tensor Tx4")])
 def test_masks_that_do_not_fit_are_refused(tmp_path, content, words):
     path = tmp_path / "given.pth"
     if isinstance(content, bytes):
@@ -206,7 +216,7 @@ def test_masks_that_do_not_fit_are_refused(tmp_path, content, words):
     elif content is not None:
         torch.save(content, path)
     with pytest.raises(UserError, match=f"given.pth.*{words}"):
-        MasKD.build(context(maskd_masks=str(path)))
+        make("maskd", NET, NET, maskd_masks=str(path))
 
 
 #: two of these make a process group; the second sees an empty folder, so its tokens have to come from the first
@@ -229,12 +239,10 @@ def batches(steps, batch_size, start, role):
 
 for run in range(2):
     method = parts.method(maskd_steps=5, maskd_batch_size=4)
-    method.prepare(parts.Preparation(parts.Teacher(), torch.device("cpu"), folder / ("cache", "empty")[rank], rank == 0,
-                                     batches, lambda line: None))
+    method.prepare(parts.preparation(parts.Teacher(), folder / ("cache", "empty")[rank], batches, main=rank == 0))
     torch.save(method.tokens, folder / f"tokens_{run}_{rank}.pth")
 try:
-    parts.method(maskd_batch_size=3).prepare(parts.Preparation(parts.Teacher(), torch.device("cpu"), folder, rank == 0,
-                                                               batches, lambda line: None))
+    parts.method(maskd_batch_size=3).prepare(parts.preparation(parts.Teacher(), folder, batches, main=rank == 0))
 except parts.UserError as error:
     (folder / f"refused_{rank}.txt").write_text(str(error))
 dist.destroy_process_group()
@@ -261,7 +269,7 @@ def test_two_processes_learn_the_tokens_of_one(tmp_path, make_stage):
     assert all(x.equal(found[0]) for x in found) and not (tmp_path / "empty").exists()
     one = learned(make_stage(tmp_path / "one", LabelledBatches()), maskd_steps=5, maskd_batch_size=4)
     torch.testing.assert_close(found[0], one, rtol=1e-4, atol=1e-6)
-    assert "--maskd-batch-size 3 does not divide by 2" in (tmp_path / "refused_1.txt").read_text()
+    assert "a batch of 3 does not divide by 2" in (tmp_path / "refused_1.txt").read_text()
 
 
 def test_training_learns_the_masks_first_and_a_resumed_run_keeps_them(tmp_path):

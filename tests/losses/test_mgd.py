@@ -1,16 +1,15 @@
 """MGD: recorded values, the formula step by step, the mask, edge cases."""
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
+from method_cases import batch, make
 from reference import fill, golden
 from torch.nn import functional as F
 
 from losses.afdcd import random_keep_mask
-from losses.distiller import BuildContext, NetInfo, methods
-from losses.mgd import MGD, MaskedGeneration
+from losses.core import NetInfo, methods
+from losses.mgd import MGD, MaskedGeneration, MGDOptions
 from models.output import SegOutput
 from utils.errors import UserError
 
@@ -38,7 +37,7 @@ def maps(student=(2, 3, 5, 7), teacher=(2, 4, 5, 7), dtype=torch.float64):
 
 def test_formula_step_by_step():
     student, teacher = maps()
-    criterion = fill.fill_module(MaskedGeneration(3, 4).double(), 3)
+    criterion = fill.fill_module(MaskedGeneration(3, 4, 0.75).double(), 3)
     keep = random_keep_mask(fill.uniform("u", (2, 1, 5, 7)), 0.75)
     p, total = dict(criterion.named_parameters()), 0.0
     for image, target, kept in zip(student, teacher, keep, strict=True):
@@ -65,7 +64,7 @@ def test_mask_follows_the_generator_and_hides_positions():
 
 def test_autocast_keeps_the_loss_in_float32_and_the_teacher_gets_no_gradient():
     student, teacher = (x.detach().float().requires_grad_() for x in maps())
-    criterion = fill.fill_module(MaskedGeneration(3, 4), 3)
+    criterion = fill.fill_module(MaskedGeneration(3, 4, 0.75), 3)
     keep = torch.ones(2, 1, 5, 7)
     exact = criterion(student, teacher, keep=keep)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -77,26 +76,26 @@ def test_autocast_keeps_the_loss_in_float32_and_the_teacher_gets_no_gradient():
 
 def test_misfits_are_named():
     with pytest.raises(UserError, match=r"\(2, 4, 5, 7\).*3 and 4 channels"):
-        MaskedGeneration(3, 4)(maps()[1].float(), maps()[1].float())
-    with pytest.raises(UserError, match=r"\(2, 3, 5, 6\).*equal sizes"):
-        MaskedGeneration(3, 4)(*maps((2, 3, 5, 6), dtype=torch.float32))
-    with pytest.raises(UserError, match="--mgd-mask-ratio 2"):
-        MaskedGeneration(3, 4, 2.0)
+        MaskedGeneration(3, 4, 0.75)(maps()[1].float(), maps()[1].float())
+    with pytest.raises(UserError, match=r"\(2, 3, 5, 6\).*same batch, height and width"):
+        MaskedGeneration(3, 4, 0.75)(*maps((2, 3, 5, 6), dtype=torch.float32))
+    with pytest.raises(UserError, match="mgd mask ratio 2.0: expected a number of at least 0 and of at most 1"):
+        MGDOptions(mgd_mask_ratio=2.0)
 
 
 def test_method():
     assert methods()["mgd"] is MGD and MGD.terms[0].weight == 0
     small, large = NetInfo("small", {"c4": 3}, 5), NetInfo("large", {"c4": 4}, 5)
-    method = MGD.build(BuildContext(small, large, 5, options=argparse.Namespace(mgd_mask_ratio=0.25)))
+    method = make("mgd", small, large, mgd_mask_ratio=0.25)
     assert method.criterion.mask_ratio == 0.25
-    assert MGD.build(BuildContext(small, large, 5)).criterion.mask_ratio == 0.75
+    assert make("mgd", small, large).criterion.mask_ratio == 0.75
     s, t = maps(dtype=torch.float32)
     outputs = [SegOutput(logits=x, aux=None, c1=x, c2=x, c3=x, c4=x, head=x) for x in (s, t)]
-    terms = method(*outputs, torch.zeros(2, 40, 56, dtype=torch.long), 0, torch.Generator().manual_seed(1))
+    terms = method(batch(*outputs), torch.Generator().manual_seed(1))
     terms["mgd"].backward()
     assert all(p.grad is not None for p in method.parameters()) and len(list(method.parameters())) == 6
-    assert len(list(MGD.build(BuildContext(large, large, 5)).parameters())) == 4
+    assert len(list(make("mgd", large, large).parameters())) == 4
     with pytest.raises(UserError, match="needs c4 of the student"):
-        MGD.build(BuildContext(NetInfo("none", {"logits": 5}, 5), large, 5))
-    with pytest.raises(UserError, match="output stride 8 of small and 16 of large"):
-        MGD.build(BuildContext(small, NetInfo("large", {"c4": 4}, 5, 16), 5))
+        make("mgd", NetInfo("none", {"logits": 5}, 5), large)
+    with pytest.raises(UserError, match="output stride 8 of the student small and 16 of the teacher large"):
+        make("mgd", small, NetInfo("large", {"c4": 4}, 5, 16))

@@ -1,14 +1,13 @@
 """PKD: recorded values, the formula in loops, groups of images, edge cases."""
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
+from method_cases import batch, make
 from reference import fill, golden
 
-from losses.distiller import BuildContext, NetInfo, methods
-from losses.pkd import PKD, pkd_loss
+from losses.core import NetInfo, methods
+from losses.pkd import PKD, PKDOptions, pkd_loss
 from models.output import SegOutput
 from utils.errors import UserError
 
@@ -75,13 +74,12 @@ def test_half_precision_is_computed_in_float32_and_the_teacher_gets_no_gradient(
 def test_shapes_must_agree():
     with pytest.raises(UserError, match=r"\(5, 4, 3, 5\).*\(5, 3, 3, 5\)"):
         pkd_loss(maps()[0], maps()[1][:, :3])
-    with pytest.raises(UserError, match="--pkd-tap c2"):
-        PKD("c2")
+    with pytest.raises(UserError, match="pkd tap 'c2': expected one of head, c4"):
+        PKDOptions(pkd_tap="c2")
 
 
-def context(student: dict, teacher: dict, **options) -> BuildContext:
-    return BuildContext(NetInfo("small", student, 5), NetInfo("large", teacher, 5), 5,
-                        options=argparse.Namespace(**options))
+def build(student: dict, teacher: dict, **options) -> PKD:
+    return make("pkd", NetInfo("small", student, 5), NetInfo("large", teacher, 5), **options)
 
 
 def test_method_aligns_widths_and_follows_the_tap():
@@ -90,14 +88,13 @@ def test_method_aligns_widths_and_follows_the_tap():
     fields = {f: torch.randn(2, 1, 1, 1) for f in ("logits", "aux", "c1", "c2", "c3")}
     student = SegOutput(**fields, c4=torch.randn(2, 6, 5, 7), head=torch.randn(2, 4, 5, 7))
     teacher = SegOutput(**fields, c4=torch.randn(2, 8, 3, 4), head=torch.randn(2, 4, 5, 7))
-    target = torch.zeros(2, 40, 56, dtype=torch.long)
-    same = PKD.build(context(small, large))
+    same = build(small, large)
     assert not same.state_dict() and same.group_size == 2
-    assert same(student, teacher, target, 0)["pkd"].item() == pkd_loss(student.head, teacher.head).item()
-    wider = PKD.build(context(small, large, pkd_tap="c4", group_size=1))
+    assert same(batch(student, teacher))["pkd"].item() == pkd_loss(student.head, teacher.head).item()
+    wider = build(small, large, pkd_tap="c4", group_size=1)
     assert {n: tuple(p.shape) for n, p in wider.named_parameters()} == {"align.weight": (8, 6, 1, 1),
                                                                         "align.bias": (8,)}
-    wider(student, teacher, target, 0)["pkd"].backward()
+    wider(batch(student, teacher))["pkd"].backward()
     assert wider.align.weight.grad.abs().sum() > 0
     with pytest.raises(UserError, match="needs c4 of the student, but small offers only head"):
-        PKD.build(context({"head": 4}, large, pkd_tap="c4"))
+        build({"head": 4}, large, pkd_tap="c4")

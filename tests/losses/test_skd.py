@@ -1,16 +1,15 @@
 """SKD's pair-wise term: recorded values, the two exact forms, the similarity maps written out as loops."""
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
+from method_cases import batch, make, options_of_method
 from reference import fill, golden
 
-from losses.distiller import BuildContext, NetInfo, methods
+from engine.presets import preset
+from losses.core import NetInfo, methods
 from losses.skd import SKD, gram_distance, map_distance, pairwise_loss, pool_nodes, unit_nodes
 from models.output import SegOutput
-from utils.config import preset
 from utils.errors import UserError
 
 DTYPES = (torch.float32, torch.float64)
@@ -142,8 +141,8 @@ def test_method():
     student, teacher = maps()
     nets = NetInfo("small", {"logits": 5, "head": 16}, 5), NetInfo("large", {"logits": 5, "head": 24}, 5)
     for options, form in (({}, "cirkd"), ({"skd_form": "original"}, "original")):
-        method = SKD.build(BuildContext(*nets, 5, options=argparse.Namespace(**options)))
-        terms = method(output(student), output(teacher), None, 0)
+        method = make("skd", *nets, **options)
+        terms = method(batch(output(student), output(teacher)))
         assert {k: v.item() for k, v in terms.items()} == {"skd": pairwise_loss(student, teacher, form).item()}
         assert not method.state_dict()
 
@@ -159,7 +158,7 @@ def test_errors_name_what_is_wrong():
     student, teacher = maps()
     with pytest.raises(UserError, match=r"skd.*\(2, 16, 9, 7\).*\(2, 24, 9, 6\)"):
         pairwise_loss(student, teacher[..., :6])
-    with pytest.raises(UserError, match="--skd-form neither"):
-        SKD("neither")
-    with pytest.raises(UserError, match="stride 8 of small and 16 of large"):
-        SKD.build(BuildContext(NetInfo("small", {"head": 4}, 5), NetInfo("large", {"head": 4}, 5, 16), 5))
+    with pytest.raises(UserError, match="skd form 'neither': expected one of cirkd, original"):
+        options_of_method("skd", skd_form="neither")
+    with pytest.raises(UserError, match="stride 8 of the student small and 16 of the teacher large"):
+        make("skd", NetInfo("small", {"head": 4}, 5), NetInfo("large", {"head": 4}, 5, 16))

@@ -20,12 +20,12 @@ RECORDED = {4: ("logits", "aux", "c4", "head"), 3: ("logits", "c4", "head"), 2: 
 
 def groups() -> dict[tuple, list[dict]]:
     """Cases by network, so that each network is filled once."""
-    found: dict[tuple, list[dict]] = {}
+    by_network: dict[tuple, list[dict]] = {}
     for case in CASES:
         spec = case["spec"]
         if spec["backbone"] != EXCLUDED:
-            found.setdefault((spec["model"], spec["backbone"], spec["aux"], spec["seed"]), []).append(case)
-    return found
+            by_network.setdefault((spec["model"], spec["backbone"], spec["aux"], spec["seed"]), []).append(case)
+    return by_network
 
 
 GROUPS = groups()
@@ -42,7 +42,7 @@ def remember_draws():
 
 
 def build(model: str, backbone: str, aux: bool, seed: int) -> torch.nn.Module:
-    with torch.device("meta"):  # no time spent on an initialisation that is overwritten
+    with torch.device("meta"):  # no time spent on an initialization that is overwritten
         net = get_segmentation_model(model=model, backbone=backbone, num_class=19, aux=aux, pretrained="None",
                                      pretrained_base="None", norm_layer=torch.nn.BatchNorm2d)
     return fill.fill_module(net.to_empty(device="cpu"), seed)

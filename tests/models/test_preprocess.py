@@ -23,7 +23,7 @@ def test_caffe_bgr_subtracts_the_mean(images):
     torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
 
 
-def test_imagenet_rgb_swaps_scales_and_normalises(images):
+def test_imagenet_rgb_swaps_scales_and_normalizes(images):
     got = IMAGENET_RGB(images)
     for out, (channel, mean, std) in enumerate([(2, 0.485, 0.229), (1, 0.456, 0.224), (0, 0.406, 0.225)]):
         want = (images[:, channel].double() / 255 - mean) / std
@@ -50,7 +50,7 @@ def test_the_input_is_not_changed(images):
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(1, 1, 4, 4, dtype=torch.uint8),
-                                 torch.zeros(1, 3, 4, 4)], ids=["3d", "grey", "float"])
+                                 torch.zeros(1, 3, 4, 4)], ids=["3d", "gray", "float"])
 def test_wrong_images(bad):
     with pytest.raises(UserError, match=r"uint8 images \[B, 3, H, W\]"):
         CAFFE_BGR(bad)

@@ -26,26 +26,25 @@ def torchvision():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("ours", "theirs"), [("resnet18_original", "resnet18"),
-                                              ("mobilenetv2", "mobilenet_v2")])
-def test_features_equal_torchvision(tmp_path, torchvision, ours, theirs):
+@pytest.mark.parametrize(("backbone", "name"), [("resnet18_original", "resnet18"), ("mobilenetv2", "mobilenet_v2")])
+def test_features_equal_torchvision(tmp_path, torchvision, backbone, name):
     """torchvision's weights in our networks compute what they compute in torchvision's, up to stride 8."""
     torch.manual_seed(0)
-    reference = getattr(torchvision.models, theirs)(weights=None).eval()
+    reference = getattr(torchvision.models, name)(weights=None).eval()
     for value in reference.state_dict().values():
         if value.is_floating_point() and value.dim() == 1:
             value.uniform_(0.5, 1.5)  # norms: statistics that matter
-    path = tmp_path / f"{theirs}.pth"
+    path = tmp_path / f"{name}.pth"
     torch.save(reference.state_dict(), path)
-    net = get_segmentation_model("psp_mobile" if "mobile" in ours else "psp", ours, pretrained_base=path).eval()
+    net = get_segmentation_model("psp_mobile" if "mobile" in name else "psp", backbone, pretrained_base=path).eval()
     assert net.preprocess == IMAGENET_RGB
     x = torch.randn(1, 3, 57, 64)
-    if "mobile" in ours:
+    if "mobile" in name:
         want = reference.features[:7](x)
     else:
         r = reference
         want = r.layer2(r.layer1(r.maxpool(r.relu(r.bn1(r.conv1(x))))))
-    torch.testing.assert_close(net(x).c2, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(net(x).c2, want, rtol=0, atol=1e-5 * float(want.abs().max()))
 
 
 @torch.no_grad()
@@ -59,7 +58,7 @@ def test_dilated_resnet50_equals_torchvision(torchvision):
     r = reference
     want = r.layer4(r.layer3(r.layer2(r.layer1(r.maxpool(r.relu(r.bn1(r.conv1(x))))))))
     got = net(x).c4
-    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
 
 
 def test_weight_names_are_downloaded_by_torchvision(torchvision, monkeypatch):

@@ -10,24 +10,24 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.distributed import cleanup, init_distributed, synchronise_batch_norm
+from utils.distributed import cleanup, init_distributed, synchronize_batch_norm
 
 
 def main() -> None:
-    place = init_distributed(no_cuda=True)
+    distributed = init_distributed(no_cuda=True)
     torch.manual_seed(0)
     whole = torch.randn(4, 3, 5, 7, dtype=torch.float64)
     weight = torch.randn_like(whole)
     plain = nn.BatchNorm2d(3).double()
     nn.init.normal_(plain.weight), nn.init.normal_(plain.bias)
-    shared = synchronise_batch_norm(nn.Sequential(nn.BatchNorm2d(3).double()), place.device)
+    shared = synchronize_batch_norm(nn.Sequential(nn.BatchNorm2d(3).double()), distributed.device)
     shared[0].load_state_dict(plain.state_dict())
 
     expected_input = whole.clone().requires_grad_()
     expected = plain(expected_input)
     (expected * weight).sum().backward()
 
-    part = slice(2 * place.rank, 2 * place.rank + 2)
+    part = slice(2 * distributed.rank, 2 * distributed.rank + 2)
     mine = whole[part].clone().requires_grad_()
     output = shared(mine)
     (output * weight[part]).sum().backward()

@@ -4,7 +4,6 @@ Asserts that the queues are the same on every process. In float64, to compare pr
 """
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -12,18 +11,23 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from losses.composition import Objective, build_distillers
-from losses.distiller import BuildContext, NetInfo
+from method_cases import facts, options_of_method
+
+from engine.build import wrap_for_processes
+from losses.core import NetInfo
+from losses.core.objective import Objective, build_distillers
+from losses.core.queues import FeatureQueue
 from models.output import SegOutput
-from utils.build import wrap_for_processes
 from utils.distributed import cleanup, init_distributed, reduce_mean
 from utils.randomness import seed_everything
 
 TERMS = ("cirkd_batch", "cirkd_pixel", "cirkd_region", "cirkdv2_batch", "cirkdv2_pixel", "cirkdv2_region",
          "cirkdv2_channel", "cirkdv2_channel_memory", "cirkdv2_channel_mse", "cirkdv2_fitnet")
 BATCH, STEPS = 4, 4
+SMALL = {"cirkd_pixel_queue": 50, "cirkd_region_queue": 5, "cirkd_pixel_contrast": 60, "cirkd_region_contrast": 15}
 
 
 class Student(nn.Module):
@@ -40,23 +44,25 @@ class Student(nn.Module):
 
 def main() -> None:
     torch.set_default_dtype(torch.float64)
-    place = init_distributed(no_cuda=True)
-    options = argparse.Namespace(
-        sync_bn=True, seed=0, group_size=2, compat="fixed", cirkd_pixel_queue=50, cirkd_region_queue=5,
-        cirkd_pixel_contrast=60, cirkd_region_contrast=15, cirkdv2_channel_queue=100, cirkdv2_channel_contrast=40)
+    processes = init_distributed(no_cuda=True)
+    options = {"cirkd": options_of_method("cirkd", **SMALL),
+               "cirkdv2": options_of_method("cirkdv2", cirkdv2_channel_contrast=40, **SMALL)}
+    run = facts(5, active=dict.fromkeys(TERMS, 1.0), crop_size=(64, 40), group_size=2)
     seed_everything(0, "networks")
-    context = BuildContext(NetInfo("s", {"head": 6}, 5), NetInfo("t", {"head": 9}, 5), 5, -1, frozenset(TERMS),
-                           (64, 40), "citys", options)
-    objective = Objective(Student(), build_distillers(context), dict.fromkeys(TERMS, 1.0))
-    model = wrap_for_processes(options, objective, place)
-    share = BATCH // place.world_size
-    mine, losses = slice(place.rank * share, (place.rank + 1) * share), []
+    student = Student()
+    distillers = build_distillers(options, run, NetInfo("s", {"head": 6}, 5), NetInfo("t", {"head": 9}, 5))
+    # fewer slots than the program accepts, so that a few steps reach the end
+    distillers["cirkdv2"].channels.channel = FeatureQueue(100, 4, generator=torch.Generator().manual_seed(0))
+    objective = Objective(student, distillers, run.active)
+    model = wrap_for_processes(objective, processes, sync_bn=True)
+    share = BATCH // processes.world_size
+    part, losses = slice(processes.rank * share, (processes.rank + 1) * share), []
     for step in range(STEPS):
         g = torch.Generator().manual_seed(step)
-        images = torch.randn(BATCH, 3, 64, 40, generator=g)[mine]
-        teacher = torch.randn(BATCH, 9, 8, 5, generator=g).relu()[mine]
-        target = torch.randint(-1, 5, (BATCH, 8, 5), generator=g).repeat_interleave(8, 1).repeat_interleave(8, 2)[mine]
-        own = torch.Generator().manual_seed(100 + place.rank)
+        images = torch.randn(BATCH, 3, 64, 40, generator=g)[part]
+        teacher = torch.randn(BATCH, 9, 8, 5, generator=g).relu()[part]
+        target = torch.randint(-1, 5, (BATCH, 8, 5), generator=g).repeat_interleave(8, 1).repeat_interleave(8, 2)[part]
+        own = torch.Generator().manual_seed(100 + processes.rank)
         terms = model(images, SegOutput(*[teacher] * 7), target, step, own)
         # DDP wants the classifier used; cross entropy is a mean per process, which would part the two runs
         (sum(terms[name] for name in TERMS) + 0 * terms["task"]).backward()
@@ -67,15 +73,15 @@ def main() -> None:
         losses.append(reduce_mean(torch.stack([terms[name].detach() for name in TERMS])))
     state = objective.distillers.state_dict()
     check_equal(objective, state)
-    if place.is_main:
-        torch.save({"losses": torch.stack(losses), "state": state, "queues": objective.unsynchronised()}, sys.argv[1])
+    if processes.is_main_process:
+        torch.save({"losses": torch.stack(losses), "state": state, "queues": objective.unsynchronized()}, sys.argv[1])
     cleanup()
 
 
 def check_equal(objective: Objective, state: dict[str, torch.Tensor]) -> None:
     """Rank 0's queues are this process's, bit by bit."""
     if dist.is_initialized():
-        for name in objective.unsynchronised():
+        for name in objective.unsynchronized():
             here = state[name.removeprefix("distillers.")]
             first = here.clone()
             dist.broadcast(first, 0)

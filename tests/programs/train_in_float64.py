@@ -16,8 +16,8 @@ from models.preprocess import Preprocess
 from utils.cli import run_main
 
 torch.set_default_dtype(torch.float64)
-normalise = Preprocess.__call__
-Preprocess.__call__ = lambda self, images, valid=None: normalise(self, images, valid).double()
+normalize = Preprocess.__call__
+Preprocess.__call__ = lambda self, images, valid=None: normalize(self, images, valid).double()
 for kind in (torch.nn.Dropout, torch.nn.Dropout2d):
     kind.forward = lambda self, x: x
 

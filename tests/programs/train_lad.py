@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from train_in_float64 import run_main, train_kd
 
-import losses.lad_stage as stage
+import losses.stages.label_assisted as stage
 
 stage.NOISE = 0.0
 stage.random_codes = lambda batch, classes, generator, device: torch.linspace(

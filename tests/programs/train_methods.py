@@ -17,39 +17,41 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.config import parse_config
+import train_kd
+from engine.build import build_run
+from engine.run import Run
+from engine.settings import parse_settings
 from utils.distributed import Distributed, cleanup, init_distributed
-from utils.trainer import Trainer
 
 #: the longest that all jobs together may take: processes that wait for each other must not outlive the test
 SECONDS = 280
 
 
-def differences(trainer: Trainer) -> list[str]:
+def differences(run: Run) -> list[str]:
     """Parameters, and buffers that DDP does not copy, that are not the same in both processes (or not finite).
 
     Running statistics are left out: a batch norm that is never evaluated does not read its own.
     """
-    shared = dict(trainer.objective.named_parameters())
-    buffers = dict(trainer.objective.named_buffers())
-    shared.update({n: buffers[n] for n in trainer.objective.unsynchronised() if n in buffers and "running_" not in n})
-    found = []
+    shared = dict(run.objective.named_parameters())
+    buffers = dict(run.objective.named_buffers())
+    shared.update({n: buffers[n] for n in run.objective.unsynchronized() if n in buffers and "running_" not in n})
+    differing = []
     for name, value in shared.items():
         first = value.detach().clone()
         dist.broadcast(first, 0)
         if not torch.equal(first, value) or not value.isfinite().all():
-            found.append(name)
-    return found
+            differing.append(name)
+    return differing
 
 
-def attempt(arguments: list[str], place: Distributed) -> str:
+def attempt(arguments: list[str], distributed: Distributed) -> str:
     """Train once; "" or the reason why it is not right in this process."""
     try:
-        trainer = Trainer(parse_config(arguments), place)
-        trainer.fit()
+        run = build_run(parse_settings(arguments), distributed)
+        train_kd.train(run)
     except Exception:
         return traceback.format_exc()
-    differing = differences(trainer)
+    differing = differences(run)
     return f"processes disagree or not finite: {', '.join(differing)}" if differing else ""
 
 
@@ -57,13 +59,13 @@ def main() -> None:
     signal.alarm(SECONDS)
     torch.set_num_threads(1)
     jobs, out = Path(sys.argv[1]), Path(sys.argv[2])
-    place = init_distributed(no_cuda=True)
+    distributed = init_distributed(no_cuda=True)
     results = {}
     for name, arguments in json.loads(jobs.read_text()).items():
-        everyone: list[str | None] = [None] * place.world_size
-        dist.all_gather_object(everyone, attempt(arguments, place))
+        everyone: list[str | None] = [None] * distributed.world_size
+        dist.all_gather_object(everyone, attempt(arguments, distributed))
         results[name] = "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text)
-    if place.is_main:
+    if distributed.is_main_process:
         out.write_text(json.dumps(results))
     cleanup()
 

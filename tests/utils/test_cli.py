@@ -2,26 +2,33 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass
 
 import pytest
 from torch.distributed import TCPStore
 from torch.utils.data import DataLoader
 
-from utils.cli import ArgumentParser, number, run_main
+from utils.cli import ArgumentParser, describe_error, read_options, run_main
 from utils.errors import UserError
+from utils.options import OptionGroup, option, options_of
+
+
+@dataclass(frozen=True)
+class Losses(OptionGroup):
+    rand_mask: bool = option(True, "random instead of centre mask")
+    enhance_projector: bool = option(False, "two branches")
+    no_cuda: bool = option(False, "run on the CPU")
+    mask_ratio: float = option(0.75, "share of zeroed positions", at_least=0, at_most=1)
+    crop_size: tuple[int, ...] = option((512, 1024), "height and width", at_least=1)
+    save_dir: str | None = option(None, "where to write")
+    only: tuple[str, ...] = option((), "may be repeated", nargs="append")
+    pattern: str = option("50%", "100%% of it")
+    tau: float = option(1.0, "temperature", above=0)
 
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="prog.py", description="a program")
-    group = parser.add_argument_group("losses")
-    parser.boolean(group, "--rand-mask", True, "random instead of centre mask")
-    parser.boolean(group, "--enhance-projector", False, "two branches")
-    parser.boolean(group, "--no-cuda", False, "run on the CPU")
-    group.add_argument("--mask-ratio", type=number(float, 0, 1), default=0.75, help="share of zeroed positions")
-    group.add_argument("--crop-size", type=number(int, 1), nargs="+", default=[512, 1024], help="height and width")
-    group.add_argument("--save-dir", help="where to write")
-    group.add_argument("--only", action="append", default=[], help="may be repeated")
-    group.add_argument("--pattern", default="50%", help="100%% of it")
+    parser.add_options(parser.add_argument_group("losses"), Losses)
     return parser
 
 
@@ -52,10 +59,10 @@ def test_both_spellings_take_values() -> None:
 
 def test_every_option_in_both_spellings() -> None:
     parser = make_parser()
-    for option, action in parser._option_string_actions.items():
-        if option.startswith("--") and "-" in option[2:]:
+    for spelling, action in parser._option_string_actions.items():
+        if spelling.startswith("--") and "-" in spelling[2:]:
             values = [] if action.nargs in ("?", 0) else ["1"]
-            dashed, underscored = ([name, *values] for name in (option, "--" + option[2:].replace("-", "_")))
+            dashed, underscored = ([name, *values] for name in (spelling, "--" + spelling[2:].replace("-", "_")))
             assert parser.parse_args(dashed) == parser.parse_args(underscored)
 
 
@@ -82,11 +89,43 @@ def test_errors_are_one_line(argv: list[str], said: str, capsys: pytest.CaptureF
     assert said in captured.err
 
 
-def test_open_lower_limit() -> None:
-    convert = number(float, 0, open_low=True)
-    assert convert("0.1") == 0.1
-    with pytest.raises(Exception, match="a number above 0, got '0'"):
-        convert("0")
+def test_open_lower_limit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert make_parser().parse_args(["--tau", "0.1"]).tau == 0.1
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["--tau", "0"])
+    assert "a number above 0, got '0'" in capsys.readouterr().err
+
+
+def test_settings_are_typed_and_checked_however_they_are_made() -> None:
+    words = ["--crop-size", "64", "96", "--only", "a", "--only", "b"]
+    given = read_options(vars(make_parser().parse_args(words)), Losses)
+    assert (given.crop_size, given.only, given.rand_mask) == ((64, 96), ("a", "b"), True)
+    assert Losses() == read_options(vars(make_parser().parse_args([])), Losses)
+    for wrong, words in (({"tau": 0.0}, "tau 0.0: expected a number above 0"),
+                         ({"mask_ratio": 2.0}, "mask ratio 2.0: expected a number of at least 0 and of at most 1"),
+                         ({"crop_size": (64, 0)}, "crop size 0: expected a whole number of at least 1")):
+        with pytest.raises(UserError, match=words) as refused:
+            Losses(**wrong)
+        assert refused.value.settings == tuple(wrong)
+
+
+def test_inherited_settings_make_one_flag() -> None:
+    @dataclass(frozen=True)
+    class More(Losses):
+        form: str = option("a", "which", choices=("a", "b"))
+
+    parser = make_parser()
+    parser.add_options(parser.add_argument_group("more"), More)
+    assert read_options(vars(parser.parse_args(["--tau", "2", "--form", "b"])), More) == More(tau=2.0, form="b")
+    assert [one.name for one in options_of(More)] == [*(one.name for one in options_of(Losses)), "form"]
+    with pytest.raises(UserError, match="form 'c': expected one of a, b"):
+        More(form="c")
+
+
+def test_a_message_gets_the_flags_that_it_does_not_name() -> None:
+    error = UserError("a 4x4 map: use --pool-size 1", settings=["pool_size", "crop_size"])
+    assert describe_error(error) == "a 4x4 map: use --pool-size 1 (--crop-size)"
+    assert describe_error(UserError("no\nfile")) == "no file"
 
 
 def test_help_shows_groups_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:

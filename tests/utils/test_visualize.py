@@ -1,4 +1,4 @@
-"""Colour masks, overlays, palette files and panels."""
+"""Color masks, overlays, palette files and panels."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.visualize import IGNORE_COLOUR, colour_mask, comparison, overlay, panel, save_index, save_rgb
+from utils.visualize import IGNORE_COLOR, color_mask, comparison, overlay, panel, save_index, save_rgb
 
 PALETTE = np.array([[0, 0, 0], [200, 10, 10], [10, 200, 10], [10, 10, 200]], np.uint8)
 INDEX = np.array([[0, 1, 2], [3, -1, 255]], np.int16)
@@ -21,11 +21,11 @@ def photo(height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("index", [INDEX, torch.from_numpy(INDEX), INDEX.astype(np.int64)])
 def test_colour_mask(index: np.ndarray | torch.Tensor) -> None:
-    mask = colour_mask(index, PALETTE)
+    mask = color_mask(index, PALETTE)
     assert mask.dtype == np.uint8 and mask.shape == (2, 3, 3)
     assert mask[:1].tolist() == [PALETTE[:3].tolist()]
-    assert mask[1].tolist() == [PALETTE[3].tolist(), list(IGNORE_COLOUR), list(IGNORE_COLOUR)]
-    assert colour_mask(index, PALETTE, ignore=(1, 2, 3))[1, 1].tolist() == [1, 2, 3]
+    assert mask[1].tolist() == [PALETTE[3].tolist(), list(IGNORE_COLOR), list(IGNORE_COLOR)]
+    assert color_mask(index, PALETTE, ignore=(1, 2, 3))[1, 1].tolist() == [1, 2, 3]
 
 
 def test_overlay_mixes_classes_and_leaves_ignored_pixels() -> None:
@@ -43,7 +43,7 @@ def test_palette_file_reads_as_indices_and_shows_colours(tmp_path: Path) -> None
     with Image.open(tmp_path / "new" / "p.png") as picture:
         assert picture.mode == "P"
         assert np.asarray(picture).tolist() == [[0, 1, 2], [3, 255, 255]]
-        np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), colour_mask(INDEX, PALETTE))
+        np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), color_mask(INDEX, PALETTE))
     assert cv2.imread(str(tmp_path / "g.png"), cv2.IMREAD_UNCHANGED).tolist() == [[0, 1, 2], [3, 255, 255]]
     assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["g.png", "p.png"]
 
@@ -83,7 +83,7 @@ def test_legend_and_titles_change_only_their_places() -> None:
 
 
 def test_mask_stays_a_mask_when_resized() -> None:
-    mask = colour_mask(np.random.default_rng(0).integers(0, 4, (37, 53)), PALETTE)
+    mask = color_mask(np.random.default_rng(0).integers(0, 4, (37, 53)), PALETTE)
     picture = panel([mask], tile_width=90)
     colours = {tuple(c) for c in picture.reshape(-1, 3).tolist()}
     assert colours <= {*map(tuple, PALETTE.tolist()), (255, 255, 255), (173, 181, 189)}

@@ -14,6 +14,6 @@ train \
     --student-pretrained-base "$CKPT/mobilenetv2-imagenet.pth" \
     --method afdcd --lambda-kd 1.0 --lambda-fd 0.000002 --lambda-ctr 0.005 \
     --rand-mask true --enhance-projector false --mask-ratio 0.75 \
-    --kd-temperature 1.0 --tau-ocd 0.07 --m-ocd 16 --pool-size 4 --patch-size 4 4 --clip-distiller 15 \
+    --kd-temperature 1.0 --tau-ocd 0.07 --m-ocd 16 --pool-size 4 --patch-size 4 4 --clip-distiller 15.0 \
     --workers 8 --val-per-iters 800 --save-per-iters 800 --log-iter 10 \
     --save-dir "$WORK_DIR" --log-dir "$LOG_DIR" "$@"

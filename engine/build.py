@@ -1,0 +1,139 @@
+"""From the settings to the parts of a run: networks, objective, optimizer, data. Nothing here writes a file."""
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import dataset as data
+from engine.run import Run
+from engine.run_files import RunFiles
+from engine.settings import Data, Settings
+from engine.step import TrainStep
+from losses.core.facts import NetInfo, RunFacts
+from losses.core.objective import Objective, build_distillers
+from utils.distributed import Distributed, synchronize_batch_norm
+from utils.errors import UserError
+from utils.files import check_target
+from utils.randomness import seed_everything
+
+
+def build_run(settings: Settings, distributed: Distributed) -> Run:
+    """Build and check everything that training needs. Raises UserError for whatever does not fit."""
+    check_batch(settings, distributed)
+    spec = data.get_dataset_spec(settings.data.dataset, settings.data.data)
+    train_set = build_dataset(settings, spec, spec.train_split, train=True, list_file=settings.data.train_list)
+    val_set, report_sets = build_evaluation_sets(settings, spec)
+    student, teacher = build_student(settings, spec.num_class), build_teacher(settings, spec.num_class)
+    settings = replace(settings, networks=replace(settings.networks, aux=student.aux))
+    files = RunFiles(settings)
+    objective = build_objective(settings, student, teacher, resumed=files.resume_from is not None)
+    model = wrap_for_processes(objective, distributed, settings.optimization.sync_bn)
+    if teacher is not None:
+        teacher.to(distributed.device)
+    optimizer = build_optimizer(settings, objective)
+    o = settings.optimization
+    step_fn = TrainStep(model, teacher, optimizer, lr=o.lr, max_iterations=o.max_iterations, power=o.poly_power,
+                        seed=o.seed, rank=distributed.rank)
+    for name, folder in (("--save-dir", files.directory), ("--log-dir", files.log_directory)):
+        check_target(Path(folder), name, is_folder=True)
+    return Run(settings, distributed, spec, train_set, val_set, report_sets, student, teacher, objective, model,
+               optimizer, step_fn, files)
+
+
+def build_student(settings: Settings, num_class: int) -> nn.Module:
+    """The student in train mode. Its random weights depend on the seed only, not on the method."""
+    seed_everything(settings.optimization.seed, "student")
+    return settings.networks.student.build(num_class).train()
+
+
+def build_teacher(settings: Settings, num_class: int) -> nn.Module | None:
+    """The frozen teacher in eval mode, or None when no method of the run reads one."""
+    if not settings.needs_teacher:
+        return None
+    return settings.networks.teacher.build(num_class).eval().requires_grad_(False)
+
+
+def run_facts(settings: Settings, num_class: int, resumed: bool = False) -> RunFacts:
+    """What methods may know of a run."""
+    d, o, r = settings.data, settings.optimization, settings.running
+    return RunFacts(
+        num_class=num_class, ignore_label=d.ignore_label, crop_size=d.crop_size, active=settings.active,
+        group_size=settings.distillation.group_size, compat=settings.distillation.compat, seed=o.seed,
+        batch_size=o.batch_size, max_iterations=o.max_iterations, lr=o.lr, poly_power=o.poly_power,
+        momentum=o.momentum, weight_decay=o.weight_decay, sync_bn=o.sync_bn, sampling=d.sampling,
+        save_per_iters=r.save_per_iters, student=settings.networks.student, resumed=resumed)
+
+
+def build_objective(settings: Settings, student: nn.Module, teacher: nn.Module | None,
+                    resumed: bool = False) -> Objective:
+    """Student and distillers with their weights, as the one module that is trained. resumed: a state will be loaded."""
+    distillers = nn.ModuleDict()
+    if settings.methods:
+        seed_everything(settings.optimization.seed, "distillers")
+        distillers = build_distillers(settings.method_options, run_facts(settings, student.num_class, resumed),
+                                      NetInfo.of(student), teacher and NetInfo.of(teacher))
+    return Objective(student, distillers, settings.weights, settings.networks.aux_weight, settings.data.ignore_label,
+                     settings.distillation.group_size)
+
+
+def build_optimizer(settings: Settings, objective: Objective) -> torch.optim.SGD:
+    """SGD over student and distillers with one learning rate and one weight decay, as in the reference."""
+    groups = [{"params": list(objective.student.parameters())}]
+    own = [p for d in objective.distillers.values() for p in d.trained_parameters()]
+    if own:
+        groups.append({"params": own})
+    o = settings.optimization
+    return torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+
+
+def wrap_for_processes(objective: Objective, distributed: Distributed, sync_bn: bool) -> nn.Module:
+    """The objective on its device, with synchronized batch norm and DDP when there are several processes."""
+    objective.to(distributed.device)
+    if distributed.world_size == 1:
+        return objective
+    if sync_bn:
+        synchronize_batch_norm(objective, distributed.device)
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        objective, objective.unsynchronized())
+    gpu = [distributed.device.index] if distributed.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(objective, device_ids=gpu)
+
+
+def check_batch(settings: Settings, distributed: Distributed) -> None:
+    """Refuse batch sizes that the processes cannot share, and those that batch norm cannot train on."""
+    world, batch = distributed.world_size, settings.optimization.batch_size
+    if batch % world:
+        raise UserError(f"--batch-size {batch} does not divide by {world} processes: use a multiple of {world}")
+    shared = world > 1 and settings.optimization.sync_bn
+    if batch // (1 if shared else world) < 2:
+        raise UserError(f"--batch-size {batch} leaves one image per batch norm: the pooled branches of "
+                        "the heads need at least 2 (more images, or --sync-bn with several processes)")
+
+
+def build_dataset(settings: Settings, spec: data.DatasetSpec, split: str, *, train: bool,
+                  list_file: str | None = None) -> data.SegmentationDataset:
+    """One split of the data set of the run."""
+    d: Data = settings.data
+    return data.SegmentationDataset(spec, d.data, split, train=train, crop_size=d.crop_size if train else None,
+                                    seed=settings.optimization.seed, ignore_label=d.ignore_label, list_file=list_file)
+
+
+def build_evaluation_sets(settings: Settings, spec: data.DatasetSpec) \
+        -> tuple[data.SegmentationDataset | None, list[data.SegmentationDataset]]:
+    """(the split that picks the best model, or None; the splits that are only reported at the end)."""
+    if settings.running.skip_val:
+        return None, []
+    chosen = settings.data.selection_split or spec.selection_split
+    if chosen == "reference":
+        chosen = spec.reference_selection_split
+    if chosen in spec.splits and chosen not in spec.eval_splits:
+        raise UserError(f"--selection-split {chosen}: {spec.title} has no labels of it; "
+                        f"expected one of {', '.join(spec.eval_splits)}")
+    try:
+        selection = build_dataset(settings, spec, chosen, train=False, list_file=settings.data.val_list)
+    except UserError as error:
+        raise UserError(f"{error} (--selection-split: another split to validate on; --skip-val: none)") from error
+    return selection, [build_dataset(settings, spec, s, train=False) for s in spec.report_splits if s != chosen]

@@ -1,0 +1,100 @@
+"""The full training state: written atomically, read as tensors and plain values only, and taken up again."""
+from __future__ import annotations
+
+import platform
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.log import LOG
+from engine.run import Run
+from engine.run_files import plain
+from engine.settings import Settings
+from models.preprocess import Preprocess
+from models.weights import describe, save_state_dict
+from utils.distributed import same_everywhere
+from utils.errors import UserError
+from utils.tensor_files import first_line, load_tensors, save_tensors
+
+FORMAT = 1
+#: settings that may differ between a run and its continuation without changing the result
+FREE_TO_CHANGE = frozenset((
+    "resume", "workers", "data", "save_dir", "log_dir", "log_iter", "save_per_iters", "val_per_iters", "skip_val",
+    "tensorboard", "panels", "local_rank", "no_cuda", "teacher_pretrained", "teacher_pretrained_base",
+    "student_pretrained", "student_pretrained_base"))
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on, for the checkpoint and the saved configuration."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+
+
+def save_run(run: Run) -> None:
+    """Write the student's weights and the training state, on the main process. UserError when a weight is not finite
+    (nothing is written then) or the files cannot be written."""
+    run.step_fn.check_finite(run.step)
+    if not run.distributed.is_main_process:
+        return
+    save_state_dict(run.student, run.files.student)
+    save_tensors(run.files.state, {
+        "format": FORMAT, "versions": versions(), "model": run.student.state_dict(), "net_info": describe(run.student),
+        "distillers": run.objective.distillers.state_dict(), "optimizer": run.optimizer.state_dict(),
+        "step": run.step, "best": run.best, "config": plain(run.settings), "processes": run.distributed.world_size})
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read a training state written by :func:`save_run`. Raises :class:`UserError` for anything else."""
+    if not path.is_file():
+        raise UserError(f"--resume {path}: no such file (expected a training state '*_state.pth', or 'auto')")
+    try:
+        state = load_tensors(path, "training state")
+    except UserError as error:
+        raise UserError(f"--resume {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT or "optimizer" not in state:
+        raise UserError(f"--resume {path}: not a training state of this program (a plain weights file goes to "
+                        "--student-pretrained)")
+    return state
+
+
+def resume(run: Run) -> bool:
+    """Take up the training state that ``--resume`` means; False when there is none to take up."""
+    path = run.files.resume_from
+    if path is None:
+        return False
+    state = load_state(path)
+    try:
+        run.student.load_state_dict(state["model"])
+        run.objective.distillers.load_state_dict(state["distillers"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.student.preprocess = Preprocess.from_dict(state["net_info"]["preprocess"])
+        run.step, run.best = int(state["step"]), float(state["best"])
+        stage_options = {name for d in run.objective.distillers.values() for name in d.stage_options}
+        changes = changed_settings(state["config"], run.settings, stage_options)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--resume {path}: the state is of another model or method than the one asked for "
+                        f"({first_line(error)})") from error
+    if state.get("processes") != run.distributed.world_size:
+        changes.append(f"processes: {state.get('processes')} -> {run.distributed.world_size}")
+    if not same_everywhere(run.step, run.distributed.device):
+        raise UserError(f"--resume {path}: the processes found different states; --save-dir has to be one folder "
+                        "that all machines share")
+    if path.parent.resolve() != run.files.directory.resolve() or not run.files.best.is_file():
+        run.best = -1.0  # the best model so far is not in this folder
+    for change in changes:
+        LOG.warning("--resume: %s (the continuation will differ from an uninterrupted run)", change)
+    best = f", best mIoU {100 * run.best:.2f}" if run.best >= 0 else ""
+    LOG.info("resumed from %s at step %d%s", path, run.step, best)
+    return True
+
+
+def changed_settings(saved: dict, settings: Settings, finished: Collection[str] = ()) -> list[str]:
+    """'name: old -> new' for every setting that matters and differs from the saved run.
+
+    finished: settings of a stage that a resumed run does not repeat.
+    """
+    now = plain(settings)
+    return [f"{k}: {saved.get(k)} -> {now[k]}" for k in now
+            if k in saved and saved[k] != now[k] and k not in FREE_TO_CHANGE and k not in finished]

@@ -1,0 +1,122 @@
+"""What a run says while it trains: its files are opened, every logged iteration is written down, the speed is kept."""
+from __future__ import annotations
+
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint import versions
+from engine.log import LOG, Progress, RunLogger, setup_logging
+from engine.run import Run
+from engine.run_files import plain, readable
+from engine.settings import DEAD_OPTIONS, given_teacher_flags
+from engine.step import StepResult
+from utils.distributed import reduce_mean
+from utils.files import write_json
+from utils.options import flag
+
+
+class Journal:
+    """The log of one run. Only the main process writes files; all of them take part in averages.
+
+    The constructor moves the files of an earlier run aside, unless this one continues it, and writes the configuration.
+    logger: None on the other processes.
+    """
+
+    def __init__(self, run: Run, resumed: bool) -> None:
+        self.run, self.logger = run, None
+        self.clock = Stopwatch()
+        running, distributed = run.settings.running, run.distributed
+        if distributed.is_main_process:
+            if not (resumed and run.files.goes_on_here):
+                run.files.set_aside()
+            setup_logging(True, run.files.text_log)
+            self.logger = RunLogger(run.files.log_directory, run.files.log_name, run.step, running.tensorboard)
+            write_json(run.files.config, {
+                "config": plain(run.settings), "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+                "processes": distributed.world_size, "versions": versions()})
+            self._introduce()
+        self.progress = Progress(run.settings.optimization.max_iterations, run.step, distributed.is_main_process)
+
+    def _introduce(self) -> None:
+        run = self.run
+        for name in DEAD_OPTIONS:
+            if getattr(run.settings.running, name) is not None:
+                LOG.warning("%s has no effect (nor has it in the reference)", flag(name))
+        unread = given_teacher_flags(run.settings)
+        if run.teacher is None and run.settings.distillation.method != "none" and unread:
+            LOG.warning("not used, since no method of this run reads that teacher: %s", ", ".join(unread))
+        LOG.info("configuration (also in %s):\n%s", run.files.config, readable(run.settings))
+        count = sum(p.numel() for p in run.student.parameters()) / 1e6
+        extra = sum(p.numel() for p in run.objective.distillers.parameters()) / 1e6
+        LOG.info("student %s %.2f M parameters, distillers %.2f M (%s), %d training images, %d processes on %s",
+                 run.student.name, count, extra, ", ".join(run.objective.distillers) or "none", len(run.train_set),
+                 run.distributed.world_size, run.distributed.device.type)
+
+    def start_training(self) -> None:
+        """The stages before training are over: the clock starts now."""
+        self.clock.restart()
+
+    def finished_step(self, images: int) -> None:
+        """One more iteration is done, over so many images of this process."""
+        self.clock.count(images * self.run.distributed.world_size)
+        self.progress.advance()
+
+    def write_step(self, result: StepResult) -> None:
+        """Write down the last iteration, averaged over the processes. Raises UserError when a loss is not finite."""
+        run = self.run
+        run.step_fn.check_finite(run.step)
+        names = list(result.terms)
+        values = reduce_mean(torch.stack([*result.terms.values(), *result.weighted.values(), result.total]).double())
+        raw, weighted = (dict(zip(names, part.tolist(), strict=True)) for part in values[:-1].chunk(2))
+        if self.logger is None:
+            return
+        speed, waiting = self.clock.read()
+        o = run.settings.optimization
+        left = timedelta(seconds=int((o.max_iterations - run.step) * o.batch_size / speed))
+        diagnostics = {k: float(v) for k, v in run.objective.diagnostics().items()}
+        self.logger.record("train", run.step, lr=result.lr, loss=values[-1].item(), raw=raw, weighted=weighted,
+                           grad_norm={k: float(v) for k, v in result.grad_norms.items()}, diagnostics=diagnostics,
+                           images_per_second=round(speed, 3), waiting_for_data=round(waiting, 4))
+        terms = "  ".join(f"{k} {weighted[k]:.4g} ({raw[k]:.4g})" for k in names)
+        short = " ".join(f"{k} {weighted[k]:.3g}" for k in names)
+        self.progress.show(f"{short} lr {result.lr:.4f} {speed:.1f} img/s")
+        LOG.info("step %d/%d  lr %.5f  loss %.4f = %s  %.1f img/s  data %.0f%%  ETA %s", run.step, o.max_iterations,
+                 result.lr, values[-1].item(), terms, speed, 100 * waiting, left)
+
+    def close(self) -> None:
+        """Close the progress bar and the files."""
+        self.progress.close()
+        if self.logger is not None:
+            self.logger.close()
+
+
+class Stopwatch:
+    """Speed since the last reading, and the share of the time that was spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Start a new window now."""
+        self.start = self.mark = time.perf_counter()
+        self.waited, self.images = 0.0, 0
+
+    def got_batch(self) -> None:
+        """A batch has arrived: what passed since the last step was waiting."""
+        self.waited += time.perf_counter() - self.mark
+
+    def count(self, images: int) -> None:
+        """One step over that many images is done."""
+        self.images += images
+        self.mark = time.perf_counter()
+
+    def read(self) -> tuple[float, float]:
+        """(images per second, share of waiting) of the window, and start the next one."""
+        passed = max(time.perf_counter() - self.start, 1e-9)
+        speed, share = self.images / passed, self.waited / passed
+        self.restart()
+        return max(speed, 1e-9), share

@@ -1,0 +1,128 @@
+"""What a run writes down: text log, JSON lines, TensorBoard scalars and panels, and the progress bar."""
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from logging.handlers import MemoryHandler
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from utils.files import write_text
+
+LOG = logging.getLogger("afdcd")
+
+
+class _TqdmHandler(logging.StreamHandler):
+    """Print through tqdm, so that log lines do not tear the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+
+
+def setup_logging(is_main_process: bool, path: Path | None = None) -> None:
+    """Send the ``afdcd`` log to the terminal and, when given, to a file; other processes only report errors.
+
+    What is logged before the file is known is kept, and written to it when it is.
+    """
+    early = [h for h in LOG.handlers if isinstance(h, MemoryHandler)]
+    for handler in [h for h in LOG.handlers if h not in early]:
+        LOG.removeHandler(handler)
+        handler.close()
+    LOG.propagate = False
+    LOG.setLevel(logging.INFO if is_main_process else logging.ERROR)
+    handlers: list[logging.Handler] = [_TqdmHandler()]
+    if is_main_process and path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        LOG.addHandler(handler)
+    for handler in early:
+        LOG.removeHandler(handler)
+        if path is not None:
+            handler.setTarget(handlers[-1])
+            handler.close()
+    if is_main_process and path is None:
+        LOG.addHandler(MemoryHandler(10000, flushLevel=logging.CRITICAL + 1, flushOnClose=True))
+
+
+class RunLogger:
+    """JSON lines (always) and TensorBoard (unless switched off) of one run. Only the main process makes one.
+
+    A resumed run drops the records past the step it resumes from, so that a log never holds a step twice.
+    """
+
+    def __init__(self, directory: Path, name: str, start_step: int = 0, tensorboard: bool = True) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / f"{name}.jsonl"
+        self._drop_after(start_step)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self._board = SummaryWriter(str(directory / f"{name}_tensorboard"), purge_step=start_step + 1)
+
+    def _drop_after(self, step: int) -> None:
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                keep = json.loads(line).get("step", 0) <= step and step > 0
+            except json.JSONDecodeError:
+                keep = False  # the last line of a killed run
+            if keep:
+                kept.append(line)
+        write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        """Append one JSON line ``{"kind", "step", ...}`` and plot its numbers (nested dicts become a/b tags)."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for tag, value in _flatten(kind, values):
+                self._board.add_scalar(tag, value, step)
+
+    def picture(self, tag: str, image: np.ndarray, step: int) -> None:
+        """Add one picture (uint8 [H, W, 3], RGB) to TensorBoard."""
+        if self._board is not None:
+            self._board.add_image(tag, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _flatten(prefix: str, values: dict[str, Any]):
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(f"{prefix}/{key}", value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield f"{prefix}/{key}", value
+
+
+class Progress:
+    """A tqdm bar on a terminal, silent elsewhere (the log lines then carry the same numbers)."""
+
+    def __init__(self, total: int, start: int, is_main_process: bool) -> None:
+        self.bar = tqdm(total=total, initial=start, disable=not (is_main_process and sys.stderr.isatty()), unit="it",
+                        dynamic_ncols=True, smoothing=0.1)
+
+    def advance(self) -> None:
+        """One iteration done."""
+        self.bar.update()
+
+    def show(self, text: str) -> None:
+        """Put losses, lr and speed behind the bar."""
+        self.bar.set_postfix_str(text, refresh=False)
+
+    def close(self) -> None:
+        """Leave the bar on the screen as it stands."""
+        self.bar.close()

@@ -1,0 +1,103 @@
+"""A training run: its parts and how far it is, its batches, its steps and the stages before them."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import dataset as data
+from engine.log import LOG
+from engine.run_files import RunFiles
+from engine.settings import Settings
+from engine.step import StepResult, TrainStep
+from losses.core.facts import Preparation
+from losses.core.objective import Objective
+from utils.distributed import Distributed, barrier
+
+
+@dataclass
+class Run:
+    """Everything that ``engine.build.build_run`` made, and the state of training: iterations done, best validation
+    mIoU (below 0: none yet). val_set: None without validation. teacher: None when no method reads one."""
+
+    settings: Settings
+    distributed: Distributed
+    spec: data.DatasetSpec
+    train_set: data.SegmentationDataset
+    val_set: data.SegmentationDataset | None
+    report_sets: list[data.SegmentationDataset]
+    student: nn.Module
+    teacher: nn.Module | None
+    objective: Objective
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step_fn: TrainStep
+    files: RunFiles
+    step: int = 0
+    best: float = -1.0
+
+    def is_due(self, every: int) -> bool:
+        """Whether something that happens every so many iterations, and after the last one, happens now."""
+        return self.step % every == 0 or self.step == self.settings.optimization.max_iterations
+
+
+def build_loader(run: Run, start_step: int, steps: int, batch_size: int) -> DataLoader:
+    """Batches of this process from ``start_step`` to ``steps``, of ``batch_size`` images over all processes.
+
+    The samples do not depend on worker or process counts.
+    """
+    settings, distributed = run.settings, run.distributed
+    sampler = data.TrainSampler(len(run.train_set), batch_size=batch_size, steps=steps, rank=distributed.rank,
+                                world_size=distributed.world_size, seed=settings.optimization.seed,
+                                start_step=start_step, mode=settings.data.sampling)
+    workers = settings.data.workers
+    return DataLoader(run.train_set, batch_sampler=sampler, num_workers=workers, collate_fn=data.collate,
+                      worker_init_fn=data.worker_init, pin_memory=distributed.device.type == "cuda",
+                      persistent_workers=workers > 0)
+
+
+def training_batches(run: Run) -> Iterator[dict]:
+    """The batches of the remaining iterations."""
+    run.model.train()
+    o = run.settings.optimization
+    if run.step < o.max_iterations:
+        yield from build_loader(run, run.step, o.max_iterations, o.batch_size)
+
+
+def to_device(run: Run, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """(images uint8 [B, 3, H, W], valid int [B, 4], target int64 [B, H, W]) of a batch of the loader."""
+    images, valid, target = (batch[k].to(run.distributed.device, non_blocking=True)
+                             for k in ("image", "valid", "label"))
+    return images, valid, target.long()
+
+
+def train_batch(run: Run, batch: dict) -> StepResult:
+    """Train on one batch from the loader (uint8 images, int16 labels): normalize for each network, then step."""
+    images, valid, target = to_device(run, batch)
+    student_images = run.student.preprocess(images, valid)
+    teacher_images = None
+    if run.teacher is not None:
+        same = run.teacher.preprocess == run.student.preprocess
+        teacher_images = student_images if same else run.teacher.preprocess(images, valid)
+    return run.step_fn(student_images, teacher_images, target, run.step)
+
+
+def run_stages(run: Run) -> None:
+    """Run the stages that methods need before training. A resumed run has their results in its state."""
+
+    def batches(steps: int, batch_size: int, start: int,
+                role: str) -> Iterator[tuple[Tensor | tuple[Tensor, Tensor], Tensor]]:
+        nets = {"teacher": [run.teacher], "student": [run.student], "both": [run.student, run.teacher]}[role]
+        for batch in build_loader(run, start, steps, batch_size):
+            images, valid, target = to_device(run, batch)
+            inputs = tuple(net.preprocess(images, valid) for net in nets)
+            yield inputs if role == "both" else inputs[0], target
+
+    stage = Preparation(run.student, run.teacher, run.distributed.device, run.files.directory,
+                        run.distributed.is_main_process, batches, LOG.info, run.train_set.digest(), len(run.train_set))
+    for distiller in run.objective.distillers.values():
+        distiller.prepare(stage)
+        barrier()

@@ -1,0 +1,67 @@
+"""Where a run keeps its files, and what happens to those of an earlier run in the same folder."""
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+from engine.log import LOG
+from engine.settings import DEAD_OPTIONS, Settings
+
+
+class RunFiles:
+    """File names of a run: the reference's for the weights, beside them the training state and the configuration.
+
+    resume_from: the training state that ``--resume`` means; None to start afresh ('auto' with nothing there).
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        n, dataset = settings.networks, settings.data.dataset
+        self.directory, self.log_directory = Path(settings.running.save_dir), Path(settings.running.log_dir)
+        self.stem = f"kd_{n.student_model}_{n.student_backbone}_{dataset}"
+        teacher = f"{n.teacher_model}-{n.teacher_backbone}" if settings.needs_teacher else "none"
+        self.log_name = (f"{settings.distillation.method or 'afdcd'}_{teacher}_{n.student_model}-{n.student_backbone}"
+                         f"_{dataset}")
+        self.student = self.directory / f"{self.stem}.pth"
+        self.best = self.directory / f"{self.stem}_best_model.pth"
+        self.state = self.directory / f"{self.stem}_state.pth"
+        self.config = self.directory / f"{self.stem}_config.json"
+        self.text_log = self.log_directory / f"{self.log_name}_log.txt"
+        choice = settings.running.resume
+        if choice == "auto":
+            self.resume_from = self.state if self.state.is_file() else None
+        else:
+            self.resume_from = None if choice is None else Path(choice).expanduser()
+
+    @property
+    def goes_on_here(self) -> bool:
+        """True when ``--resume`` goes on with a run of this very folder."""
+        return self.resume_from is not None and self.resume_from.parent.resolve() == self.directory.resolve()
+
+    def set_aside(self) -> None:
+        """Move the weights, state, configuration and log of an earlier run into ``previous-N/``: nothing is lost."""
+        for directory, pattern in ((self.directory, f"{self.stem}*.*"), (self.log_directory, f"{self.log_name}*")):
+            old = sorted(p for p in directory.glob(pattern)) if directory.is_dir() else []
+            if not old:
+                continue
+            number = 1
+            while (directory / f"previous-{number}").exists():
+                number += 1
+            target = directory / f"previous-{number}"
+            target.mkdir()
+            for path in old:
+                path.rename(target / path.name)
+            LOG.info("%s held an earlier run: its %d files are now in %s", directory, len(old), target)
+
+
+def plain(settings: Settings) -> dict[str, object]:
+    """{setting: value} as JSON values (tuples become lists)."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.flat().items()}
+
+
+def readable(settings: Settings) -> str:
+    """Every effective setting as ``name=value``, in indented lines of at most 120 columns."""
+    pairs = [f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in plain(settings).items()
+             if k not in DEAD_OPTIONS]
+    protected = "  ".join(pair.replace(" ", "\0") for pair in pairs)
+    lines = textwrap.wrap(protected, 116, break_long_words=False, break_on_hyphens=False)
+    return "\n".join("    " + line.replace("\0", " ") for line in lines)

@@ -1,0 +1,281 @@
+"""The settings of ``train_kd.py``: every one with its default, typed, and the checks that need no files.
+
+Defaults are those of the reference's parser. A method's own options stand in its file in ``losses/``. The command line
+is parsed here and ends here: what goes on is a :class:`Settings`.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from dataset.spec import list_datasets
+from engine.presets import preset
+from losses.core import methods
+from losses.core.distiller import Distiller
+from losses.core.objective import active_methods
+from models import NetworkChoice
+from utils.cli import ArgumentParser, read_options
+from utils.errors import UserError
+from utils.options import Option, OptionGroup, flag, option, options_of
+
+BASE_HELP = ("ImageNet weights of its backbone: a file, or a name such as torchvision:ResNet50_Weights.IMAGENET1K_V2 "
+             "(for resnet50_original)")
+PREPROCESS_HELP = "its input: BGR minus mean, or RGB mean/std (default: what its weights say)"
+#: accepted so that old command lines still start; they do nothing in the reference either
+DEAD_OPTIONS = ("start_epoch", "save_epoch", "val_epoch")
+
+
+def without_teacher() -> list[str]:
+    """Methods that read no teacher of the run."""
+    return [name for name, cls in methods().items() if not cls.needs.teacher]
+
+
+def _teacher_help() -> str:
+    return f"trained teacher (every method but {', '.join(without_teacher())} needs one)"
+
+
+@dataclass(frozen=True)
+class Networks(OptionGroup):
+    """Teacher and student."""
+
+    teacher_model: str = option("deeplabv3", "architecture of the teacher")
+    teacher_backbone: str = option("resnet101", "backbone of the teacher")
+    teacher_pretrained: str | None = option("None", _teacher_help, metavar="FILE")
+    teacher_pretrained_base: str | None = option("None", BASE_HELP, metavar="FILE")
+    teacher_preprocess: str | None = option(None, PREPROCESS_HELP, choices=("bgr", "rgb"))
+    student_model: str = option("deeplabv3", "architecture of the student", aliases=("model",))
+    student_backbone: str = option("resnet18", "backbone of the student", aliases=("backbone",))
+    student_pretrained: str | None = option("None", "segmentation weights to start from", metavar="FILE",
+                                            aliases=("pretrained",))
+    student_pretrained_base: str | None = option("None", BASE_HELP, metavar="FILE", aliases=("pretrained_base",))
+    student_preprocess: str | None = option(None, PREPROCESS_HELP, choices=("bgr", "rgb"), aliases=("preprocess",))
+    aux: bool | None = option(None, "auxiliary head on c3 of the student (default: on for resnet, off for mobilenet)")
+    aux_weight: float = option(0.4, "weight of the auxiliary cross entropy", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base"):
+            if getattr(self, name) in ("", "None", "none"):  # the reference's spelling of nothing
+                object.__setattr__(self, name, None)
+
+    @property
+    def teacher(self) -> NetworkChoice:
+        """The teacher, with its weights."""
+        return NetworkChoice(self.teacher_model, self.teacher_backbone, self.teacher_pretrained,
+                             self.teacher_pretrained_base, self.teacher_preprocess)
+
+    @property
+    def student(self) -> NetworkChoice:
+        """The student, with the weights that it starts from."""
+        return NetworkChoice(self.student_model, self.student_backbone, self.student_pretrained,
+                             self.student_pretrained_base, self.student_preprocess, self.aux)
+
+
+@dataclass(frozen=True)
+class Data(OptionGroup):
+    """Training and validation images."""
+
+    dataset: str = option("citys", lambda: f"one of {', '.join(list_datasets())}")
+    data: str = option("./dataset/cityscapes/", "root folder of the data set", metavar="DIR")
+    train_list: str | None = option(None, "list file of the training split", metavar="FILE")
+    val_list: str | None = option(None, "list file of the validation split", metavar="FILE")
+    crop_size: tuple[int, ...] = option((512, 1024), "training crop: height width, or one number for a square",
+                                        at_least=1, metavar="N")
+    ignore_label: int = option(-1, "label value of pixels that do not count")
+    workers: int = option(8, "data-loading processes per training process", at_least=0)
+    sampling: str = option("reference", "reference: the repeated list shuffled as a whole; epoch: a fresh shuffle of "
+                                        "every epoch", choices=("reference", "epoch"))
+    selection_split: str | None = option(
+        None, "split that picks the best model; reference: the one that the reference used, test for camvid "
+              "(default: val)", metavar="SPLIT")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.crop_size) > 2:
+            raise UserError(f"argument --crop-size: expected one or two numbers, got {len(self.crop_size)}")
+        object.__setattr__(self, "crop_size", self.crop_size * (3 - len(self.crop_size)))
+        if min(self.crop_size) < 32:
+            raise UserError(f"--crop-size {self.crop_size[0]} {self.crop_size[1]}: expected at least 32 pixels a side")
+
+
+@dataclass(frozen=True)
+class Optimization(OptionGroup):
+    """SGD and its schedule."""
+
+    batch_size: int = option(16, "images per step over all processes together", at_least=1)
+    max_iterations: int = option(40000, "steps of the whole run", at_least=1)
+    lr: float = option(0.02, "learning rate of the first step", above=0)
+    poly_power: float = option(0.9, "lr * (1 - step / max_iterations) ** power", at_least=0)
+    momentum: float = option(0.9, "momentum of SGD", at_least=0, at_most=1)
+    weight_decay: float = option(1e-4, "on every parameter, batch norm included", at_least=0)
+    seed: int = option(0, "of weights, sample order, augmentation, masks, dropout", at_least=0)
+    sync_bn: bool = option(True, "share batch-norm statistics when there are several processes")
+
+
+@dataclass(frozen=True)
+class Distillation(OptionGroup):
+    """Which method, and what concerns several of them."""
+
+    method: str | None = option(
+        None, "preset of published settings for --dataset and --student-backbone (see --list-methods); none: plain "
+              "training, of a baseline or a teacher (default: Af-DCD with the weights listed here)",
+        choices=lambda: ("none", *methods()), metavar="NAME")
+    group_size: int = option(2, "images whose statistics go together in methods that relate images (the published runs "
+                                "had 2 per GPU); 0 = all images of the process", at_least=0, metavar="N")
+    compat: str = option("fixed", "methods whose released code has a known defect: corrected, or as released",
+                         choices=("fixed", "reference"))
+
+
+@dataclass(frozen=True)
+class Running(OptionGroup):
+    """Files, logging, device."""
+
+    save_dir: str = option("~/.torch/models", "weights, training state, config", metavar="DIR")
+    log_dir: str = option("../runs/logs/", "text log, JSON lines, TensorBoard", metavar="DIR")
+    resume: str | None = option(None, "go on from a training state; auto: from the one in --save-dir if there is one",
+                                metavar="auto|FILE")
+    log_iter: int = option(10, "steps between log lines", at_least=1)
+    save_per_iters: int = option(800, "steps between training states", at_least=1)
+    val_per_iters: int = option(800, "steps between validations", at_least=1)
+    skip_val: bool = option(False, "no validation, hence no best model and no final report")
+    tensorboard: bool = option(True, "write TensorBoard scalars and prediction panels")
+    panels: int = option(3, "validation images drawn at every validation", at_least=0)
+    no_cuda: bool = option(False, "run on the CPU although there is a GPU")
+    local_rank: int = option(0, hidden=True)  # torchrun's environment decides
+    start_epoch: int | None = option(None, hidden=True)
+    save_epoch: int | None = option(None, hidden=True)
+    val_epoch: int | None = option(None, hidden=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("save_dir", "log_dir"):
+            object.__setattr__(self, name, str(Path(getattr(self, name)).expanduser()))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run was asked for.
+
+    weights: {term: lambda} of every term of every method. options: {method: its Options}, of every method.
+    list_methods: only print the table of methods.
+    """
+
+    networks: Networks
+    data: Data
+    optimization: Optimization
+    distillation: Distillation
+    running: Running
+    weights: Mapping[str, float]
+    options: Mapping[str, OptionGroup]
+    list_methods: bool = False
+
+    @property
+    def active(self) -> dict[str, float]:
+        """{term: weight} of the terms that count."""
+        return {name: weight for name, weight in self.weights.items() if weight}
+
+    @property
+    def methods(self) -> dict[str, type[Distiller]]:
+        """The methods of which a term counts, by name."""
+        return active_methods(self.active)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a method with a weight reads a teacher."""
+        return any(cls.needs.teacher for cls in self.methods.values())
+
+    @property
+    def method_options(self) -> dict[str, OptionGroup]:
+        """The options that each method is built with: those asked for, but for what its data set fixes."""
+        return {name: replace(self.options[name], **cls.dataset_options.get(self.data.dataset, {}))
+                for name, cls in methods().items()}
+
+    def flat(self) -> dict[str, object]:
+        """{setting: value}, sorted by name: the form of saved configurations and training states."""
+        values = {f"lambda_{term}": weight for term, weight in self.weights.items()}
+        groups = (self.networks, self.data, self.optimization, self.distillation, self.running, *self.options.values())
+        for group in groups:
+            values.update(asdict(group))
+        return dict(sorted(values.items()))
+
+    def with_preset(self, method: str) -> Settings:
+        """The same settings with the published ones of another method in their place."""
+        values = {**self.flat(), **preset(method, self.data.dataset, self.networks.student_backbone)}
+        return from_flat({**values, "method": method})
+
+
+GROUPS: tuple[tuple[str, type[OptionGroup]], ...] = (
+    ("networks", Networks), ("data", Data), ("optimisation", Optimization), ("distillation", Distillation),
+    ("running", Running))
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of ``train_kd.py``, with the options of every registered method."""
+    parser = ArgumentParser(prog="train_kd.py", description="Train a segmentation network, distilled or plain.")
+    for title, group in GROUPS:
+        about = "Terms combine freely; a term with weight 0 is not computed." if group is Distillation else None
+        section = parser.add_argument_group(title, about)
+        parser.add_options(section, group)
+        if group is Distillation:
+            section.add_argument("--list-methods", action="store_true",
+                                 help="print every method with its preset and what it adds to the given networks, and "
+                                      "stop")
+            _add_methods(parser, section)
+    return parser
+
+
+def _add_methods(parser: ArgumentParser, section) -> None:
+    """The weight of every term, and a group of flags for every method with options that no other has declared."""
+    for cls in methods().values():
+        for term in cls.terms:
+            parser.add_option(section, Option(term.setting, float, None, term.weight, term.help, at_least=0,
+                                              metavar="W"))
+    for name, cls in methods().items():
+        if any(flag(one.name) not in parser._option_string_actions for one in options_of(cls.Options)):
+            parser.add_options(parser.add_argument_group(f"method {name}", cls.title), cls.Options)
+
+
+def parse_settings(argv: list[str] | None = None) -> Settings:
+    """Parse and check a command line. Explicit flags win over the preset of ``--method``, which wins over defaults.
+
+    Exits with code 2 and one line on a malformed command line; raises :class:`UserError` on settings that cannot be.
+    """
+    parser = build_parser()
+    parsed = parser.parse_args(argv)
+    if parsed.method is not None:
+        parser.set_defaults(**preset(parsed.method, parsed.dataset, parsed.student_backbone))
+        parsed = parser.parse_args(argv)
+    settings = from_flat(vars(parsed))
+    if not settings.list_methods:
+        check_settings(settings)
+    return settings
+
+
+def from_flat(values: Mapping[str, object]) -> Settings:
+    """Settings from {setting: value} of all of them: the inverse of :meth:`Settings.flat`."""
+    groups = [read_options(values, group) for _, group in GROUPS]
+    weights = {t.name: float(values[t.setting]) for cls in methods().values() for t in cls.terms}
+    options = {name: read_options(values, cls.Options) for name, cls in methods().items()}
+    return Settings(*groups, weights, options, bool(values.get("list_methods", False)))
+
+
+def given_teacher_flags(settings: Settings) -> list[str]:
+    """Flags of the teacher that the command line or a script has set to something."""
+    default, given = asdict(Networks()), asdict(settings.networks)
+    return [flag(name) for name, value in given.items()
+            if name.startswith("teacher_") and value not in (None, default[name])]
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise UserError for settings that contradict each other."""
+    method, distills = settings.distillation.method, bool(settings.methods)
+    if method == "none" and distills:
+        raise UserError("--method none trains without a teacher: drop "
+                        f"{', '.join(flag(f'lambda_{term}') for term in settings.active)}, or choose a method")
+    if method != "none" and not distills:
+        raise UserError("every --lambda-* is 0, so nothing would be distilled: use --method none for plain training")
+    if settings.needs_teacher and settings.networks.teacher_pretrained is None:
+        names = [name for name, cls in settings.methods.items() if cls.needs.teacher]
+        raise UserError(f"--teacher-pretrained is missing: a trained teacher (a .pth file) for {', '.join(names)}; "
+                        f"without one: {', '.join(f'--method {name}' for name in ('none', *without_teacher()))}")

@@ -1,0 +1,77 @@
+"""Validation during training: choose the best model, draw panels, report on the test split at the end."""
+from __future__ import annotations
+
+import numpy as np
+from torch import nn
+
+from dataset import SegmentationDataset
+from engine.evaluate import evaluate
+from engine.journal import Journal
+from engine.log import LOG, RunLogger
+from engine.run import Run
+from models.weights import load_weights, save_state_dict
+from utils.distributed import Distributed, barrier, broadcast_buffers
+from utils.visualize import comparison
+
+
+class Validator:
+    """Evaluates a student on one split; on the main process it also writes records and panels."""
+
+    def __init__(self, dataset: SegmentationDataset, distributed: Distributed, workers: int,
+                 logger: RunLogger | None, panels: int = 0) -> None:
+        self.dataset, self.distributed, self.workers = dataset, distributed, workers
+        self.logger, self.panels = logger, panels
+
+    def __call__(self, net: nn.Module, step: int, kind: str = "val") -> dict:
+        """Metrics of ``net`` (fractions) over the whole split and all processes; net goes back to its mode."""
+        broadcast_buffers(net)
+        pictures: list[np.ndarray] = []
+
+        def draw(prediction, item) -> None:
+            pictures.append(self._panel(prediction, item))
+
+        result = evaluate(net, self.dataset, device=self.distributed.device, workers=self.workers,
+                          on_prediction=draw if self.logger else None, prediction_limit=self.panels)
+        LOG.info("%s %s step %d  mIoU %.2f  pixAcc %.2f  mAcc %.2f  (%d images)", kind, self.dataset.split, step,
+                 100 * result["mIoU"], 100 * result["pixAcc"], 100 * result["mAcc"], len(self.dataset))
+        if self.logger is not None:
+            self.logger.record(kind, step, split=self.dataset.split,
+                               **{k: result[k] for k in ("mIoU", "pixAcc", "mAcc", "mIoU_present")})
+            for i, picture in enumerate(pictures):
+                self.logger.picture(f"{kind}/{i}", picture, step)
+        return result
+
+    def _panel(self, prediction, item) -> np.ndarray:
+        image = np.ascontiguousarray(item["image"].permute(1, 2, 0).numpy()[..., ::-1])
+        spec = self.dataset.spec
+        return comparison([image], [item["label"]], [[prediction]], ["prediction"], palette=spec.palette,
+                          classes=spec.classes)
+
+
+def validate(run: Run, journal: Journal) -> None:
+    """Evaluate the student on the validation split and keep it if it is the best so far."""
+    run.step_fn.check_finite(run.step)
+    validator = Validator(run.val_set, run.distributed, run.settings.data.workers, journal.logger,
+                          run.settings.running.panels)
+    score = validator(run.student, run.step)["mIoU"]
+    if score > run.best:
+        run.best = score
+        if run.distributed.is_main_process:
+            save_state_dict(run.student, run.files.best)
+    journal.clock.restart()
+
+
+def report(run: Run, journal: Journal) -> None:
+    """Evaluate the best model on the splits that are reported but not selected on (CamVid: test)."""
+    if run.val_set is None:
+        return
+    if run.best < 0:
+        LOG.warning("no validation of this run has left a best model in %s", run.files.directory)
+        return
+    LOG.info("best %s mIoU %.2f  %s", run.val_set.split, 100 * run.best, run.files.best)
+    if not run.report_sets:
+        return
+    barrier()
+    load_weights(run.student, str(run.files.best))
+    for split in run.report_sets:
+        Validator(split, run.distributed, run.settings.data.workers, journal.logger)(run.student, run.step, "report")

@@ -1,0 +1,153 @@
+"""The interface of a distillation method, and the registry that finds them.
+
+A method is one file in ``losses/``: a pure loss function, and a :class:`Distiller` beside it that owns the trainable
+extras (aligners, projectors, queues) and says which named tensors it wants from either network. Decorate the class
+with :func:`register`; nothing else has to be edited.
+"""
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from losses.core.facts import Batch, NetInfo, Preparation, RunFacts
+from losses.core.needs import Needs
+from utils.options import OptionGroup
+
+
+@dataclass(frozen=True)
+class Term:
+    """One scalar that a method adds to the loss: its name, default weight and a line of help.
+
+    ``Term("fd", 4e-5, ...)`` becomes the setting ``lambda_fd``. scales_task: it is no scalar of its own; the weight
+    says how far the method's :meth:`Distiller.task_scale` holds for the cross entropy.
+    """
+
+    name: str
+    weight: float
+    help: str
+    scales_task: bool = False
+
+    @property
+    def setting(self) -> str:
+        """Name of its weight among the settings."""
+        return f"lambda_{self.name}"
+
+
+class Distiller(nn.Module):
+    """Base class of every method. Its state_dict must be complete: queues, counters, masks, and (through
+    ``get_extra_state``) the optimizer of a discriminator, so that a resumed run is the same run.
+
+    Class attributes
+        method   registry name (set by :func:`register`)
+        title, paper, year   for the list of methods
+        Options  the method's own settings (not the weights of its terms), see ``utils/options.py``
+        terms    the :class:`Term` objects that ``forward`` may return
+        needs    what it reads of the networks and expects of them; :meth:`requires` where this depends on the options
+        preset   published settings, applied when the method is chosen: {key: {setting: value}}. A key is "*" (always),
+                 "*/BACKBONE" (of the student, without a width suffix), "DATASET" or "DATASET/BACKBONE"; of two keys
+                 that set the same, the later one in this order wins
+        rows     like preset, with "DATASET/MODEL-BACKBONE" as the most specific key: what only the scripts of the
+                 published rows set, such as a defect that the figure was made with
+        dataset_options   own options that hold on a data set whatever was asked for, {data set: {option: value}}
+        clip_norm  largest L2 norm of the gradient of the method's own parameters, None = not clipped
+        cost     what it computes beyond the two networks, in a short phrase, for the list of methods
+        trial    settings that make a trial of a few steps cheap (a short stage before training), for tests, benchmark
+        stage_options  settings that only ``prepare`` and the reading of files depend on, not the steps after it
+    """
+
+    method: str = ""
+    title: str = ""
+    paper: str = ""
+    year: int = 0
+    Options: type[OptionGroup] = OptionGroup
+    terms: tuple[Term, ...] = ()
+    needs: Needs = Needs()
+    preset: Mapping[str, Mapping[str, object]] = {}
+    rows: Mapping[str, Mapping[str, object]] = {}
+    dataset_options: Mapping[str, Mapping[str, object]] = {}
+    clip_norm: float | None = None
+    cost: str = ""
+    trial: Mapping[str, object] = {}
+    stage_options: tuple[str, ...] = ()
+
+    def __init__(self, options: OptionGroup | None = None, run: RunFacts | None = None,
+                 student: NetInfo | None = None, teacher: NetInfo | None = None) -> None:
+        super().__init__()
+
+    @classmethod
+    def requires(cls, options: OptionGroup, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
+        """What it needs with these options. The networks are given since they may lack a tap that is optional."""
+        return cls.needs
+
+    @classmethod
+    def build(cls, options: OptionGroup, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Distiller:
+        """Make the method from options, channel counts and class count, when its needs have been checked.
+
+        Never from a dummy forward. By default these four are the arguments of the constructor.
+        """
+        return cls(options, run, student, teacher)
+
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return {term name: unweighted scalar}. generator: source of random numbers, on the tensors' device."""
+        raise NotImplementedError
+
+    def task_scale(self, step: int) -> float:
+        """Factor on the cross entropy of the main logits, for a method with a term that ``scales_task``."""
+        return 1.0
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Scalars of the last ``forward`` worth logging beside the losses (asked for on logged iterations only)."""
+        return {}
+
+    def unsynchronized(self) -> set[str]:
+        """Names (as in ``state_dict``) of own parameters and buffers that the main optimizer and DDP leave alone:
+        a discriminator with its own optimizer, queues that every process fills in the same way."""
+        return set()
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Own parameters for the student's optimizer, at its learning rate and weight decay."""
+        skip = self.unsynchronized()
+        return [p for name, p in self.named_parameters() if p.requires_grad and name not in skip]
+
+    def prepare(self, stage: Preparation) -> None:
+        """A stage of its own before training (learning masks, prompts); called once, and not on a resumed run."""
+
+    def after_step(self, step: int) -> None:
+        """Called after the student's optimizer step, on every process: the place for a discriminator's own step.
+
+        ``forward`` keeps (detached) what it needs. Gradients of :meth:`unsynchronized` parameters have to be averaged
+        with ``utils.distributed.average_gradients``.
+        """
+
+
+_REGISTRY: dict[str, type[Distiller]] = {}
+
+
+def register(name: str):
+    """Class decorator: make a :class:`Distiller` known under a name."""
+
+    def wrap(cls: type[Distiller]) -> type[Distiller]:
+        if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
+            raise ValueError(f"method {name!r} is registered twice: {_REGISTRY[name]} and {cls}")
+        taken = {t.name: m for m, c in _REGISTRY.items() if m != name for t in c.terms}
+        for term in cls.terms:
+            if term.name in taken:
+                raise ValueError(f"term {term.name!r} of method {name!r} already belongs to {taken[term.name]!r}")
+        cls.method = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return wrap
+
+
+def methods() -> dict[str, type[Distiller]]:
+    """Every registered method, by name. Imports each file of ``losses/`` once, so that its decorator runs."""
+    package = importlib.import_module("losses")
+    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg):
+        importlib.import_module(f"losses.{module}")
+    return dict(sorted(_REGISTRY.items()))

@@ -1,0 +1,103 @@
+"""What a method is given: facts of the run and of the networks, a batch, the means for a stage before training."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.output import SegOutput
+from models.preprocess import CAFFE_BGR, Preprocess
+from models.registry import NetworkChoice
+
+
+@dataclass(frozen=True)
+class NetInfo:
+    """What a method may know about a network without running it: channels per tap, class count, output stride, and the
+    preprocessing of its images."""
+
+    name: str
+    channels: Mapping[str, int]
+    num_class: int
+    stride: int = 8
+    preprocess: Preprocess = CAFFE_BGR
+
+    @classmethod
+    def of(cls, net: nn.Module) -> NetInfo:
+        """The description of a network of ``models/``."""
+        return cls(net.name, dict(net.channels), net.num_class, net.output_stride, net.preprocess)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a method may know about a run. The defaults of the settings among them stand in ``engine/settings.py``.
+
+    active: the terms with a non-zero weight, {name: weight}; a method neither builds nor computes what only others
+    need. group_size: images whose statistics go together (0 = all of the process). compat: "fixed", or "reference" for
+    released code with its known defects. resumed: a training state will be loaded over what is built, so weight files
+    need not be read. student: where the student comes from, for a method that builds a network like it. The rest are
+    the settings of the same names.
+    """
+
+    num_class: int
+    ignore_label: int
+    crop_size: tuple[int, int]
+    active: Mapping[str, float]
+    group_size: int
+    compat: str
+    seed: int
+    batch_size: int
+    max_iterations: int
+    lr: float
+    poly_power: float
+    momentum: float
+    weight_decay: float
+    sync_bn: bool
+    sampling: str
+    save_per_iters: int
+    student: NetworkChoice
+    resumed: bool = False
+
+    @property
+    def as_released(self) -> bool:
+        """Whether known defects of released code are wanted."""
+        return self.compat == "reference"
+
+
+class Batch(NamedTuple):
+    """One step's input of a method.
+
+    teacher: its tensors carry no graph; None when no method of the run reads a teacher. target: int64 [B, H, W] at crop
+    size. images: the student's, float [B, 3, H, W]. step: iterations done so far.
+    """
+
+    student: SegOutput
+    teacher: SegOutput | None
+    target: Tensor
+    images: Tensor
+    step: int
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a stage before training may use (see ``Distiller.prepare``).
+
+    student: as it is before training. teacher: None when no method reads one. batches(steps, batch_size, start, role):
+    iterator of (images float [B, 3, H, W] on the device, as the "teacher" or the "student" wants them, or with "both"
+    the pair (student's, teacher's); target int64 [B, H, W]) for the steps from ``start`` on, the same whatever the
+    number of processes; each process gets its share. directory: where to cache the result; only the main process
+    writes. log: takes one line of text. data: what tells the training set from others; images: how many it has.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None
+    device: torch.device
+    directory: Path
+    is_main_process: bool
+    batches: Callable[[int, int, int, str], Iterator[tuple[Tensor | tuple[Tensor, Tensor], Tensor]]]
+    log: Callable[[str], None]
+    data: str
+    images: int

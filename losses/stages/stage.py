@@ -1,0 +1,221 @@
+"""A stage of its own before training (masks of MasKD and FreeKD, connectors of AttnFD, the teacher of LAD): the loop,
+its cache, its resume.
+
+The result lies in ``<method>_<result>_<digest>.pth``, where the digest covers the network that the stage starts from
+and every setting that the result depends on; a stage that was cut off lies beside it as ``..._partial.pth`` and goes on
+from there.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from losses.core.facts import Preparation, RunFacts
+from utils.distributed import average_gradients, broadcast_state, rank_and_world, reduce_mean
+from utils.errors import UserError
+from utils.schedule import poly_lr
+from utils.tensor_files import load_tensors, save_tensors
+
+#: to be raised when a stage computes something else from the same settings
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """What the result depends on besides the network, and how often to save (which it does not depend on).
+
+    steps, batch_size (all processes together), lr: of the stage. train_mode: a network normalizes by the statistics of
+    the batch (shared_norm: of all processes) and drops out. depends_on: whatever else the result depends on. method,
+    result: name files and messages. lr_setting: where lr comes from, if not from the setting <method>_lr.
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    train_mode: bool = False
+    seed: int = 0
+    depends_on: tuple = ()
+    save_every: int = 0
+    method: str = "stage"
+    result: str = "result"
+    shared_norm: bool = False
+    lr_setting: str = ""
+
+
+def common_dependencies(run: RunFacts) -> tuple:
+    """What every stage depends on beside network, seed and data: the order of the samples, the ignored label, the
+    groups of images that are averaged together."""
+    return run.sampling, run.ignore_label, run.group_size
+
+
+class StageState(nn.Module):
+    """Base of what a stage learns: parameters and buffers, which hold momentum and everything else of a resume too.
+
+    step: buffer, the number of steps done.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def learn(self, images: Tensor, target: Tensor, done: int) -> dict[str, Tensor]:
+        """Step number ``done`` (from 0) on this process's share of a batch, which adds 1 to the buffer ``step``.
+
+        images: as ``Preparation.batches`` gives them for the role. Returns {name: scalar} of the losses.
+        """
+        raise NotImplementedError
+
+    def save_result(self, path: Path) -> None:
+        """Write what :meth:`load_result` reads; by default the whole state."""
+        self.save(path)
+
+    def load_result(self, path: Path, steps: int) -> None:
+        """Take over a finished result of so many steps. Raises UserError for another file."""
+        self.restore(path)
+
+    def save(self, path: Path) -> None:
+        """Write the state of an unfinished stage, atomically. Raises UserError when it cannot be written."""
+        save_tensors(path, self.state_dict())
+
+    def restore(self, path: Path) -> None:
+        """Go on from a file of :meth:`save`. Raises UserError for another one."""
+        saved = load_tensors(path, "state of a stage before training")
+        try:
+            self.load_state_dict(saved)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise UserError(f"{path}: not a state of this stage; delete it to learn anew") from error
+
+
+class TrainedState(StageState):
+    """A module in training by SGD with momentum, on the module's device; the momentum is kept in buffers.
+
+    settings: learning rate and steps. power: exponent of its decay to 0.
+    """
+
+    def __init__(self, module: nn.Module, settings: StageSettings, momentum: float, weight_decay: float,
+                 power: float) -> None:
+        super().__init__()
+        self.module, self._settings, self._power = module.requires_grad_(True), settings, power
+        self.step = self.step.to(next(module.parameters()).device)
+        self._optimizer = torch.optim.SGD(module.parameters(), lr=settings.lr, momentum=momentum,
+                                          weight_decay=weight_decay)
+        for i, parameter in enumerate(module.parameters()):
+            self.register_buffer(f"momentum_{i}", torch.zeros_like(parameter))
+            # the optimizer adds to this very tensor, so that saving and restoring the buffers is enough
+            self._optimizer.state[parameter]["momentum_buffer"] = self.get_buffer(f"momentum_{i}")
+
+    def descend(self, loss: Tensor, done: int) -> None:
+        """One step of all processes against the mean of their losses, which adds 1 to ``step``."""
+        self._optimizer.param_groups[0]["lr"] = poly_lr(self._settings.lr, done, self._settings.steps, self._power)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        average_gradients(self.module.parameters())
+        self._optimizer.step()
+        self.step += 1
+
+    def freeze(self) -> None:
+        """End of the training: no gradients, neither asked for nor kept."""
+        self.module.requires_grad_(False).zero_grad(set_to_none=True)
+
+
+@contextmanager
+def train_mode(net: nn.Module) -> Iterator[None]:
+    """A network in train mode; afterwards its mode and its buffers (statistics) are what they were."""
+    before = [(m, m.training) for m in net.modules()]
+    kept = [(b, b.clone()) for b in net.buffers()]
+    net.train()
+    try:
+        yield
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)
+        for module, mode in before:
+            module.training = mode
+
+
+def run_stage(stage: Preparation, state: StageState, net: nn.Module, settings: StageSettings,
+              role: str = "teacher") -> None:
+    """Bring ``state`` (on ``stage.device``) to its last step: from the cache in ``stage.directory``, or by training.
+
+    net: the network that the result depends on, as it is before the stage. role: whose images the batches hold. Called
+    by every process; only the main one reads and writes files. Raises UserError when the result becomes infinite or a
+    file is not readable.
+    """
+    partial = None
+    if stage.is_main_process:
+        name = f"{settings.method}_{settings.result}_{stage_digest(net, settings, stage.data)}"
+        final, partial = stage.directory / f"{name}.pth", stage.directory / f"{name}_partial.pth"
+        if final.is_file():
+            state.load_result(final, settings.steps)
+        elif partial.is_file():
+            state.restore(partial)
+        if int(state.step):
+            stage.log(f"{settings.method}: {settings.result} of step {int(state.step)} from "
+                      f"{final if final.is_file() else partial}")
+    broadcast_state(state)
+    if int(state.step) < settings.steps:
+        _train(stage, state, settings, partial, role)
+        broadcast_state(state)  # statistics of a batch norm may have gone apart
+        if stage.is_main_process:
+            state.save_result(final)
+            partial.unlink(missing_ok=True)
+            stage.log(f"{settings.method}: {settings.result} in {final}")
+
+
+def _train(stage: Preparation, state: StageState, settings: StageSettings, partial: Path | None, role: str) -> None:
+    done, log_every = int(state.step), max(1, settings.steps // 100)
+    for images, target in stage.batches(settings.steps, settings.batch_size, done, role):
+        values = state.learn(images, target, done)
+        done += 1
+        if done % log_every == 0 or done == settings.steps:
+            mean = reduce_mean(torch.stack([v.detach() for v in values.values()])).tolist()
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in zip(values, mean, strict=True))
+            stage.log(f"{settings.method}: {settings.result}, step {done}/{settings.steps}  {shown}")
+            _check_finite(state, settings, done)
+        if settings.save_every and done % settings.save_every == 0 and done < settings.steps:
+            _check_finite(state, settings, done)
+            if partial is not None:
+                state.save(partial)
+
+
+def _check_finite(state: StageState, settings: StageSettings, done: int) -> None:
+    if not all(t.isfinite().all() for t in (*state.parameters(), *state.buffers())):
+        raise UserError(f"{settings.method}: the {settings.result} became NaN or infinite by step {done} of the stage "
+                        "before training: try a lower learning rate",
+                        settings=[settings.lr_setting or f"{settings.method}_lr"])
+
+
+def check_shares(settings: StageSettings) -> None:
+    """Raise UserError when the processes cannot share the stage's batches, or batch norm cannot train on a share."""
+    world, batch = rank_and_world()[1], settings.batch_size
+    where, setting = f"{settings.method}: the stage before training", [f"{settings.method}_batch_size"]
+    if batch % world:
+        raise UserError(f"{where}: a batch of {batch} does not divide by {world} processes: use a multiple of {world}",
+                        settings=setting)
+    together = batch // (1 if settings.shared_norm and world > 1 else world)
+    if settings.train_mode and together < 2:
+        raise UserError(f"{where}: a batch of {batch} leaves one image per batch norm: expected at least 2 per process",
+                        settings=setting)
+
+
+def stage_digest(net: nn.Module, settings: StageSettings, data: str) -> str:
+    """16 hexadecimal digits of a network's weights, the settings and the training set."""
+    known = asdict(settings)
+    del known["save_every"]
+    # the names of the first release: a digest finds the files of earlier runs
+    known |= {"words": known.pop("depends_on"), "lr_option": known.pop("lr_setting"),
+              "preprocess": repr(getattr(net, "preprocess", None)), "data": data, "version": VERSION}
+    if settings.train_mode and not settings.shared_norm:  # batch norm sees the images of one process
+        known["processes"] = rank_and_world()[1]
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

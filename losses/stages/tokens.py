@@ -1,0 +1,95 @@
+"""The stage before training of MasKD and FreeKD: learning the tokens of their masks on the frozen teacher.
+
+``stage.py`` has the loop, the cache and the resume.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from losses.core.facts import Preparation
+from losses.stages.stage import StageSettings, StageState, run_stage, train_mode
+from models.output import SegOutput
+from utils.distributed import average_gradients, rank_and_world
+from utils.errors import UserError
+from utils.randomness import seed_everything, step_generator
+from utils.schedule import poly_lr
+from utils.tensor_files import load_tensors
+
+MOMENTUM, WEIGHT_DECAY, POWER = 0.9, 1e-3, 0.9
+#: standard deviation of the tokens at the start
+INITIAL_STD = 0.01
+
+StageLoss = Callable[[SegOutput, Tensor, Tensor], dict[str, Tensor]]
+
+
+class TokenState(StageState):
+    """Tokens [..., K], their momentum [..., K] and the number of steps done, as buffers.
+
+    loss(teacher output, tokens, target) -> {name: scalar}, whose sum is minimised.
+    """
+
+    def __init__(self, tokens: Tensor, teacher: nn.Module, settings: StageSettings, loss: StageLoss) -> None:
+        super().__init__()
+        self.register_buffer("tokens", tokens.detach().clone())
+        self.register_buffer("velocity", torch.zeros_like(tokens))
+        self._others, self._settings = (teacher, loss), settings  # a tuple: the teacher is no part of the state
+
+    def learn(self, images: Tensor, target: Tensor, done: int) -> dict[str, Tensor]:
+        """One step of SGD with momentum and weight decay."""
+        settings, (teacher, loss) = self._settings, self._others
+        if settings.train_mode:
+            # of the teacher's dropout
+            seed_everything(settings.seed, f"{settings.method} stage", done, rank_and_world()[0])
+        with torch.no_grad():
+            output = teacher(images)
+        tokens = nn.Parameter(self.tokens.clone())
+        values = loss(output, tokens, target)
+        sum(values.values()).backward()
+        average_gradients([tokens])
+        with torch.no_grad():
+            self.velocity.mul_(MOMENTUM).add_(tokens.grad + WEIGHT_DECAY * self.tokens)
+            self.tokens.sub_(poly_lr(settings.lr, done, settings.steps, POWER) * self.velocity)
+            self.step += 1
+        return values
+
+
+def initial_tokens(shape: tuple[int, ...], seed: int, method: str) -> Tensor:
+    """Small normal numbers of a shape [..., K], a function of the seed and the method alone."""
+    generator = step_generator(torch.device("cpu"), seed, f"{method} tokens")
+    return INITIAL_STD * torch.randn(*shape, generator=generator)
+
+
+def learn_tokens(stage: Preparation, tokens: Tensor, settings: StageSettings, loss: StageLoss) -> Tensor:
+    """The learned tokens [..., K]: from the cache in ``stage.directory``, or trained from ``tokens`` on.
+
+    loss: see :class:`TokenState`. Called by every process. Raises UserError as :func:`run_stage` does.
+    """
+    settings = replace(settings, depends_on=(*settings.depends_on, *tokens.shape))
+    state = TokenState(tokens, stage.teacher, settings, loss).to(stage.device)
+    with train_mode(stage.teacher) if settings.train_mode else nullcontext():
+        run_stage(stage, state, stage.teacher, settings)
+    return state.tokens
+
+
+def read_tokens(path: Path, shape: tuple[int | None, ...], setting: str) -> Tensor:
+    """The tokens in a file of this stage (``tokens``) or of the reference (``mask_token``), of the default float type.
+
+    shape: what is expected, None for any number. setting: what the file was given by, for messages. Raises UserError
+    when there is no such tensor.
+    """
+    content = load_tensors(path.expanduser(), "file of tokens")
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    tensors = [v for k, v in content.items() if str(k).split(".")[-1] in ("tokens", "mask_token")]
+    expected = "x".join("T" if side is None else str(side) for side in shape)
+    if len(tensors) != 1 or not isinstance(tensors[0], Tensor) or tensors[0].ndim != len(shape) or not len(tensors[0]):
+        raise UserError(f"{path}: expected one tensor {expected} named tokens or mask_token", settings=[setting])
+    if any(side is not None and side != size for side, size in zip(shape, tensors[0].shape, strict=True)):
+        raise UserError(f"{path}: tokens {'x'.join(map(str, tensors[0].shape))}, expected {expected} for this teacher "
+                        "and data set", settings=[setting])
+    return tensors[0].to(torch.get_default_dtype())

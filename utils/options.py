@@ -1,0 +1,124 @@
+"""Typed settings. A frozen dataclass states default, help and limits of each setting once; flags derive from it.
+
+    @dataclass(frozen=True)
+    class Options(OptionGroup):
+        kd_temperature: float = option(1.0, "softmax temperature of the logits", above=0)
+
+The name of the field is the name of the setting everywhere: ``--kd-temperature`` on the command line, a key of presets,
+of the saved configuration and of training states. ``utils.cli`` makes the flags.
+"""
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting. kind: type of a value; nargs: None for a single value, a number or "+" for a tuple of them, "append"
+    for a flag that may be repeated. The rest: see :func:`option`."""
+
+    name: str
+    kind: type
+    nargs: int | str | None
+    default: Any
+    help: str
+    above: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+    choices: tuple[str, ...] | None = None
+    metavar: str | tuple[str, ...] | None = None
+    aliases: tuple[str, ...] = ()
+    hidden: bool = False
+
+    @property
+    def expected(self) -> str:
+        """The values that are allowed, in words: "a number above 0 and of at most 1"."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if self.kind not in (int, float):
+            return {bool: "true or false"}.get(self.kind, "text")
+        limits = [] if self.above is None else [f"above {self.above:g}"]
+        limits += [] if self.at_least is None else [f"of at least {self.at_least:g}"]
+        limits += [] if self.at_most is None else [f"of at most {self.at_most:g}"]
+        return " ".join(["a whole number" if self.kind is int else "a number", " and ".join(limits)]).strip()
+
+    def allows(self, value: Any) -> bool:
+        """Whether a single value (not a tuple) is within the limits."""
+        if self.choices:
+            return value in self.choices
+        if self.kind not in (int, float):
+            return True
+        return (math.isfinite(value) and (self.above is None or value > self.above)
+                and (self.at_least is None or value >= self.at_least)
+                and (self.at_most is None or value <= self.at_most))
+
+    def check(self, value: Any) -> None:
+        """`UserError` unless the value, or each of a tuple, is allowed; None is, where it is the default."""
+        if value is None and self.default is None:
+            return
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if not self.allows(item):
+                raise UserError(f"{self.name.replace('_', ' ')} {item!r}: expected {self.expected}",
+                                settings=[self.name])
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a setting: kd_temperature -> --kd-temperature."""
+    return "--" + name.replace("_", "-")
+
+
+def option(default: Any, help: str | Callable[[], str] = "", *, above: float | None = None,
+           at_least: float | None = None, at_most: float | None = None,
+           choices: tuple[str, ...] | Callable[[], tuple[str, ...]] | None = None,
+           metavar: str | tuple[str, ...] | None = None, nargs: int | str | None = None, aliases: tuple[str, ...] = (),
+           hidden: bool = False) -> Any:
+    """A field of an :class:`OptionGroup`.
+
+    default: MISSING for a setting that must be given. above, at_least, at_most: limits of numbers. choices: allowed
+    values. help and choices may be functions, asked when they are needed. metavar: stand-in for the value in
+    ``--help``. nargs: number of values, if the annotation does not say it (``tuple[int, int]`` takes two,
+    ``tuple[int, ...]`` one or more). aliases: other names of the flag. hidden: not in ``--help``.
+    """
+    known = {"help": help, "above": above, "at_least": at_least, "at_most": at_most, "choices": choices,
+             "metavar": metavar, "nargs": nargs, "aliases": aliases, "hidden": hidden}
+    return field(default=default, metadata={"option": known})
+
+
+@dataclass(frozen=True)
+class OptionGroup:
+    """Base of every group of settings: values are checked against their limits, however an object is made."""
+
+    def __post_init__(self) -> None:
+        for one in options_of(type(self)):
+            one.check(getattr(self, one.name))
+
+
+def options_of(group: type[OptionGroup]) -> tuple[Option, ...]:
+    """The settings of a group, in the order of their fields (inherited ones first)."""
+    hints = typing.get_type_hints(group)
+    return tuple(_describe(f.name, hints[f.name], f.default, dict(f.metadata["option"]))
+                 for f in fields(group) if "option" in f.metadata)
+
+
+def _describe(name: str, hint: Any, default: Any, known: dict[str, Any]) -> Option:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+    nargs = known.pop("nargs")
+    if typing.get_origin(hint) is tuple:
+        parts = typing.get_args(hint)
+        hint = parts[0]
+        nargs = nargs or ("+" if parts[-1] is Ellipsis else len(parts))
+    choices, help = (x() if callable(x) else x for x in (known.pop("choices"), known.pop("help")))
+    return Option(name, hint, nargs, default, help, choices=choices and tuple(choices), **known)
+
+
+def is_required(one: Option) -> bool:
+    """Whether a setting has no default."""
+    return one.default is MISSING
