@@ -27,7 +27,7 @@ def train(run: Run) -> None:
     journal = Journal(run, resumed)
     if not resumed:
         run_stages(run)
-    journal.start_training()
+    journal.clock.restart()
     for batch in training_batches(run):
         journal.clock.got_batch()
         result = train_batch(run, batch)

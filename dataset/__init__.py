@@ -1,7 +1,6 @@
 """Data sets: a short spec per set over one dataset class.
 
-Every module of this folder is imported, so that adding a data set is adding a file. Packages are not: only
-who writes the toy streets imports their painters.
+Every module of this folder is imported, so that adding a data set is adding a file; packages (painters) are not.
 """
 from __future__ import annotations
 

@@ -18,8 +18,7 @@ ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator,
 """
 
 ADE20K = register_dataset(DatasetSpec(
-    name="ade20k",
-    title="ADE20K",
+    name="ade20k", title="ADE20K",
     classes=tuple(" ".join(name.split()) for name in CLASSES.split(",")),
     splits={
         "train": SplitSpec("images/training", "annotations/training", (".jpg",), id_list=True, published=20210),

@@ -22,16 +22,11 @@ vegetable, wall-brick, wall-concrete, wall-other, wall-panel, wall-stone, wall-t
 window-blind, window-other, wood
 """
 
-
-def _split(name: str, published: int) -> SplitSpec:
-    return SplitSpec(f"images/{name}2017", f"annotations/{name}2017", (".jpg",), id_list=True, published=published)
-
-
 COCO_STUFF = register_dataset(DatasetSpec(
-    name="coco_stuff_164k",
-    title="COCO-Stuff-164K",
+    name="coco_stuff_164k", title="COCO-Stuff-164K",
     classes=tuple(" ".join(name.split()) for name in CLASSES.split(",")),
-    splits={"train": _split("train", 118287), "val": _split("val", 5000)},
+    splits={name: SplitSpec(f"images/{name}2017", f"annotations/{name}2017", (".jpg",), id_list=True, published=count)
+            for name, count in (("train", 118287), ("val", 5000))},
     train_crop=(512, 512),
     absent_classes=(11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90),
     **id_tables({stored: stored for stored in range(182)}, ignore=[255]),

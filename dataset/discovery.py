@@ -22,31 +22,23 @@ def find_samples(spec: DatasetSpec, root: str | os.PathLike, split: str,
     """All samples of a split, in list order, or sorted when they come from the folders.
 
     root: folder of the data set. list_file: names the files instead ("image label" or one id per line, see the spec).
-    Raises UserError for an unknown or empty split, a missing folder or file, or a malformed list, and names it.
+    Raises UserError that names the unknown or empty split, the missing folder or file, or the malformed list.
     """
     part, root = spec.split(split), os.fspath(root)
     if not os.path.isdir(root):
         raise UserError(f"{root}: folder not found; expected the root of {spec.title} (layout: data/README.md)")
     path = list_file or next((p for p in (os.path.join(root, name) for name in part.lists) if os.path.isfile(p)), None)
     if path:
-        pairs = _from_list(part, root, os.fspath(path))
-        source = f"{path}: no entries"
+        pairs, source = _from_list(part, root, os.fspath(path)), f"{path}: no entries"
     else:
         pairs = [_pair(part, root, key, suffix) for key, suffix in _from_folder(spec, split, root)]
-        source = f"{os.path.join(root, part.image_dir)}: no images ({_pattern(part.image_suffix)})"
+        endings = ", ".join(f"*{suffix}" for suffix in part.image_suffix)
+        source = f"{os.path.join(root, part.image_dir)}: no images ({endings})"
     if not pairs:
         raise UserError(f"{source}; expected those of split '{split}' of {spec.title}")
     _require_files((image for image, _ in pairs), "image")
     _require_files((label for _, label in pairs if label), "label")
-    return [Sample(image, label, _stem(label or image)) for image, label in pairs]
-
-
-def _stem(path: str) -> str:
-    return os.path.splitext(os.path.basename(path))[0]
-
-
-def _pattern(suffixes: Iterable[str]) -> str:
-    return ", ".join(f"*{suffix}" for suffix in suffixes)
+    return [Sample(image, label, os.path.splitext(os.path.basename(label or image))[0]) for image, label in pairs]
 
 
 def _pair(part: SplitSpec, root: str, key: str, suffix: str) -> tuple[str, str | None]:
@@ -83,21 +75,15 @@ def _from_folder(spec: DatasetSpec, split: str, root: str) -> list[tuple[str, st
     if not part.by_label:
         return list(_keys(os.path.join(root, part.image_dir), part.image_suffix, part.nested).items())
     keys = _keys(os.path.join(root, part.label_dir), (part.label_suffix,), part.nested)
-    _refuse_shared(spec, split, root, keys)
-    return [(key, part.image_suffix[0]) for key in keys]
-
-
-def _refuse_shared(spec: DatasetSpec, split: str, root: str, keys: dict[str, str]) -> None:
-    """Listing the labels must not put an image into two splits (as it would in the published VOC folders)."""
-    for name, other in spec.splits.items():
+    for name, other in spec.splits.items():  # no image in two splits, as the published VOC folders would have
         if name == split or not other.by_label:
             continue
         shared = keys.keys() & _keys(os.path.join(root, other.label_dir), (other.label_suffix,), other.nested).keys()
         if shared:
-            part = spec.split(split)
             raise UserError(f"{os.path.join(root, part.label_dir)}: {len(shared)} labels also belong to split '{name}' "
                             f"({min(shared)}, ...); expected a list of the images of '{split}', as "
                             f"{os.path.join(root, part.lists[0])} or given as list file")
+    return [(key, part.image_suffix[0]) for key in keys]
 
 
 def _from_list(part: SplitSpec, root: str, path: str) -> list[tuple[str, str | None]]:
@@ -109,22 +95,17 @@ def _from_list(part: SplitSpec, root: str, path: str) -> list[tuple[str, str | N
         raise UserError(f"{path}: cannot read this list file: {getattr(error, 'strerror', None) or error}") from None
     columns = 1 if part.id_list or not part.label_dir else 2
     expected = "one id" if part.id_list else "'image label'" if columns == 2 else "one image path"
-    pairs = []
     for number, entry in enumerate(lines, start=1):
-        if not entry:
-            continue
-        if len(entry) != columns:
+        if entry and len(entry) != columns:
             raise UserError(f"{path}, line {number}: {len(entry)} words; expected {expected} per line")
-        if part.id_list:
-            pairs.append(_pair(part, root, entry[0], part.image_suffix[0]))
-        else:
-            label = os.path.join(root, entry[1]) if columns == 2 else None
-            pairs.append((os.path.join(root, entry[0]), label))
-    return pairs
+    if part.id_list:
+        return [_pair(part, root, entry[0], part.image_suffix[0]) for entry in lines if entry]
+    return [(os.path.join(root, entry[0]), os.path.join(root, entry[1]) if columns == 2 else None)
+            for entry in lines if entry]
 
 
 def _require_files(paths: Iterable[str], what: str) -> None:
-    """Every path exists; one directory listing per folder instead of one question per file."""
+    """Every path exists; asks once per folder, not per file."""
     present: dict[str, set[str]] = {}
     for path in paths:
         folder, name = os.path.split(path)

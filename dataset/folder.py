@@ -2,8 +2,7 @@
 
 ``classes.txt`` has one class per line, "name" or "name R G B", in the order of the mask values 0, 1, 2, ...; a line
 "ignore: 255" lists mask values to ignore (default 255); "#" starts a comment. ``classes.json`` is an object with
-"classes" (names, or objects with "name" and optionally "color" and "id"), and optionally "ignore" and "train_crop"
-[height, width].
+"classes" (names, or objects with "name", and optionally "color" and "id"), optionally "ignore", "train_crop" [H, W].
 """
 from __future__ import annotations
 
@@ -13,13 +12,12 @@ import re
 from typing import Any, NamedTuple
 
 from dataset.palette import bit_palette
-from dataset.spec import IGNORE, DatasetSpec, SplitSpec, id_tables, register_builder
+from dataset.spec import DatasetSpec, SplitSpec, id_tables, register_builder
 from utils.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 CLASS_FILES = ("classes.json", "classes.txt")
-DEFAULT_IGNORE = 255
-DEFAULT_CROP = (512, 512)
+DEFAULT_IGNORE, DEFAULT_CROP = 255, (512, 512)
 LINE = re.compile(r"(?P<name>.*?)(?:[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3}))?")
 
 
@@ -119,37 +117,26 @@ def _checked_ids(path: str, entries: list[ClassEntry], ignore: list[int]) -> dic
 def _splits(root: str) -> dict[str, SplitSpec]:
     """train and val, and every further folder under images/; one without a label folder has no labels."""
     images = os.path.join(root, "images")
-    names = sorted(entry.name for entry in os.scandir(images) if entry.is_dir()) if os.path.isdir(images) else []
-    splits = {}
-    for name in dict.fromkeys(["train", "val", *names]):
-        labeled = name in ("train", "val") or os.path.isdir(os.path.join(root, "labels", name))
-        splits[name] = SplitSpec(f"images/{name}", f"labels/{name}" if labeled else None, IMAGE_SUFFIXES, nested=True)
-    return splits
+    folders = sorted(entry.name for entry in os.scandir(images) if entry.is_dir()) if os.path.isdir(images) else []
+    names = dict.fromkeys(["train", "val", *folders])
+    labels = {name: f"labels/{name}" for name in names
+              if name in ("train", "val") or os.path.isdir(os.path.join(root, "labels", name))}
+    return {name: SplitSpec(f"images/{name}", labels.get(name), IMAGE_SUFFIXES, nested=True) for name in names}
 
 
 @register_builder("folder")
 def folder_spec(root: str | os.PathLike | None) -> DatasetSpec:
-    """The spec of the folder ``root``, from its class file.
-
-    Raises UserError for no root, no class file, or one that is malformed (and names its line or entry).
-    """
+    """The spec of the folder ``root``; UserError for no root, no class file, or a malformed one (names its line)."""
     if root is None:
         raise UserError("data set 'folder' needs its root folder; expected one with classes.txt or classes.json")
     path = next((p for p in (os.path.join(root, name) for name in CLASS_FILES) if os.path.isfile(p)), None)
     if path is None:
         raise UserError(f"{root}: no class file; expected {' or '.join(CLASS_FILES)} there (format: data/README.md)")
     entries, ignore, crop = (read_class_json if path.endswith(".json") else read_class_text)(path)
-    mapping = _checked_ids(path, entries, ignore)
-    generated = bit_palette(len(entries), first=1)
-    splits = _splits(os.fspath(root))
+    mapping, splits = _checked_ids(path, entries, ignore), _splits(os.fspath(root))
+    generated = bit_palette(len(entries), first=1).tolist()
     return DatasetSpec(
-        name="folder",
-        title=f"folder {root}",
-        classes=tuple(entry.name for entry in entries),
-        palette=[color if entry.color is None else entry.color
-                 for entry, color in zip(entries, generated.tolist(), strict=True)],
-        splits=splits,
-        train_crop=crop,
+        name="folder", title=f"folder {root}", classes=tuple(entry.name for entry in entries), splits=splits,
+        palette=[entry.color or color for entry, color in zip(entries, generated, strict=True)], train_crop=crop,
         report_splits=("test",) if "test" in splits and splits["test"].label_dir else (),
-        **id_tables({**mapping, **{stored: IGNORE for stored in ignore}}),
-    )
+        **id_tables(mapping, ignore))

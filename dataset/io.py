@@ -29,16 +29,11 @@ def _is_cut_off(data: bytes) -> bool:
     """True for a JPEG or PNG without its end mark (decoders may silently fill what is missing)."""
     if data.startswith(JPEG_START):
         return data.rfind(JPEG_END) < data.rfind(JPEG_SCAN)
-    if data.startswith(PNG_START):
-        return PNG_END not in data
-    return False
+    return data.startswith(PNG_START) and PNG_END not in data
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """A color picture of any format that OpenCV knows: uint8 [H, W, 3], BGR.
-
-    Raises UserError when it is missing, empty, truncated or not a picture.
-    """
+    """A color picture: uint8 [H, W, 3], BGR. UserError when it is missing, empty, truncated or not a picture."""
     data = _read_bytes(path, "image")
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)

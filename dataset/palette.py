@@ -7,8 +7,7 @@ import numpy as np
 def bit_palette(count: int, first: int = 0) -> np.ndarray:
     """The color map of the Pascal VOC tools: the bits of an id, spread over the high bits of red, green and blue.
 
-    first: id of the first color (0 is black; start at 1 where every id is a class). Returns uint8 [count, 3], RGB; ids
-    0..255 give 256 different colors.
+    first: id of the first color (0 is black). Returns uint8 [count, 3], RGB; ids 0..255 give 256 different colors.
     """
     ids = np.arange(first, first + count, dtype=np.int64)
     colors = np.zeros((count, 3), dtype=np.int64)

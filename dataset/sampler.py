@@ -9,8 +9,7 @@ from torch.utils.data import Sampler
 from utils.errors import UserError
 
 MODES = ("reference", "epoch")
-#: keeps the order's random stream apart from that of the augmentation, which is (seed, ordinal)
-ORDER_STREAM = 0x0DE4
+ORDER_STREAM = 0x0DE4  # keeps the order's random stream apart from that of the augmentation, which is (seed, ordinal)
 
 
 class TrainSampler(Sampler[list[tuple[int, int]]]):
@@ -20,11 +19,9 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
     ordinals [s·B, (s+1)·B); process r of w takes the rows [r·B/w, (r+1)·B/w) of it.
 
     length: number of images. batch_size: B, all processes together. steps: of the whole run (not of what is left).
-    seed: of the order, not negative. start_step: first step to yield, for a resumed run.
-    mode: "reference": the list is repeated to steps x B entries and shuffled as a whole, so that images are not
-    balanced over short spans; "epoch": every image once, in a new order, before any comes again.
-    Raises UserError for an empty data set, a batch that does not divide by the number of processes, or a value out of
-    range.
+    start_step: first step to yield, for a resumed run. mode: "reference": the list is repeated to steps x B entries
+    and shuffled as a whole, so that images are not balanced over short spans; "epoch": every image once, in a new
+    order, before any comes again. Raises UserError for a value out of range or a batch that w does not divide.
     """
 
     def __init__(self, length: int, *, batch_size: int, steps: int, rank: int = 0, world_size: int = 1, seed: int = 0,

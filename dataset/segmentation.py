@@ -33,10 +33,9 @@ class SegmentationDataset(Dataset):
         name:  stem of the label file (of the image where there is no label)
         index: position in the split
 
-    root: folder of the data set. train: offer training samples. crop_size: (height, width) of one; default
-    ``spec.train_crop``. seed: of the augmentation, not negative. ignore_label: stands for "ignored" in the items,
-    outside of 0..K-1. list_file: names the files of the split; default see :mod:`dataset.discovery`. limit: keep only
-    that many samples, the first ones. scale, mirror: switch one kind of augmentation off.
+    train: offer training samples. crop_size: (height, width), default ``spec.train_crop``. seed: of the augmentation,
+    not negative. ignore_label: stands for "ignored" in the items, outside of 0..K-1. root, list_file: see
+    :func:`find_samples`. limit: keep only the first samples. scale, mirror: switch one kind of augmentation off.
     Raises UserError at construction for missing files and bad arguments, on access for files that cannot be decoded,
     sizes that differ and label values that the data set does not have.
     """
@@ -46,9 +45,8 @@ class SegmentationDataset(Dataset):
                  list_file: str | os.PathLike | None = None, limit: int | None = None, scale: bool = True,
                  mirror: bool = True) -> None:
         self.spec, self.split, self.train, self.seed = spec, split, train, int(seed)
-        self.ignore_label = int(ignore_label)
+        self.ignore_label, self.scale, self.mirror = int(ignore_label), scale, mirror
         self.crop_size = tuple(int(side) for side in (crop_size or spec.train_crop))
-        self.scale, self.mirror = scale, mirror
         self._check_arguments(limit)
         self.samples: list[Sample] = find_samples(spec, root, split, list_file)[:limit]
         if train and self.samples[0].label is None:
@@ -85,7 +83,8 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         if not isinstance(key, tuple):
             image, label = self.read(key)
-            return self._item(int(key), image, self._map(label), (0, image.shape[0], 0, image.shape[1]))
+            label = None if label is None else self._table[label]
+            return self._item(int(key), image, label, (0, image.shape[0], 0, image.shape[1]))
         if not self.train:
             raise TypeError("training samples need train=True")
         index, ordinal = int(key[0]), int(key[1])
@@ -114,15 +113,10 @@ class SegmentationDataset(Dataset):
         """The training sample of a stored pair for given augmentation parameters."""
         scale, offset, mirrored = augmentation
         image, label = transforms.scale_pair(image, label, scale)
-        image = transforms.crop(image, offset, self.crop_size, mirrored)
-        label = self._map(transforms.crop(label, offset, self.crop_size, mirrored))
+        image, label = (transforms.crop(array, offset, self.crop_size, mirrored) for array in (image, label))
         valid = transforms.valid_rectangle(image.shape[:2], self.crop_size, mirrored)
-        image = transforms.pad(image, self.crop_size, 0, mirrored)
-        label = transforms.pad(label, self.crop_size, self.ignore_label, mirrored)
-        return self._item(index, image, label, valid)
-
-    def _map(self, label: np.ndarray | None) -> np.ndarray | None:
-        return None if label is None else self._table[label]
+        return self._item(index, transforms.pad(image, self.crop_size, 0, mirrored),
+                          transforms.pad(self._table[label], self.crop_size, self.ignore_label, mirrored), valid)
 
     def _item(self, index: int, image: np.ndarray, label: np.ndarray | None,
               valid: tuple[int, int, int, int]) -> dict[str, Any]:
@@ -131,10 +125,7 @@ class SegmentationDataset(Dataset):
         return {
             "image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
             "label": torch.from_numpy(label),
-            "valid": torch.tensor(valid, dtype=torch.int16),
-            "name": self.samples[index].name,
-            "index": index,
-        }
+            "valid": torch.tensor(valid, dtype=torch.int16), "name": self.samples[index].name, "index": index}
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -145,12 +136,11 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     sizes = {tuple(item["label"].shape) for item in items}
     if len(sizes) > 1:
         raise UserError(f"images of different sizes in a batch ({sorted(sizes)}); expected equal sizes or batch size 1")
-    batch: dict[str, Any] = {key: torch.stack([item[key] for item in items]) for key in ("image", "label", "valid")}
-    batch["name"] = [item["name"] for item in items]
-    batch["index"] = torch.tensor([item["index"] for item in items], dtype=torch.int64)
-    return batch
+    return {**{key: torch.stack([item[key] for item in items]) for key in ("image", "label", "valid")},
+            "name": [item["name"] for item in items],
+            "index": torch.tensor([item["index"] for item in items], dtype=torch.int64)}
 
 
 def worker_init(worker_id: int) -> None:
-    """For ``DataLoader(worker_init_fn=...)``: one thread per worker, OpenCV's own are switched off."""
+    """For ``DataLoader(worker_init_fn=...)``: switches OpenCV's own threads off."""
     cv2.setNumThreads(0)

@@ -1,7 +1,4 @@
-"""What a data set is: classes, colors, label ids and where the files of each split lie. And the list of all of them.
-
-Adding a data set is one file in this folder that calls :func:`register_dataset` (see ``camvid.py``).
-"""
+"""What a data set is: classes, colors, label ids and where the files of each split lie. And the list of all of them."""
 from __future__ import annotations
 
 import os
@@ -21,7 +18,6 @@ class SplitSpec:
     """Where one split lies under the root.
 
     An image ``<image_dir>/<key><image suffix>`` belongs to the label ``<label_dir>/<key><label_suffix>``.
-
     label_dir: None where a split has no (public) labels. image_suffix: accepted endings, in any case. nested: the key
     may contain folders (Cityscapes: one per city). lists: list files that are used, in this order, when they exist
     under the root and none is given. id_list: they hold one key per line; otherwise "image label", relative to the
@@ -42,33 +38,21 @@ class SplitSpec:
 
 @dataclass(frozen=True, eq=False)
 class DatasetSpec:
-    """Everything that distinguishes one data set from another.
+    """Everything that distinguishes one data set from another."""
 
-    name, title           as given to the programs; as printed
-    classes               names in the order of the train ids
-    id_to_train           int16 [256], stored label value -> train id, or -1 for "ignore"
-    splits                split name -> :class:`SplitSpec`
-    train_crop            (height, width) of a training crop in the published settings
-    palette               uint8 [K, 3], RGB; generated when none is given
-    known_ids             bool [256], the stored values that may occur (default: all); another is an error
-    train_split           to train on; selection_split: chooses the best weights; report_splits: evaluated at the end
-    reference_selection_split  on which the reference implementation selects
-    absent_classes        train ids that never occur in the published labels (they still count in mIoU)
-    """
-
-    name: str
-    title: str
-    classes: tuple[str, ...]
-    id_to_train: np.ndarray
+    name: str  # as given to the programs
+    title: str  # as printed
+    classes: tuple[str, ...]  # names in the order of the train ids
+    id_to_train: np.ndarray  # int16 [256], stored label value -> train id, or -1 for "ignore"
     splits: Mapping[str, SplitSpec]
-    train_crop: tuple[int, int]
-    palette: np.ndarray | None = None
-    known_ids: np.ndarray | None = None
+    train_crop: tuple[int, int]  # (height, width) in the published settings
+    palette: np.ndarray | None = None  # uint8 [K, 3], RGB; generated when none is given
+    known_ids: np.ndarray | None = None  # bool [256], the stored values that may occur (default: all)
     train_split: str = "train"
-    selection_split: str = "val"
-    report_splits: tuple[str, ...] = ()
-    reference_selection_split: str = "val"
-    absent_classes: tuple[int, ...] = ()
+    selection_split: str = "val"  # chooses the best weights
+    report_splits: tuple[str, ...] = ()  # evaluated at the end
+    reference_selection_split: str = "val"  # on which the reference implementation selects
+    absent_classes: tuple[int, ...] = ()  # train ids that never occur in the published labels (still count in mIoU)
 
     def __post_init__(self) -> None:
         count = len(self.classes)
@@ -79,10 +63,9 @@ class DatasetSpec:
             raise ValueError(f"{self.name}: id_to_train must hold 256 values in -1..{count - 1}")
         if np.asarray(palette).shape != (count, 3):
             raise ValueError(f"{self.name}: palette must be [{count}, 3], got {list(np.asarray(palette).shape)}")
-        object.__setattr__(self, "classes", tuple(self.classes))
-        object.__setattr__(self, "id_to_train", read_only(table, np.int16))
-        object.__setattr__(self, "palette", read_only(palette, np.uint8))
-        object.__setattr__(self, "known_ids", read_only(known, bool))
+        for name, value in (("classes", tuple(self.classes)), ("id_to_train", read_only(table, np.int16)),
+                            ("palette", read_only(palette, np.uint8)), ("known_ids", read_only(known, bool))):
+            object.__setattr__(self, name, value)
 
     @property
     def num_class(self) -> int:
@@ -97,10 +80,9 @@ class DatasetSpec:
     @property
     def train_to_id(self) -> np.ndarray:
         """uint8 [K], train id -> the (smallest) stored value, for label files and submissions."""
+        trains, stored = np.unique(self.id_to_train, return_index=True)  # first occurrences
         ids = np.zeros(self.num_class, dtype=np.uint8)
-        for stored in range(255, -1, -1):
-            if self.id_to_train[stored] >= 0:
-                ids[self.id_to_train[stored]] = stored
+        ids[trains[trains >= 0]] = stored[trains >= 0]
         return ids
 
     def split(self, name: str) -> SplitSpec:
@@ -121,10 +103,8 @@ def id_tables(mapping: Mapping[int, int], ignore: Iterable[int] = ()) -> dict[st
 
     mapping: stored value -> train id (or -1). ignore: further stored values that mean "ignore".
     """
-    table = np.full(256, IGNORE, dtype=np.int16)
-    known = np.zeros(256, dtype=bool)
-    for stored, train in mapping.items():
-        table[stored] = train
+    table, known = np.full(256, IGNORE, dtype=np.int16), np.zeros(256, dtype=bool)
+    table[list(mapping)] = list(mapping.values())
     known[[*mapping, *ignore]] = True
     return {"id_to_train": table, "known_ids": known}
 
@@ -156,9 +136,8 @@ def list_datasets() -> list[str]:
 
 
 def get_dataset_spec(name: str, root: str | os.PathLike | None = None) -> DatasetSpec:
-    """The spec of a data set of :func:`list_datasets`.
+    """The spec of a data set of :func:`list_datasets`. root: folder of the data; only 'folder' needs it.
 
-    root: folder of the data; only 'folder' needs it (its class file lies there).
     Raises UserError for an unknown name (lists the known ones), or a class file that is missing or malformed.
     """
     if name not in _REGISTRY:

@@ -1,7 +1,6 @@
-"""Training augmentation as pure functions of its parameters, on uint8 pictures.
+"""Training augmentation as pure functions of its parameters, on uint8 pictures: scale, crop, mirror, pad.
 
-The order is scale, crop, mirror, pad: only the cropped part is touched after scaling. The border travels as a
-rectangle of real pixels, because "0 after the mean is subtracted" cannot be written in uint8.
+The border travels as a rectangle of real pixels, because "0 after the mean is subtracted" cannot be written in uint8.
 """
 from __future__ import annotations
 
@@ -10,8 +9,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-#: scale factors 0.5, 0.6, ..., 2.0
-SCALES = tuple(0.5 + step / 10.0 for step in range(16))
+SCALES = tuple(0.5 + step / 10.0 for step in range(16))  # 0.5, 0.6, ..., 2.0
 
 
 class Augmentation(NamedTuple):
@@ -24,16 +22,12 @@ class Augmentation(NamedTuple):
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
     """(height, width) after scaling; halves go to the even neighbor, as in OpenCV."""
-    height, width = size
-    return round(height * scale), round(width * scale)
+    return round(size[0] * scale), round(size[1] * scale)
 
 
 def draw_augmentation(rng: np.random.Generator, size: tuple[int, int], crop: tuple[int, int], *, scale: bool = True,
                       mirror: bool = True) -> Augmentation:
-    """Draw the parameters of a sample: scale, top, left and mirror are uniform.
-
-    size, crop: (height, width) of the stored picture and of the sample. scale, mirror: False switches one kind off.
-    """
+    """Draw the parameters of a sample, each uniformly. size, crop: (height, width) of stored picture and sample."""
     factor = SCALES[int(rng.integers(len(SCALES)))] if scale else 1.0
     height, width = scaled_size(size, factor)
     top = int(rng.integers(max(height - crop[0], 0) + 1))
@@ -56,10 +50,7 @@ def crop(array: np.ndarray, offset: tuple[int, int], size: tuple[int, int], mirr
 
 
 def pad(array: np.ndarray, size: tuple[int, int], fill: int, mirrored: bool = False) -> np.ndarray:
-    """``array`` [H, W(, C)] in the top left corner (mirrored: top right) of a picture of ``size`` filled with ``fill``.
-
-    Returns [height, width(, C)], same dtype, contiguous.
-    """
+    """``array`` [H, W(, C)] top left (mirrored: top right) in a contiguous picture of ``size`` filled with ``fill``."""
     if array.shape[:2] == tuple(size):
         return np.ascontiguousarray(array)
     out = np.full((*size, *array.shape[2:]), fill, dtype=array.dtype)

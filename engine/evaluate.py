@@ -31,12 +31,10 @@ def evaluate(net: nn.Module, dataset: Dataset, *, device: torch.device, metric: 
     In a process group each process takes its share of the images, none is repeated, and the integer counts are added
     up, so the result does not depend on the number of processes. The network is put into eval mode and back.
 
-    metric          counts on top of a reset; default: a new one for the classes of the network
-    scales, flip, window, stride   see `predict`
-    workers         loading processes, at most one per CPU of this process
-    on_prediction   called on the process that predicted, with int64 [H,W] class indices on the CPU and the item
-    prediction_limit   only for the first so many of each process (default: all); the others stay on the device
-    progress        a bar on stderr; default: on the first process, when stderr is a terminal
+    metric: counts on top of a reset; default: a new one for the classes of the network. scales, flip, window, stride:
+    see `predict`. workers: loading processes, at most one per CPU of this process. on_prediction: called on the process
+    that predicted, with int64 [H,W] class indices on the CPU and the item; prediction_limit: only for the first so many
+    of each process. progress: a bar on stderr; default: on the first process, when stderr is a terminal.
     Returns the dict of `SegmentationMetric.result` and "images", the number of images.
     """
     check_options(scales, window, stride)
@@ -66,13 +64,11 @@ def predict(net: nn.Module, image: Tensor, valid: Tensor | None = None, *, size:
             stride: Size | None = None) -> Tensor:
     """Logits of one batch of images at full size.
 
-    image    uint8 [B,3,H,W] BGR; valid int [B,4] or None: the arguments of ``net.preprocess``
-    size     (height, width) of the answer, default that of the image
-    scales   the normalised image is resized to floor(side * scale), and the logits are averaged over the scales
-    flip     average over the image and its mirror image, too
-    window   (height, width) of a sliding window, in pixels of the resized image; None: the whole image at once
-    stride   (height, width) step of the window, default two thirds of it; logits are averaged where windows overlap
-    Returns [B,K,*size]. All resizing is bilinear with align_corners=True.
+    image: uint8 [B,3,H,W] BGR; valid: int [B,4] or None, the arguments of ``net.preprocess``. size: (height, width) of
+    the answer, default that of the image. scales: the normalized image is resized to floor(side * scale), and the
+    logits are averaged over the scales; flip: over the image and its mirror image, too. window: (height, width) of a
+    sliding window, in pixels of the resized image, None = the whole image at once; stride: its step, default two thirds
+    of it; logits are averaged where windows overlap. Returns [B,K,*size]. All resizing is bilinear, align_corners=True.
     """
     normalised = net.preprocess(image, valid)
     size = tuple(size or image.shape[-2:])

@@ -7,9 +7,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from engine.checkpoint import versions
-from engine.log import LOG, Progress, RunLogger, setup_logging
+from engine.log import LOG, RunLogger, setup_logging
 from engine.run import Run
 from engine.run_files import plain, readable
 from engine.settings import DEAD_OPTIONS, given_teacher_flags
@@ -39,7 +40,10 @@ class Journal:
                 "config": plain(run.settings), "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
                 "processes": distributed.world_size, "versions": versions()})
             self._introduce()
-        self.progress = Progress(run.settings.optimization.max_iterations, run.step, distributed.is_main_process)
+        # a bar on a terminal; elsewhere the log lines carry the same numbers
+        self.progress = tqdm(total=run.settings.optimization.max_iterations, initial=run.step, unit="it",
+                             disable=not (distributed.is_main_process and sys.stderr.isatty()), dynamic_ncols=True,
+                             smoothing=0.1)
 
     def _introduce(self) -> None:
         run = self.run
@@ -56,14 +60,10 @@ class Journal:
                  run.student.name, count, extra, ", ".join(run.objective.distillers) or "none", len(run.train_set),
                  run.distributed.world_size, run.distributed.device.type)
 
-    def start_training(self) -> None:
-        """The stages before training are over: the clock starts now."""
-        self.clock.restart()
-
     def finished_step(self, images: int) -> None:
         """One more iteration is done, over so many images of this process."""
         self.clock.count(images * self.run.distributed.world_size)
-        self.progress.advance()
+        self.progress.update()
 
     def write_step(self, result: StepResult) -> None:
         """Write down the last iteration, averaged over the processes. Raises UserError when a loss is not finite."""
@@ -83,7 +83,7 @@ class Journal:
                            images_per_second=round(speed, 3), waiting_for_data=round(waiting, 4))
         terms = "  ".join(f"{k} {weighted[k]:.4g} ({raw[k]:.4g})" for k in names)
         short = " ".join(f"{k} {weighted[k]:.3g}" for k in names)
-        self.progress.show(f"{short} lr {result.lr:.4f} {speed:.1f} img/s")
+        self.progress.set_postfix_str(f"{short} lr {result.lr:.4f} {speed:.1f} img/s", refresh=False)
         LOG.info("step %d/%d  lr %.5f  loss %.4f = %s  %.1f img/s  data %.0f%%  ETA %s", run.step, o.max_iterations,
                  result.lr, values[-1].item(), terms, speed, 100 * waiting, left)
 

@@ -70,15 +70,8 @@ class RunLogger:
     def _drop_after(self, step: int) -> None:
         if not self.path.is_file():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                keep = json.loads(line).get("step", 0) <= step and step > 0
-            except json.JSONDecodeError:
-                keep = False  # the last line of a killed run
-            if keep:
-                kept.append(line)
-        write_text(self.path, "".join(line + "\n" for line in kept))
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        write_text(self.path, "".join(line + "\n" for line in lines if 0 < _step_of(line) <= step))
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Append one JSON line ``{"kind", "step", ...}`` and plot its numbers (nested dicts become a/b tags)."""
@@ -100,29 +93,17 @@ class RunLogger:
             self._board.close()
 
 
+def _step_of(line: str) -> int:
+    """The iteration of a record; 0 for the cut last line of a killed run."""
+    try:
+        return json.loads(line).get("step", 0)
+    except json.JSONDecodeError:
+        return 0
+
+
 def _flatten(prefix: str, values: dict[str, Any]):
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flatten(f"{prefix}/{key}", value)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             yield f"{prefix}/{key}", value
-
-
-class Progress:
-    """A tqdm bar on a terminal, silent elsewhere (the log lines then carry the same numbers)."""
-
-    def __init__(self, total: int, start: int, is_main_process: bool) -> None:
-        self.bar = tqdm(total=total, initial=start, disable=not (is_main_process and sys.stderr.isatty()), unit="it",
-                        dynamic_ncols=True, smoothing=0.1)
-
-    def advance(self) -> None:
-        """One iteration done."""
-        self.bar.update()
-
-    def show(self, text: str) -> None:
-        """Put losses, lr and speed behind the bar."""
-        self.bar.set_postfix_str(text, refresh=False)
-
-    def close(self) -> None:
-        """Leave the bar on the screen as it stands."""
-        self.bar.close()

@@ -1,13 +1,12 @@
 """The holistic term that SKD introduced and that the published SKD, IFVD and CWD rows share.
 
-A discriminator learns to tell the teacher's logits from the student's, and the student learns to be taken for the
-teacher. The discriminator (self-attention GAN: Zhang et al., ICML 2019) has its own Adam, stepped after the student's
-update; parameters, power-iteration vectors and Adam's moments are in the method's state_dict.
+A discriminator (self-attention GAN: Zhang et al., ICML 2019) learns to tell the teacher's logits from the student's,
+and the student to be taken for the teacher. It has its own Adam, stepped after the student's update; parameters,
+power-iteration vectors and Adam's moments are in the method's state_dict.
 
-Several processes: every process computes the same discriminator, because its gradients are averaged, its power
-iteration depends on the weights only and its batch norm uses statistics of ``group_size`` images of one process. So
-DDP has nothing to synchronise, and the state that rank 0 saves is that of all. (The running statistics of the batch
-norm do differ; nothing reads them while training.)
+Several processes have the same discriminator: gradients are averaged, the power iteration depends on the weights only,
+and batch norm uses statistics of ``group_size`` images of one process. So DDP has nothing to synchronize, and rank 0
+saves the state of all. (The running statistics of the batch norm do differ; nothing reads them while training.)
 """
 from __future__ import annotations
 
@@ -20,22 +19,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from losses import core
 from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, Term, option, register
-from losses.core.checks import check_logits, full_precision
-from losses.core.groups import split_groups
 from utils.distributed import average_gradients
 from utils.errors import UserError
 
 #: Smallest side of the logits: four halvings leave the 4x4 that the last convolution covers.
 SMALLEST = 64
-PENALTY_WEIGHT = 10.0
 
 
 class SpectralNorm(nn.Module):
-    """A convolution whose weight is divided by an estimate of its largest singular value.
-
-    One step of power iteration per forward pass in train mode, so the number and order of passes are part of the state.
-    """
+    """A convolution whose weight is divided by an estimate of its largest singular value: one step of power iteration
+    per forward pass in train mode, so the number and order of passes are part of the state."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -48,16 +43,14 @@ class SpectralNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.module
-        matrix = conv.weight_bar.flatten(1)
-        u, v = conv.weight_u, conv.weight_v
+        matrix, u, v = conv.weight_bar.flatten(1), conv.weight_u, conv.weight_v
         if self.training:
             # .data hides the update from autograd: as in the reference, a backward pass after several forward passes
             # takes the gradient of sigma at the vectors of the last pass (1e-5 of the gradient at random weights)
             with torch.no_grad():
                 v.data.copy_(F.normalize(matrix.t() @ u, dim=0))
                 u.data.copy_(F.normalize(matrix @ v, dim=0))
-        sigma = u @ (matrix @ v)
-        return F.conv2d(x, conv.weight_bar / sigma, conv.bias, conv.stride, conv.padding)
+        return F.conv2d(x, conv.weight_bar / (u @ (matrix @ v)), conv.bias, conv.stride, conv.padding)
 
 
 class SelfAttention(nn.Module):
@@ -65,8 +58,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.query_conv = nn.Conv2d(channels, channels // 8, 1)
-        self.key_conv = nn.Conv2d(channels, channels // 8, 1)
+        self.query_conv, self.key_conv = (nn.Conv2d(channels, channels // 8, 1) for _ in range(2))
         self.value_conv = nn.Conv2d(channels, channels, 1)
         self.gamma = nn.Parameter(torch.zeros(1))
 
@@ -77,15 +69,13 @@ class SelfAttention(nn.Module):
 
 
 class GroupedBatchNorm2d(nn.Module):
-    """Batch norm of [B, C, h, w] over ``group_size`` images at a time (0 = all), the last group possibly smaller.
+    """Batch norm of [B, C, h, w] over ``group_size`` images at a time (0 = all), the last group possibly smaller. Not a
+    subclass of torch's, which would be turned into a synchronized one: that has no second derivative, which the
+    gradient penalty needs, and the published runs used the two images of one GPU."""
 
-    Not a subclass of torch's, which would be turned into a synchronised one: that has no second derivative, which the
-    gradient penalty needs, and the published runs used the two images of one GPU.
-    """
-
-    def __init__(self, channels: int, group_size: int = 2, eps: float = 1e-5, momentum: float = 0.1) -> None:
+    def __init__(self, channels: int, group_size: int = 2) -> None:
         super().__init__()
-        self.group_size, self.eps, self.momentum = group_size, eps, momentum
+        self.group_size, self.eps, self.momentum = group_size, 1e-5, 0.1
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
@@ -93,7 +83,7 @@ class GroupedBatchNorm2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        normal = torch.cat([self._normalize(part).flatten(0, 1) for part in split_groups(x, self.group_size)])
+        normal = torch.cat([self._normalize(part).flatten(0, 1) for part in core.split_groups(x, self.group_size)])
         return normal * self.weight[:, None, None] + self.bias[:, None, None]
 
     def _normalize(self, groups: Tensor) -> Tensor:
@@ -106,10 +96,8 @@ class GroupedBatchNorm2d(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Raw logits [B, K, h, w], h and w at least 64 -> scores [B, 1, h // 16 - 3, w // 16 - 3], high = teacher.
-
-    The names of parameters and buffers are those of the reference.
-    """
+    """Raw logits [B, K, h, w], h and w at least 64 -> scores [B, 1, h // 16 - 3, w // 16 - 3], high = teacher. The
+    names of parameters and buffers are those of the reference."""
 
     def __init__(self, num_class: int, width: int = 64, group_size: int = 2) -> None:
         super().__init__()
@@ -126,10 +114,9 @@ class Discriminator(nn.Module):
         if min(logits.shape[-2:]) < SMALLEST:
             raise UserError(f"adv: the discriminator needs logits of {SMALLEST}x{SMALLEST} or more, got "
                             f"{logits.shape[-2]}x{logits.shape[-1]}")
-        with full_precision(logits):
+        with core.full_precision(logits):
             x = self.preprocess_additional(logits.to(self.last[0].weight.dtype))
-            x = self.attn1(self.l3(self.l2(self.l1(x))))
-            return self.last(self.attn2(self.l4(x)))
+            return self.last(self.attn2(self.l4(self.attn1(self.l3(self.l2(self.l1(x)))))))
 
     def frozen(self, logits: Tensor) -> Tensor:
         """As :meth:`forward`, with gradients to the logits only."""
@@ -142,18 +129,16 @@ def generator_loss(student_score: Tensor) -> Tensor:
 
 
 def discriminator_loss(student_score: Tensor, teacher_score: Tensor, kind: str = "hinge") -> Tensor:
-    """What the discriminator minimises: hinge around -1 and 1, or (wgan-gp) the plain difference of the means."""
+    """What the discriminator minimizes: hinge around -1 and 1, or (wgan-gp) the plain difference of the means."""
     if kind == "hinge":
         return F.relu(1 + student_score).mean() + F.relu(1 - teacher_score).mean()
     return student_score.mean() - teacher_score.mean()
 
 
 def gradient_penalty(discriminator: Callable[[Tensor], Tensor], student: Tensor, teacher: Tensor, share: Tensor,
-                     weight: float = PENALTY_WEIGHT) -> Tensor:
+                     weight: float = 10.0) -> Tensor:
     """``weight`` times the mean of (||d score / d x|| - 1)^2 at x = share * teacher + (1 - share) * student.
-
-    student, teacher: [B, K, h, w]; share: [B, 1, 1, 1], uniform in [0, 1). The norm is taken per image.
-    """
+    student, teacher: [B, K, h, w]; share: [B, 1, 1, 1], uniform in [0, 1). The norm is taken per image."""
     between = torch.lerp(student.detach(), teacher.detach(), share).requires_grad_()
     (slope,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
     return weight * (slope.flatten(1).norm(dim=1) - 1).square().mean()
@@ -162,7 +147,6 @@ def gradient_penalty(discriminator: Callable[[Tensor], Tensor], student: Tensor,
 @dataclass(frozen=True)
 class AdversarialOptions(OptionGroup):
     """Settings of the discriminator."""
-
     adv_d_weight: float = option(0.1, "weight of the discriminator's own loss", above=0, metavar="W")
     adv_lr: float = option(4e-4, "learning rate of the discriminator's Adam, constant", above=0, metavar="LR")
     adv_loss: str = option("hinge", "loss of the discriminator; the published tables used hinge, SKD and IFVD wgan-gp",
@@ -172,11 +156,8 @@ class AdversarialOptions(OptionGroup):
 
 @register("adv")
 class Adversarial(Distiller):
-    """Discriminator, its optimizer and the student's adversarial term ``adv`` = :func:`generator_loss`.
-
-    num_class: channels of the logits. group_size: images per batch-norm group. width: channels of the discriminator's
-    first convolution.
-    """
+    """Discriminator, its optimizer and the student's adversarial term ``adv`` = :func:`generator_loss`. width: channels
+    of the discriminator's first convolution."""
 
     title = "adversarial term of SKD, IFVD and CWD alone, beside KD"
     paper = "Liu et al., Structured Knowledge Distillation for Semantic Segmentation (holistic term)"
@@ -188,10 +169,11 @@ class Adversarial(Distiller):
     cost = "discriminator of the logits, three passes of it"
     trial = {"adv_upsample": True}
 
-    def __init__(self, num_class: int, options: AdversarialOptions, group_size: int, width: int = 64) -> None:
+    def __init__(self, options: AdversarialOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None,
+                 width: int = 64) -> None:
         super().__init__()
         self.options = options
-        self.discriminator = Discriminator(num_class, width, group_size)
+        self.discriminator = Discriminator(run.num_class, width, run.group_size)
         self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=options.adv_lr, betas=(0.9, 0.99))
         self._last: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._diagnostics: dict[str, Tensor] = {}
@@ -203,24 +185,22 @@ class Adversarial(Distiller):
         return Needs.both("logits", same_classes=True, smallest_map=(SMALLEST, SMALLEST),
                           why="the discriminator halves them four times", settings=("lambda_adv", "adv_upsample"))
 
-    @classmethod
-    def build(cls, options: AdversarialOptions, run: RunFacts, student: NetInfo,
-              teacher: NetInfo | None) -> Adversarial:
-        return cls(run.num_class, options, run.group_size)
-
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        check_logits("adv", batch.student.logits, batch.teacher.logits)
+        core.check_logits("adv", batch.student.logits, batch.teacher.logits)
         student, teacher = self._sized(batch.student.logits), self._sized(batch.teacher.logits.detach())
         if self.training:
-            self._last = (student.detach(), teacher, self._shares(student, generator))
+            share = None
+            if self.options.adv_loss == "wgan-gp":  # where the gradient penalty is taken
+                share = torch.rand((len(student), 1, 1, 1), generator=generator, device=student.device,
+                                   dtype=student.dtype)
+            self._last = (student.detach(), teacher, share)
         return {"adv": generator_loss(self.discriminator.frozen(student))}
 
     def after_step(self, step: int) -> None:
         """Train the discriminator on the logits of the last forward pass: first the student's, then the teacher's."""
         if self._last is None:
             return
-        student, teacher, share = self._last
-        self._last = None
+        (student, teacher, share), self._last = self._last, None
         self.optimizer.zero_grad(set_to_none=True)
         scores = self.discriminator(student), self.discriminator(teacher)
         loss = discriminator_loss(*scores, self.options.adv_loss)
@@ -238,11 +218,9 @@ class Adversarial(Distiller):
         return self._diagnostics
 
     def unsynchronized(self) -> set[str]:
-        own = (*self.discriminator.named_parameters(), *self.discriminator.named_buffers())
-        return {f"discriminator.{name}" for name, _ in own}
+        return {f"discriminator.{name}" for name in self.discriminator.state_dict()}
 
     def get_extra_state(self) -> dict:
-        """The discriminator's Adam, so that the state_dict is complete."""
         return self.optimizer.state_dict()
 
     def set_extra_state(self, state: dict) -> None:
@@ -262,9 +240,3 @@ class Adversarial(Distiller):
         if not self.options.adv_upsample or list(logits.shape[-2:]) == size:
             return logits
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
-
-    def _shares(self, logits: Tensor, generator: torch.Generator | None) -> Tensor | None:
-        """Random interpolation coefficients [B, 1, 1, 1] of the gradient penalty; None without one."""
-        if self.options.adv_loss != "wgan-gp":
-            return None
-        return torch.rand((len(logits), 1, 1, 1), generator=generator, device=logits.device, dtype=logits.dtype)

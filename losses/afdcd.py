@@ -14,16 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, Term, option, register
+from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, Term, feature_losses, option, register
 from losses.core.checks import at_least_float32
-from losses.core.feature_losses import (
-    aligner,
-    check_widths,
-    conv3x3,
-    masked_feature_loss,
-    plain_projector,
-    random_keep_mask,
-)
+from losses.core.feature_losses import conv3x3, masked_feature_loss, random_keep_mask
 from utils.errors import UserError
 
 Pair = tuple[int, int]
@@ -32,7 +25,6 @@ Pair = tuple[int, int]
 @dataclass(frozen=True)
 class AfDCDOptions(OptionGroup):
     """Settings of Af-DCD; the defaults are those of the reference's parser, and what it had written into the code."""
-
     rand_mask: bool = option(True, "mask positions at random; off: the middle third of rows and columns")
     mask_ratio: float = option(0.75, "share of the positions that the random mask zeroes", at_least=0, at_most=1,
                                metavar="R")
@@ -66,25 +58,19 @@ def smallest_map(patch: Pair, pool: int) -> Pair:
 
 
 def patch_rows(x: Tensor, groups: int, patch: Pair) -> Tensor:
-    """Cut [B, C, H, W] into [patches, ph * pw * groups, C / groups] vectors.
-
-    Patches go row by row within an image, images one after another; in a patch, row ``n * groups + m`` is group m of
-    position n. H and W must be multiples of the patch, C of the groups.
-    """
-    batch, channels, height, width = x.shape
-    ph, pw = patch
+    """Cut [B, C, H, W] into [patches, ph * pw * groups, C / groups] vectors. H and W must be multiples of the
+    patch, C of the groups. Patches go row by row within an image, images one after another; in a patch, row
+    ``n * groups + m`` is group m of position n."""
+    (batch, channels, height, width), (ph, pw) = x.shape, patch
     x = x.reshape(batch, groups, channels // groups, height // ph, ph, width // pw, pw)
     return x.permute(0, 3, 5, 4, 6, 1, 2).reshape(-1, ph * pw * groups, channels // groups)
 
 
 def excluded_pairs(groups: int, patch: Pair, device: torch.device | None = None) -> Tensor:
-    """Bool [Q, Q], Q = ph * pw * groups: pairs that are neither positive nor negative.
-
-    Those are vectors of the same group at two different positions: similar by nature, so not pushed apart.
-    """
+    """Bool [Q, Q], Q = ph * pw * groups: pairs that are neither positive nor negative, the vectors of the same group at
+    two different positions: similar by nature, so not pushed apart."""
     rows = torch.arange(patch[0] * patch[1] * groups, device=device)
-    group = rows % groups
-    return (group[:, None] == group[None, :]) & (rows[:, None] != rows[None, :])
+    return (rows[:, None] % groups == rows % groups) & (rows[:, None] != rows)
 
 
 def pairwise_similarity(student_rows: Tensor, teacher_rows: Tensor) -> Tensor:
@@ -94,23 +80,19 @@ def pairwise_similarity(student_rows: Tensor, teacher_rows: Tensor) -> Tensor:
 
 def contrast_rows(student_rows: Tensor, teacher_rows: Tensor, excluded: Tensor, tau: float) -> Tensor:
     """Sum over all rows of -log softmax of the positive among positive and negatives, at temperature ``tau``."""
-    logits = pairwise_similarity(student_rows, teacher_rows) / tau
-    log_probability = logits.masked_fill(excluded, float("-inf")).log_softmax(dim=-1)
-    return -log_probability.diagonal(dim1=-2, dim2=-1).sum()
+    logits = (pairwise_similarity(student_rows, teacher_rows) / tau).masked_fill(excluded, float("-inf"))
+    return -logits.log_softmax(dim=-1).diagonal(dim1=-2, dim2=-1).sum()
 
 
 def omni_contrastive_loss(student: Tensor, teacher: Tensor, tau: float, groups: int, patch: Pair,
-                          excluded: Tensor | None = None, chunk: int = 0) -> Tensor:
-    """Omni-contrastive loss of two maps [B, C, H, W]: summed over groups, averaged over positions and images.
-
-    H and W are cut to multiples of ``patch``, and the average is over what remains. excluded: ``excluded_pairs`` when
-    the caller has it at hand. chunk: patches computed at a time, each chunk once more in the backward pass; it bounds
-    the memory at chunk * Q * Q * C / groups numbers. 0 = all at once. Gradients reach the student only.
-    """
+                          chunk: int = 0, excluded: Tensor | None = None) -> Tensor:
+    """Omni-contrastive loss of two maps [B, C, H, W]: summed over groups, averaged over positions and images. H and W
+    are cut to multiples of ``patch``, and the average is over what remains. chunk: patches computed at a time, each
+    chunk once more in the backward pass; it bounds the memory at chunk * Q * Q * C / groups numbers. 0 = all at once.
+    excluded: :func:`excluded_pairs`, when at hand. Gradients reach the student only."""
     student, teacher = (crop_to_patches(at_least_float32(x), patch) for x in (student, teacher.detach()))
-    if excluded is None:
-        excluded = excluded_pairs(groups, patch, student.device)
-    student_rows, teacher_rows = patch_rows(student, groups, patch), patch_rows(teacher, groups, patch)
+    excluded = excluded_pairs(groups, patch, student.device) if excluded is None else excluded
+    student_rows, teacher_rows = (patch_rows(x, groups, patch) for x in (student, teacher))
     if chunk > 0:
         # the backward of cdist expands to [patches, Q, Q, D] on some devices: recomputing chunk by chunk avoids that
         pieces = zip(student_rows.split(chunk), teacher_rows.split(chunk), strict=True)
@@ -118,27 +100,20 @@ def omni_contrastive_loss(student: Tensor, teacher: Tensor, tau: float, groups: 
                                         preserve_rng_state=False) for s, t in pieces]).sum()
     else:
         total = contrast_rows(student_rows, teacher_rows, excluded, tau)
-    batch, _, height, width = student.shape
-    return total / (batch * height * width)
+    return total / student[:, 0].numel()
 
 
 @torch.no_grad()
-def positive_rank(student: Tensor, teacher: Tensor, groups: int, patch: Pair, excluded: Tensor | None = None,
-                  chunk: int = 0) -> Tensor:
-    """Mean share of the negatives that beat the positive, for two maps [B, C, H, W]: 0 solved, 0.5 chance.
-
-    Where it stays at 0 the contrastive term is close to 0 as well and teaches nothing more.
-    """
-    student, teacher = (crop_to_patches(at_least_float32(x), patch) for x in (student, teacher))
-    if excluded is None:
-        excluded = excluded_pairs(groups, patch, student.device)
-    rows = [patch_rows(x, groups, patch) for x in (student, teacher)]
-    count, size = len(rows[0]), rows[0].shape[1]
-    beaten = student.new_zeros(())
+def positive_rank(student: Tensor, teacher: Tensor, groups: int, patch: Pair, chunk: int = 0) -> Tensor:
+    """Mean share of the negatives that beat the positive, for two maps [B, C, H, W]: 0 solved, 0.5 chance. Where it
+    stays at 0 the contrastive term is close to 0 as well and teaches nothing more."""
+    rows = [patch_rows(crop_to_patches(at_least_float32(x), patch), groups, patch) for x in (student, teacher)]
+    excluded = excluded_pairs(groups, patch, student.device)
+    count, size = rows[0].shape[:2]
+    beaten = rows[0].new_zeros(())
     for s, t in zip(*(r.split(chunk or count) for r in rows), strict=True):
         similarity = pairwise_similarity(s, t)
-        positive = similarity.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-        beaten += ((similarity > positive) & ~excluded).sum()
+        beaten += ((similarity > similarity.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)) & ~excluded).sum()
     return beaten / (count * size * patch[0] * patch[1] * (groups - 1))
 
 
@@ -148,10 +123,8 @@ class EnhancedProjector(nn.Module):
     # "adpator" is the reference's spelling, kept because the recorded weights are drawn by parameter name
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.block_1 = nn.Sequential(conv3x3(channels), nn.ReLU(inplace=True))
-        self.block_2 = nn.Sequential(conv3x3(channels), nn.ReLU(inplace=True))
-        self.adpator_1 = conv3x3(channels)
-        self.adpator_2 = conv3x3(channels)
+        self.block_1, self.block_2 = (nn.Sequential(conv3x3(channels), nn.ReLU(inplace=True)) for _ in range(2))
+        self.adpator_1, self.adpator_2 = conv3x3(channels), conv3x3(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         first = self.block_1(x)
@@ -161,25 +134,17 @@ class EnhancedProjector(nn.Module):
 class OmniContrastiveFeatureLoss(nn.Module):
     """Masked feature mimicking and omni-contrasting of two feature maps of the same size.
 
-    student_channels, teacher_channels   widths of the maps; equal widths need no alignment
-    rand_mask, mask_ratio   zero this share of the positions at random, or else (False) the middle third
-    enhance_projector   :class:`EnhancedProjector` instead of :func:`plain_projector`
-    tau_ocd, M_ocd   temperature; number of channel groups
-    pool_size   max pooling before the contrast, 0 = none
-    patch_size   (height, width) of a patch, in pooled positions
-    dataset   "camvid" is never pooled, as in the reference
-    contrast_chunk   patches contrasted at a time, 0 = all (see :func:`omni_contrastive_loss`)
-    feature, contrast   whether fd and ctr are computed; what only the contrast needs is not checked without it
-    """
+    student_channels, teacher_channels: widths of the maps; equal widths need no alignment. dataset: "camvid" is never
+    pooled, as in the reference. feature, contrast: whether fd and ctr are computed; what only the contrast needs is not
+    checked without it. The rest: see :class:`AfDCDOptions`."""
 
     def __init__(self, student_channels: int, teacher_channels: int, rand_mask: bool = True, mask_ratio: float = 0.75,
                  enhance_projector: bool = False, tau_ocd: float = 0.07, M_ocd: int = 16, pool_size: int = 4,
                  patch_size: Pair = (4, 4), dataset: str = "citys", contrast_chunk: int = 0,
                  feature: bool = True, contrast: bool = True) -> None:
         super().__init__()
-        # refuses what is out of bounds
         options = AfDCDOptions(rand_mask, mask_ratio, enhance_projector, tau_ocd, M_ocd, pool_size, tuple(patch_size),
-                               contrast_chunk)
+                               contrast_chunk)  # refuses what is out of bounds
         if contrast and teacher_channels % M_ocd:
             raise UserError(f"afdcd: {M_ocd} channel groups: expected a number that divides the teacher's "
                             f"{teacher_channels} channels", settings=["m_ocd"])
@@ -188,8 +153,8 @@ class OmniContrastiveFeatureLoss(nn.Module):
         self.pool = 0 if dataset == "camvid" else pool_size
         self.chunk, self.feature, self.contrast = contrast_chunk, feature, contrast
         # "projetor" is the reference's spelling, kept because the recorded weights are drawn by parameter name
-        self.align = aligner(student_channels, teacher_channels)
-        self.projetor = (EnhancedProjector if enhance_projector else plain_projector)(teacher_channels)
+        self.align = feature_losses.aligner(student_channels, teacher_channels)
+        self.projetor = (EnhancedProjector if enhance_projector else feature_losses.plain_projector)(teacher_channels)
         excluded = excluded_pairs(self.groups, self.patch) if contrast else None
         self.register_buffer("excluded", excluded, persistent=False)
         self._contrasted: tuple[Tensor, Tensor] | None = None
@@ -197,27 +162,24 @@ class OmniContrastiveFeatureLoss(nn.Module):
     def forward(self, student_c4: Tensor, teacher_c4: Tensor, *, keep: Tensor | None = None,
                 generator: torch.Generator | None = None) -> tuple[Tensor | None, Tensor | None]:
         """(fd, ctr), unweighted scalars, of student [B, C_s, H, W] and teacher [B, C_t, H, W]; None = switched off.
-
         keep: [B or 1, 1, H, W], non-zero where a position is kept; drawn from ``generator`` (which must be on the
-        features' device; None = the default one) when not given. Both losses are computed in float32 or better.
-        Raises UserError when the maps do not fit each other or are too small for one patch of the contrast.
-        """
-        check_widths("afdcd", student_c4, teacher_c4, self.widths)
-        if self.contrast:
-            self._check_size(*student_c4.shape[-2:])
-        teacher_c4 = teacher_c4.detach()
+        features' device; None = the default one) when not given. Both losses are computed in float32 or better. Raises
+        UserError when the maps do not fit each other or are too small for one patch of the contrast."""
+        feature_losses.check_widths("afdcd", student_c4, teacher_c4, self.widths)
+        (height, width), least = student_c4.shape[-2:], smallest_map(self.patch, self.pool)
+        if self.contrast and (height < least[0] or width < least[1]):
+            raise UserError(f"afdcd: a {height}x{width} map is too small to contrast: pooling by {self.pool} and "
+                            f"patches of {self.patch[0]}x{self.patch[1]} need {least[0]}x{least[1]} or more",
+                            settings=["crop_size", "pool_size", "patch_size"])
+        teacher_c4, aligned, ctr = teacher_c4.detach(), self.align(student_c4), None
         if keep is None:
             keep = self.keep_mask(student_c4, generator)
-        aligned = self.align(student_c4)
         projected = self.projetor(aligned * keep.to(aligned.dtype))
-        ctr = self._contrast(projected, teacher_c4) if self.contrast else None
+        if self.contrast:
+            maps = self.contrast_map(projected), self.contrast_map(teacher_c4)
+            self._contrasted = tuple(x.detach() for x in maps)
+            ctr = omni_contrastive_loss(*maps, self.tau, self.groups, self.patch, self.chunk, self.excluded)
         return masked_feature_loss(projected, teacher_c4) if self.feature else None, ctr
-
-    def _contrast(self, projected: Tensor, teacher_c4: Tensor) -> Tensor:
-        student_map, teacher_map = self.contrast_map(projected), self.contrast_map(teacher_c4)
-        self._contrasted = (student_map.detach(), teacher_map)
-        return omni_contrastive_loss(student_map, teacher_map, self.tau, self.groups, self.patch, self.excluded,
-                                     self.chunk)
 
     def keep_mask(self, feature: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Bool mask [B or 1, 1, H, W] for a map [B, C, H, W], on the map's device."""
@@ -235,14 +197,7 @@ class OmniContrastiveFeatureLoss(nn.Module):
         """:func:`positive_rank` of the last forward pass, None before the first and without contrast."""
         if self._contrasted is None:
             return None
-        return positive_rank(*self._contrasted, self.groups, self.patch, self.excluded, self.chunk)
-
-    def _check_size(self, height: int, width: int) -> None:
-        least = smallest_map(self.patch, self.pool)
-        if height < least[0] or width < least[1]:
-            raise UserError(f"afdcd: a {height}x{width} map is too small to contrast: pooling by {self.pool} and "
-                            f"patches of {self.patch[0]}x{self.patch[1]} need {least[0]}x{least[1]} or more",
-                            settings=["crop_size", "pool_size", "patch_size"])
+        return positive_rank(*self._contrasted, self.groups, self.patch, self.chunk)
 
 
 def _published(kd: float, fd: float, ctr: float) -> dict[str, float]:
@@ -260,9 +215,8 @@ class AfDCD(Distiller):
              Term("ctr", 1e-3, "weight of Af-DCD's omni-contrastive loss"))
     Options = AfDCDOptions
     needs = Needs.both("c4", same_stride=True)
-    # the released scripts. That of Cityscapes and DeepLabV3-ResNet18 asks for centre mask and enhanced projector in a
-    # spelling that its program rejects; this is what it means. The backbone is enough to name it: Af-DCD has no other
-    # row with ResNet-18 there.
+    # the released scripts. That of Cityscapes and DeepLabV3-ResNet18 asks for center mask and enhanced projector in a
+    # spelling that its program rejects; this is what it means. Af-DCD has no other row with ResNet-18 there
     preset = {"*": _published(1.0, 2e-6, 5e-3), "citys": _published(1.0, 2e-6, 5e-3),
               "citys/resnet18": {"rand_mask": False, "enhance_projector": True},
               "voc": _published(1.0, 1e-6, 5e-3), "camvid": _published(1.0, 8e-6, 1e-2),
@@ -271,18 +225,15 @@ class AfDCD(Distiller):
     cost = "two 3x3 convs at teacher width, L1 distances within patches"
 
     def __init__(self, criterion: OmniContrastiveFeatureLoss, clip_norm: float | None) -> None:
-        """clip_norm: largest gradient norm of aligner and projector; None or 0 = not clipped."""
         super().__init__()
-        self.criterion = criterion
-        self.clip_norm = clip_norm or None
+        self.criterion, self.clip_norm = criterion, clip_norm or None  # 0 = not clipped
 
     @classmethod
     def requires(cls, options: AfDCDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
         if "ctr" not in run.active:
             return cls.needs
-        least = smallest_map(options.patch_size, options.pool_size)
-        return replace(cls.needs, smallest_map=least, why="one patch of the contrast, before pooling",
-                       settings=("pool_size", "patch_size"))
+        return replace(cls.needs, smallest_map=smallest_map(options.patch_size, options.pool_size),
+                       why="one patch of the contrast, before pooling", settings=("pool_size", "patch_size"))
 
     @classmethod
     def build(cls, options: AfDCDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> AfDCD:

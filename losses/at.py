@@ -2,26 +2,19 @@
 
 The attention map of a feature is the mean of its squared channels, as a unit vector over the positions of an image.
 The published term is a mean over those positions, not the paper's sum, which explains the weight of 10000: elements
-of a unit vector shrink with 1 / sqrt(h w), so the term shrinks with 1 / (h w). A weight that fits crops of 512x1024
-(64x128 positions) has to be scaled by the ratio of the areas for other crops.
+of a unit vector shrink with 1 / sqrt(h w), so the term shrinks with 1 / (h w) and its weight grows with the crop.
 """
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from losses.core import Batch, Distiller, Needs, Term, check_maps, register
 from losses.core.feature_losses import attention_map
 
-__all__ = ["AT", "at_loss", "attention_map"]
-
 
 def at_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over images and positions of the squared difference of the :func:`attention_map`.
-
-    student [B, C_s, h, w], teacher [B, C_t, h, w]: the channels are free, the sizes equal, or UserError. No gradient
-    reaches the teacher.
-    """
+    """Mean over images and positions of the squared difference of the :func:`attention_map`. student [B, C_s, h, w],
+    teacher [B, C_t, h, w] (which gets no gradient): of equal sizes, or UserError."""
     check_maps("at", student, teacher)
     return (attention_map(student) - attention_map(teacher.detach())).square().mean()
 
@@ -29,7 +22,6 @@ def at_loss(student: Tensor, teacher: Tensor) -> Tensor:
 @register("at")
 class AT(Distiller):
     """The head maps of both networks through :func:`at_loss`."""
-
     title = "attention transfer"
     paper = "Zagoruyko and Komodakis, Paying More Attention to Attention"
     year = 2017
@@ -40,5 +32,5 @@ class AT(Distiller):
     # train_scripts of CIRKD (Cityscapes): 10000 is for crops of 512x1024; at 512x512, half the h*w, it weighs twice
     preset = {"*": {"lambda_kd": 1.0, "lambda_at": 10000.0}}
 
-    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, generator: Generator | None = None) -> dict[str, Tensor]:
         return {"at": at_loss(batch.student.head, batch.teacher.head)}

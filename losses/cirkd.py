@@ -10,21 +10,10 @@ With s and t the pixel vectors of student and teacher at unit length, tau = 0.1:
 """
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from losses.core import Batch, Distiller, Needs, NetInfo, RunFacts, Term, register
-from losses.core.memory import (
-    HEADS,
-    Draws,
-    MemoryRelations,
-    MemorySettings,
-    RelationOptions,
-    build_batch,
-    build_memory,
-    queue_diagnostics,
-    relation_needs,
-)
+from losses.core import Batch, Distiller, Needs, NetInfo, RunFacts, Term, memory, register
+from losses.core.memory import HEADS, Draws, MemoryRelations, MemorySettings, RelationOptions
 from losses.core.queues import queue_names
 from losses.core.relations import minibatch_pixel_loss
 from utils.randomness import step_generator
@@ -34,12 +23,8 @@ __all__ = ["CIRKD", "Draws", "MemoryRelations", "MemorySettings", "minibatch_pix
 
 @register("cirkd")
 class CIRKD(Distiller):
-    """The head maps of both networks through ``minibatch_pixel_loss`` and ``MemoryRelations``.
-
-    Queues: classes * 22000 * teacher width numbers, that is 0.43 GB for 19 classes of width 256 in float32, 3.4 GB for
-    150 and 4.1 GB for 182, on every GPU and in every training state.
-    """
-
+    """The head maps of both networks through ``minibatch_pixel_loss`` and ``MemoryRelations``. Every GPU and training
+    state holds 22000 queued vectors per class: 0.43 GB for 19 classes of width 256, 3.4 GB for 150, 4.1 GB for 182."""
     title = "cross-image relations; queues take 0.43 GB (19 classes) to 4.1 GB (182 classes)"
     paper = "Yang et al., Cross-Image Relational Knowledge Distillation for Semantic Segmentation"
     year = 2022
@@ -55,30 +40,25 @@ class CIRKD(Distiller):
               "voc": {"lambda_cirkd_pixel": 0.01, "lambda_cirkd_region": 0.01}}
     rows = {"*": {"compat": "reference"}}
 
-    def __init__(self, memory: MemoryRelations | None, batch: dict[str, float] | None, seed: int) -> None:
-        """memory: None leaves out the queues; batch: arguments of ``minibatch_pixel_loss``, None leaves it out."""
+    def __init__(self, options: RelationOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> None:
+        """Raises UserError when a queue is too short."""
         super().__init__()
-        self.memory, self.batch_options, self.seed = memory, batch, seed
+        self.memory = memory.build_memory(self.method, options, run, student, teacher)
+        self.batch_options, self.seed = memory.build_batch(self.method, options, run), run.seed
 
     @classmethod
     def requires(cls, options: RelationOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
-        return relation_needs(cls.method, options, run)
+        return memory.relation_needs(cls.method, options, run)
 
-    @classmethod
-    def build(cls, options: RelationOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> CIRKD:
-        """Raises UserError when a queue is too short."""
-        return cls(build_memory(cls.method, options, run, student, teacher), build_batch(cls.method, options, run),
-                   run.seed)
-
-    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, generator: Generator | None = None) -> dict[str, Tensor]:
         """``generator`` differs between processes and is not used: the queues need the same draws on all of them."""
         heads, losses = (batch.student.head, batch.teacher.head), {}
         if self.batch_options is not None:
             losses["cirkd_batch"] = minibatch_pixel_loss(*heads, **self.batch_options)
         if self.memory is not None:
             shared = step_generator(batch.target.device, self.seed, self.method, batch.step)
-            memory = self.memory(*heads, batch.target, generator=shared)
-            losses.update({f"cirkd_{name}": value for name, value in memory.items()})
+            queued = self.memory(*heads, batch.target, generator=shared)
+            losses |= {f"cirkd_{name}": value for name, value in queued.items()}
         return losses
 
     def unsynchronized(self) -> set[str]:
@@ -86,4 +66,4 @@ class CIRKD(Distiller):
 
     def diagnostics(self) -> dict[str, Tensor]:
         """``pixel_queue_filled``, ``region_queue_filled``: share of the slots written since the start."""
-        return queue_diagnostics(self.memory)
+        return memory.queue_diagnostics(self.memory)

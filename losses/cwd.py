@@ -10,22 +10,18 @@ from torch import Tensor, nn
 from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, Term, option, register
 from losses.core.logit_losses import CWD_DIVERGENCES, CWD_NORMS, CWD_TEMPERATURE, check_cwd, cwd_loss
 
-__all__ = ["CWD", "CWDOptions", "cwd_loss"]
-
 TAPS = {"cwd_logit": "logits", "cwd_feat": "head"}
 
 
 @dataclass(frozen=True)
 class CWDOptions(OptionGroup):
     """Settings of both terms. Defaults: what CIRKD wrote into its code."""
-
     cwd_temperature: float = option(CWD_TEMPERATURE, "softmax temperature of both terms", above=0, metavar="T")
     cwd_norm: str = option("channel", "softmax over the positions of a channel, over the channels, or means of "
                                       "channels", choices=CWD_NORMS)
     cwd_divergence: str = option("kl", "mse: squared difference, at temperature 1", choices=CWD_DIVERGENCES)
     cwd_divide_by: str = option("student", "channels that the feature term is divided by; student: as in the published "
-                                           "runs, although the sum runs over the teacher's",
-                                choices=("student", "teacher"))
+                                "runs, although the sum runs over the teacher's", choices=("student", "teacher"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,11 +30,8 @@ class CWDOptions(OptionGroup):
 
 @register("cwd")
 class CWD(Distiller):
-    """``cwd_feat``: the head features through :func:`cwd_loss`; ``cwd_logit``: the logits.
-
-    student_channels, teacher_channels: widths of the head features, for a run with cwd_feat; a 1x1 convolution without
-    bias maps the student's to the teacher's where they differ. active: the terms to compute.
-    """
+    """``cwd_feat``: the head features through :func:`cwd_loss`; ``cwd_logit``: the logits. Where the widths of the head
+    features differ, a 1x1 convolution without bias maps the student's to the teacher's."""
 
     title = "channel-wise distillation of features and logits, with the adversarial term"
     paper = "Shu et al., Channel-wise Knowledge Distillation for Dense Prediction"
@@ -47,8 +40,7 @@ class CWD(Distiller):
     terms = (Term("cwd_feat", 0.0, "weight of CWD on the head features"),
              Term("cwd_logit", 0.0, "weight of CWD on the logits"))
     needs = Needs.both("logits", "head", same_classes=True)
-    # CIRKD's Cityscapes script of CWD; no script of another data set was released, the weights are taken over. Logits
-    # of small crops are below the 64x64 of the released discriminator: no adversarial term on these sets
+    # CIRKD's Cityscapes script, the only one released; crops of the last two sets are too small for the discriminator
     preset = {"*": {"lambda_kd": 1.0, "lambda_cwd_feat": 50.0, "lambda_cwd_logit": 3.0, "lambda_adv": 0.001},
               "camvid": {"lambda_adv": 0.0}, "toy_streets": {"lambda_adv": 0.0}}
     cost = "softmaxes of head and logits; discriminator, three passes of it"
@@ -71,8 +63,7 @@ class CWD(Distiller):
 
     @classmethod
     def build(cls, options: CWDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> CWD:
-        widths = (net.channels.get("head", 0) for net in (student, teacher))
-        return cls(*widths, options, run.active)
+        return cls(*(net.channels.get("head", 0) for net in (student, teacher)), options, run.active)
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         terms = {}
@@ -83,9 +74,7 @@ class CWD(Distiller):
         return terms
 
     def feature_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """:func:`cwd_loss` of maps [B, C_s, h, w] and [B, C_t, h, w] after alignment.
-
-        The sum runs over C_t channels and is divided by the student's C_s, as in the code behind the published rows:
-        with 128 and 256 channels the term is twice the formula, and their weight of 50 belongs to that.
-        """
+        """:func:`cwd_loss` of maps [B, C_s, h, w] and [B, C_t, h, w] after alignment: a sum over C_t channels, divided
+        by the student's C_s as in the code behind the published rows. With 128 and 256 channels that is twice the
+        formula, and the published weight of 50 belongs to it."""
         return cwd_loss(self.conv(student), teacher, channels=self.divisor, **self.settings)

@@ -1,9 +1,7 @@
 """DKD: the divergence of the logits taken apart (Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022), here per
-labeled pixel.
+labeled pixel, with y its label.
 
     L = T^2 (alpha * KL((p_y, 1 - p_y) of teacher || student) + beta * KL(teacher || student over the other classes))
-
-with y the label and the second divergence between the distributions of the classes other than y.
 """
 from __future__ import annotations
 
@@ -27,17 +25,13 @@ def _decouple(logits: Tensor, index: Tensor, is_label: Tensor) -> tuple[Tensor, 
 def dkd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, alpha: float, beta: float,
              temperature: float = 1.0, ignore_label: int = -1, group_size: int = 0) -> Tensor:
     """DKD of two logit maps [B, K, h, w], K >= 2, averaged over the labeled positions of groups of images (0 = all).
-
-    target: integers [B, H, W], brought to logit size by nearest neighbor; negative labels and ``ignore_label`` do not
-    count, and without any label the loss is 0. Gradients reach the student only. Raises UserError when the logits'
-    shapes differ.
-    """
+    target: integers [B, H, W], resized by nearest neighbor; negative labels and ``ignore_label`` do not count, without
+    any label the loss is 0. Gradients reach the student only. UserError when the shapes differ."""
     core.check_logits("dkd", student_logits, teacher_logits)
     label = core.labels_at(target, student_logits.shape[-2:])[:, None]
     counts = (label >= 0) & (label != ignore_label)
     index = label.masked_fill(~counts, 0)
-    classes = torch.arange(student_logits.shape[1], device=index.device)[:, None, None]
-    is_label = index == classes
+    is_label = index == torch.arange(student_logits.shape[1], device=index.device)[:, None, None]
     scaled = (core.at_least_float32(z) / temperature for z in (student_logits, teacher_logits.detach()))
     (s_y, s_rest, s_others), (t_y, t_rest, t_others) = (_decouple(z, index, is_label) for z in scaled)
     of_label = t_y.exp() * (t_y - s_y) + t_rest.exp() * (t_rest - s_rest)
@@ -50,8 +44,6 @@ def dkd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, alp
 
 @dataclass(frozen=True)
 class DKDOptions(OptionGroup):
-    """Settings of DKD."""
-
     dkd_alpha: float = option(1.0, "weight of the divergence of the label's class against all others", at_least=0,
                               metavar="W")
     dkd_beta: float = option(0.5, "weight of the divergence among the other classes (8 is usual on CIFAR)", at_least=0,
@@ -62,26 +54,18 @@ class DKDOptions(OptionGroup):
 @register("dkd")
 class DKD(Distiller):
     """The main logits of student and teacher and the labels, at stride 8."""
-
     title = "decoupled logit distillation"
     paper = "Zhao et al., Decoupled Knowledge Distillation"
     year = 2022
     Options = DKDOptions
     terms = (core.Term("dkd", 0.0, "weight of the decoupled KL divergence of labelled pixels"),)
     needs = Needs.both("logits", same_classes=True, least_classes=2)
-    # settings in use on ImageNet (alpha 1, beta 0.5, temperature 1, weight 1); none published for segmentation
-    preset = {"*": {"lambda_dkd": 1.0}}
+    preset = {"*": {"lambda_dkd": 1.0}}  # as the defaults of the options: of ImageNet; none published for segmentation
     cost = "four softmaxes of the logits"
 
-    def __init__(self, options: DKDOptions, ignore_label: int, group_size: int) -> None:
+    def __init__(self, options: DKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> None:
         super().__init__()
-        self.factors = options.dkd_alpha, options.dkd_beta, options.dkd_temperature
-        self.ignore_label, self.group_size = ignore_label, group_size
-
-    @classmethod
-    def build(cls, options: DKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> DKD:
-        return cls(options, run.ignore_label, run.group_size)
+        self.settings = (options.dkd_alpha, options.dkd_beta, options.dkd_temperature, run.ignore_label, run.group_size)
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        return {"dkd": dkd_loss(batch.student.logits, batch.teacher.logits, batch.target, *self.factors,
-                                self.ignore_label, self.group_size)}
+        return {"dkd": dkd_loss(batch.student.logits, batch.teacher.logits, batch.target, *self.settings)}

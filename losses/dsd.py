@@ -20,20 +20,16 @@ from utils.errors import UserError
 
 
 def attention_residuals(maps: Sequence[Tensor]) -> Tensor:
-    """Unit vectors [pairs, B, h w] of a_j - a_i for all i < j, a = attention maps of K maps [B, C_k, h, w].
-
-    Two equal maps give a zero vector.
-    """
+    """Unit vectors [pairs, B, h w] of a_j - a_i for all i < j, a = attention maps of K maps [B, C_k, h, w]; zero where
+    two maps are equal."""
     attention = [attention_map(x) for x in maps]
     return unit_vectors(torch.stack([second - first for first, second in combinations(attention, 2)]))
 
 
 def psd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean over pairs of layers, images and positions of the squared difference of the residuals.
-
-    student, teacher: as many maps each, at least two, [B, C, h, w] of one size, channels free; otherwise UserError.
-    No gradient reaches the teacher.
-    """
+    """Mean over pairs of layers, images and positions of the squared difference of the residuals. student, teacher: as
+    many maps each, at least two, [B, C, h, w] of one size, channels free; otherwise UserError. No gradient reaches the
+    teacher."""
     if len(student) != len(teacher) or len(student) < 2:
         raise UserError(f"dsd: {len(student)} student maps and {len(teacher)} teacher maps: expected equally many, "
                         "at least 2")
@@ -50,31 +46,24 @@ def category_similarity(logits: Tensor, temperature: float) -> Tensor:
 
 
 def csd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
-    """Mean squared difference of the :func:`category_similarity` of two maps [B, K, h, w].
-
-    About 1e-6 at most: the entries of the matrices are near 1 / (number of positions), so that the published weight
-    of 10 hardly acts. No gradient reaches the teacher; UserError when the shapes differ.
-    """
+    """Mean squared difference of the :func:`category_similarity` of two maps [B, K, h, w]. About 1e-6 at most: the
+    entries of the matrices are near 1 / (number of positions), so that the published weight of 10 hardly acts. No
+    gradient reaches the teacher; UserError when the shapes differ."""
     check_maps("dsd", student_logits, teacher_logits, channels=True)
-    # a product of softmaxes: autocast would do it in half precision
-    with full_precision(student_logits):
-        return F.mse_loss(category_similarity(student_logits, temperature),
-                          category_similarity(teacher_logits.detach(), temperature))
+    with full_precision(student_logits):  # a product of softmaxes: autocast would do it in half precision
+        return F.mse_loss(*(category_similarity(x, temperature) for x in (student_logits, teacher_logits.detach())))
 
 
 def psd_taps(student: NetInfo, teacher: NetInfo, as_released: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Which maps of either network pixel similarity compares, in order.
 
-    The released code takes outputs -2, -1 and 0. For networks with an auxiliary head those are aux, head and logits;
-    without one, output -2 is the logits again, so that a MobileNet student's [logits, head, logits] meets the
-    teacher's [aux, head, logits]: maps that do not correspond, and one pair without content. That empty residual is
-    divided by 1e-12 twice, which multiplies its two opposite gradients so much that the others round away next to
-    them: no gradient reaches the logits, only the head. as_released does the same; otherwise [aux, head, logits] are
-    compared when both networks have all three, and [head, logits] if not.
-    """
+    The released code takes outputs -2, -1 and 0: aux, head, logits. Without an auxiliary head -2 is the logits again,
+    so that a MobileNet student's [logits, head, logits] meets the teacher's [aux, head, logits]: maps that do not
+    correspond, and one pair without content. That empty residual is divided by 1e-12 twice, which multiplies its two
+    opposite gradients so much that the others round away next to them: no gradient reaches the logits, only the head.
+    as_released does the same; otherwise [aux, head, logits] if both networks have all three, else [head, logits]."""
     if as_released:
-        first = ["aux" if "aux" in net.channels else "logits" for net in (student, teacher)]
-        return (first[0], "head", "logits"), (first[1], "head", "logits")
+        return tuple(("aux" if "aux" in net.channels else "logits", "head", "logits") for net in (student, teacher))
     taps = ("aux", "head", "logits") if both_have_aux(student, teacher) else ("head", "logits")
     return taps, taps
 
@@ -93,28 +82,25 @@ class DSD(Distiller):
     preset = {"*": {"lambda_dsd_psd": 1000.0, "lambda_dsd_csd": 10.0}}  # train_scripts of CIRKD (Cityscapes): no KD
     rows = {"citys/deeplab_mobile-mobilenetv2": {"compat": "reference"}}
 
-    def __init__(self, student_taps: tuple[str, ...], teacher_taps: tuple[str, ...], active: Sequence[str]) -> None:
+    def __init__(self, options: OptionGroup, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> None:
         super().__init__()
-        self.student_taps, self.teacher_taps, self.active = student_taps, teacher_taps, frozenset(active)
+        self.student_taps, self.teacher_taps = psd_taps(student, teacher, run.as_released)
+        self.active = run.active
 
     @classmethod
     def requires(cls, options: OptionGroup, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
         if teacher is None or "dsd_psd" not in run.active:
             return Needs.both("logits", same_stride=True)
-        taps = psd_taps(student, teacher, run.as_released)
-        return Needs(*taps, same_stride=True)
-
-    @classmethod
-    def build(cls, options: OptionGroup, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> DSD:
-        return cls(*psd_taps(student, teacher, run.as_released), run.active)
+        return Needs(*psd_taps(student, teacher, run.as_released), same_stride=True)
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         terms = {}
         if "dsd_psd" in self.active:
-            maps = [getattr(batch.student, tap) for tap in self.student_taps]
+            student, teacher = ([getattr(output, tap) for tap in taps] for output, taps in
+                                ((batch.student, self.student_taps), (batch.teacher, self.teacher_taps)))
             if self.student_taps[0] == self.student_taps[-1]:
-                maps = [maps[0].detach(), maps[1], maps[2].detach()]  # the released code's rounding, see psd_taps
-            terms["dsd_psd"] = psd_loss(maps, [getattr(batch.teacher, tap) for tap in self.teacher_taps])
+                student[0] = student[2] = student[0].detach()  # the released code's rounding, see psd_taps
+            terms["dsd_psd"] = psd_loss(student, teacher)
         if "dsd_csd" in self.active:
             terms["dsd_csd"] = csd_loss(batch.student.logits, batch.teacher.logits)
         return terms

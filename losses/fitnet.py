@@ -1,19 +1,15 @@
 """FitNet: the teacher's feature as a hint (Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015)."""
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, Term, register
 from losses.core.feature_losses import CriterionFitNet
-
-__all__ = ["CriterionFitNet", "FitNet"]
 
 
 @register("fitnet")
 class FitNet(Distiller):
     """The head maps of both networks through :class:`CriterionFitNet`."""
-
     title = "feature hint through a 1x1 convolution"
     paper = "Romero et al., FitNets: Hints for Thin Deep Nets"
     year = 2015
@@ -22,13 +18,9 @@ class FitNet(Distiller):
     needs = Needs.both("head", same_stride=True)
     preset = {"*": {"lambda_kd": 1.0, "lambda_fitnet": 10.0}}  # train_scripts of CIRKD (Cityscapes)
 
-    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+    def __init__(self, options: OptionGroup, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> None:
         super().__init__()
-        self.criterion = CriterionFitNet(student_channels, teacher_channels)
+        self.criterion = CriterionFitNet(student.channels["head"], teacher.channels["head"])
 
-    @classmethod
-    def build(cls, options: OptionGroup, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> FitNet:
-        return cls(student.channels["head"], teacher.channels["head"])
-
-    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, generator: Generator | None = None) -> dict[str, Tensor]:
         return {"fitnet": self.criterion(batch.student.head, batch.teacher.head)}

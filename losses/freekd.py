@@ -6,27 +6,24 @@ which is not distilled. Tokens E_l [T, C] give masks of the teacher's bands, m =
 
     L = sum over the levels of the mean over images, tokens, channels, orientations, positions of  |m H_S - m H_T|
 
-The public code is for detectors, has this loss and a squared error of the maps beside it, and starts from tokens that
-were learned elsewhere. Unofficial here: the segmentation taps and the stage that learns the tokens. It follows the
-paper's words: inside the frozen teacher, the prompted map (its high bands times the mean of their masks) has to
-classify well, and the masks have to differ (a Dice coefficient).
+The public code is for detectors, has a squared error of the maps beside this loss, and tokens learned elsewhere.
+Unofficial here: the segmentation taps and the stage that learns the tokens, after the paper's text: in the frozen
+teacher, the prompted map (high bands times the mean of their masks) has to classify well, the masks to differ (Dice).
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, Term, check_maps, option, register
-from losses.core.checks import at_least_float32, full_precision
-from losses.core.facts import Preparation
-from losses.core.feature_losses import dice_overlap
+from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, Preparation, RunFacts, Term, option, register
+from losses.core.checks import at_least_float32, check_maps, full_precision
+from losses.core.feature_losses import dice_overlap, feature_mse_loss
 from losses.core.task import SegCrossEntropyLoss
-from losses.stages.stage import StageSettings, check_shares, common_dependencies
+from losses.stages.stage import check_shares, stage_settings
 from losses.stages.tokens import initial_tokens, learn_tokens, read_tokens
 from models.output import SegOutput
 from utils.errors import UserError
@@ -35,10 +32,8 @@ LEVELS = 3
 
 
 def haar_split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """One level of the orthonormal Haar transform of [B, C, h, w]: low [B, C, h', w'], high [B, C, 3, h', w'].
-
-    h', w' are half the sides, rounded up: an odd side gets a row or column of zeros at its end.
-    """
+    """One level of the orthonormal Haar transform of [B, C, h, w]: low [B, C, h', w'], high [B, C, 3, h', w']. h', w'
+    are half the sides, rounded up: an odd side gets a row or column of zeros at its end."""
     x = F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2))
     a, b, c, d = x[..., ::2, ::2], x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2]
     upper, lower, left, right = a + b, c + d, a - b, c - d
@@ -64,21 +59,16 @@ def haar_bands(x: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 def prompt_masks(bands: list[Tensor], tokens: Tensor) -> list[Tensor]:
-    """Masks [B, T, h_l, w_l] in (0, 1) of each level's bands [B, C, 3, h_l, w_l]. Call it outside of autocast.
-
-    tokens: [4, T, C]; the first is for the low band and has no part in anything.
-    """
+    """Masks [B, T, h_l, w_l] in (0, 1) of each level's bands [B, C, 3, h_l, w_l]. Call it outside of autocast. tokens:
+    [4, T, C]; the first is for the low band and has no part in anything."""
     return [torch.einsum("tc,bchw->bthw", e.to(high.dtype), high.sum(dim=2)).sigmoid()
             for e, high in zip(tokens[1:], bands, strict=True)]
 
 
 def freekd_loss(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
-    """FreeKD of two maps [B, C, h, w] of one shape under tokens [4, T, C].
-
-    The masks are not negative, so that their mean over the tokens is all that the difference needs: nothing of size
-    B x T x C x 3 x h x w exists. Gradients reach the student (and tokens that ask for them). Raises UserError when the
-    shapes do not fit.
-    """
+    """FreeKD of two maps [B, C, h, w] of one shape under tokens [4, T, C]; UserError when the shapes do not fit. The
+    masks are not negative, so that their mean over the tokens is all that the difference needs: nothing of size B x T x
+    C x 3 x h x w exists. Gradients reach the student (and tokens that ask for them)."""
     check_maps("freekd", student, teacher, channels=True)
     if tokens.ndim != 3 or len(tokens) != LEVELS + 1 or tokens.shape[2] != teacher.shape[1]:
         raise UserError(f"freekd: tokens {tuple(tokens.shape)}: expected [{LEVELS + 1}, T, {teacher.shape[1]}]")
@@ -108,22 +98,16 @@ def rest_of_network(teacher: nn.Module, tap: str, feature: Tensor) -> Tensor:
 
 def prompt_learning_losses(teacher: nn.Module, tap: str, feature: Tensor, tokens: Tensor, target: Tensor,
                            ignore_label: int = -1, group_size: int = 0) -> dict[str, Tensor]:
-    """{"ce", "dice"}: the two scalars whose sum the tokens [4, T, C] minimise.
-
-    feature: the teacher's map [B, C, h, w] at ``tap``; target: integers [B, H, W]. ce: cross entropy of the teacher's
-    logits from the prompted map on. dice: overlap of the masks, mean over the levels.
-    """
+    """{"ce", "dice"}: the two scalars whose sum the tokens [4, T, C] minimise. feature: the teacher's map [B, C, h, w]
+    at ``tap``; target: integers [B, H, W]. ce: of the logits from the prompted map on. dice: mean over levels."""
     with full_precision(feature):
         prompted, masks = prompted_map(at_least_float32(feature.detach()), tokens)
-        logits = rest_of_network(teacher, tap, prompted)
-        dice = sum(dice_overlap(mask.flatten(2)) for mask in masks) / LEVELS
-        return {"ce": SegCrossEntropyLoss(ignore_label, group_size)(logits, target), "dice": dice}
+        ce = SegCrossEntropyLoss(ignore_label, group_size)(rest_of_network(teacher, tap, prompted), target)
+        return {"ce": ce, "dice": sum(dice_overlap(mask.flatten(2)) for mask in masks) / LEVELS}
 
 
 @dataclass(frozen=True)
 class FreeKDOptions(OptionGroup):
-    """Settings of FreeKD and of the stage before training."""
-
     freekd_tap: str = option("c4", "last backbone stage, or last feature", choices=("c4", "head"))
     freekd_masks: str | None = option(None, "prompt tokens to use, of the same teacher and tap (default: learn them "
                                             "first)", metavar="FILE")
@@ -136,12 +120,8 @@ class FreeKDOptions(OptionGroup):
 
 @register("freekd")
 class FreeKD(Distiller):
-    """One feature map of each network, the student's through a trained 1x1 convolution.
-
-    tokens: [4, T, C_t]; a frozen buffer, so the state of a run holds them. settings: of the stage that learns them,
-    None when they are given. active: the terms to compute.
-    """
-
+    """One feature map of each network, the student's through a trained 1x1 convolution. tokens: [4, T, C_t]; a frozen
+    buffer, so the state of a run holds them. settings: of the stage that learns them, or None."""
     title = "semantic frequency prompts (unofficial for segmentation)"
     paper = "Zhang et al., FreeKD: Knowledge Distillation via Semantic Frequency Prompt"
     year = 2024
@@ -149,56 +129,44 @@ class FreeKD(Distiller):
     terms = (Term("freekd", 0.0, "weight of FreeKD's masked differences of frequency bands"),
              Term("freekd_mse", 0.0, "weight of the squared error between the same aligned maps"))
     needs = Needs.both("c4", same_stride=True)
-    # the released configuration, of a detector; nobody released one for segmentation
-    preset = {"*": {"lambda_freekd": 1.0, "lambda_freekd_mse": 5.0}}
+    preset = {"*": {"lambda_freekd": 1.0, "lambda_freekd_mse": 5.0}}  # released for a detector, none for segmentation
     cost = "one 1x1 conv, Haar transforms; before training, a stage of teacher passes"
     trial = {"freekd_steps": 2, "freekd_batch_size": 2}
     stage_options = ("freekd_masks", "freekd_steps", "freekd_batch_size", "freekd_lr")
 
-    def __init__(self, student_channels: int, tokens: Tensor, settings: StageSettings | None, tap: str,
-                 run: RunFacts) -> None:
+    def __init__(self, options: FreeKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> None:
+        """Raises UserError when the file of tokens does not fit, or the processes cannot share the stage's batches."""
         super().__init__()
+        o, self.tap, self.settings, self.active = options, options.freekd_tap, None, frozenset(run.active)
+        width = teacher.channels[self.tap]
+        if "freekd" not in self.active:
+            tokens = torch.zeros(LEVELS + 1, 1, width)
+        elif o.freekd_masks:
+            tokens = read_tokens(Path(o.freekd_masks), (LEVELS + 1, None, width), "freekd_masks")
+        else:
+            tokens = initial_tokens((LEVELS + 1, o.freekd_tokens, width), run.seed, self.method)
+            self.settings = check_shares(stage_settings(run, self.method, "masks", o.freekd_steps, o.freekd_batch_size,
+                                                        o.freekd_lr, self.tap))
         self.register_buffer("tokens", tokens)
-        self.settings, self.tap, self.active = settings, tap, frozenset(run.active)
         self.ignore_label, self.group_size = run.ignore_label, run.group_size
-        self.align = nn.Conv2d(student_channels, tokens.shape[2], kernel_size=1)
+        self.align = nn.Conv2d(student.channels[self.tap], width, kernel_size=1)
 
     @classmethod
     def requires(cls, options: FreeKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
         return Needs.both(options.freekd_tap, same_stride=True)
 
-    @classmethod
-    def build(cls, options: FreeKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> FreeKD:
-        """Raises UserError when the file of tokens does not fit, or the processes cannot share the stage's batches."""
-        tap, o, settings = options.freekd_tap, options, None
-        width = teacher.channels[tap]
-        if "freekd" not in run.active:
-            tokens = torch.zeros(LEVELS + 1, 1, width)
-        elif o.freekd_masks:
-            tokens = read_tokens(Path(o.freekd_masks), (LEVELS + 1, None, width), "freekd_masks")
-        else:
-            tokens = initial_tokens((LEVELS + 1, o.freekd_tokens, width), run.seed, cls.method)
-            settings = StageSettings(o.freekd_steps, o.freekd_batch_size, o.freekd_lr, False, run.seed,
-                                     (tap, *common_dependencies(run)), run.save_per_iters, cls.method, "masks")
-            check_shares(settings)
-        return cls(student.channels[tap], tokens, settings, tap, run)
-
     def prepare(self, stage: Preparation) -> None:
         """Learn the tokens, or take them from the cache (:func:`losses.stages.tokens.learn_tokens`)."""
-        if self.settings is not None:
-            loss = partial(self._stage_loss, stage.teacher)
-            self.tokens.copy_(learn_tokens(stage, self.tokens, self.settings, loss))
+        def loss(output: SegOutput, tokens: Tensor, target: Tensor) -> dict[str, Tensor]:
+            return prompt_learning_losses(stage.teacher, self.tap, getattr(output, self.tap), tokens, target,
+                                          self.ignore_label, self.group_size)
 
-    def _stage_loss(self, teacher: nn.Module, output: SegOutput, tokens: Tensor, target: Tensor) -> dict[str, Tensor]:
-        return prompt_learning_losses(teacher, self.tap, getattr(output, self.tap), tokens, target, self.ignore_label,
-                                      self.group_size)
+        if self.settings is not None:
+            self.tokens.copy_(learn_tokens(stage, self.tokens, self.settings, loss))
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         student, teacher = self.align(getattr(batch.student, self.tap)), getattr(batch.teacher, self.tap).detach()
-        terms = {}
-        if "freekd" in self.active:
-            terms["freekd"] = freekd_loss(student, teacher, self.tokens)
+        terms = {"freekd": freekd_loss(student, teacher, self.tokens)} if "freekd" in self.active else {}
         if "freekd_mse" in self.active:
-            check_maps("freekd", student, teacher, channels=True)
-            terms["freekd_mse"] = F.mse_loss(at_least_float32(student), at_least_float32(teacher))
+            terms["freekd_mse"] = feature_mse_loss(student, teacher, method="freekd")
         return terms

@@ -10,12 +10,9 @@ from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts,
 
 
 def class_similarity(feature: Tensor, members: Tensor) -> Tensor:
-    """Cosine [B, P] between every position of [B, C, h, w] and the mean of its class within the same image.
-
-    members: bool [B, K, P], P = h * w (:func:`losses.core.labels.class_members`). A position without a class is
-    compared with itself. Gradients flow through the means too. Two matrix products, whatever the number of classes;
-    both are deterministic.
-    """
+    """Cosine [B, P] between every position of [B, C, h, w] and the mean of its class within the same image. members:
+    bool [B, K, P], P = h * w (:func:`losses.core.labels.class_members`). A position without a class is compared with
+    itself. Gradients flow through the means too. Two matrix products, both deterministic."""
     flat, weights = feature.flatten(2), members.to(feature.dtype)
     means = torch.bmm(flat, weights.mT) / (weights.sum(dim=2) + 1e-6).unsqueeze(1)
     centers = torch.bmm(means, weights)
@@ -23,11 +20,9 @@ def class_similarity(feature: Tensor, members: Tensor) -> Tensor:
 
 
 def ifvd_loss(student: Tensor, teacher: Tensor, target: Tensor, num_class: int, ignore_label: int = -1) -> Tensor:
-    """Mean over all positions of (s_student - s_teacher)^2, s = :func:`class_similarity`.
-
-    student [B, C_s, h, w], teacher [B, C_t, h, w]: widths may differ; target: int [B, H, W]. Ignored positions add
-    nothing but count in the mean. No gradient reaches the teacher. Raises UserError when B, h, w differ.
-    """
+    """Mean over all positions of (s_student - s_teacher)^2, s = :func:`class_similarity`. student [B, C_s, h, w],
+    teacher [B, C_t, h, w]: widths may differ; target: int [B, H, W]. Ignored positions add nothing but count in the
+    mean. No gradient reaches the teacher. Raises UserError when B, h, w differ."""
     core.check_maps("ifvd", student, teacher)
     with core.full_precision(student):
         labels = core.position_labels(target, student.shape[-2:], num_class, ignore_label)
@@ -45,21 +40,15 @@ class IFVD(Distiller):
     year = 2020
     terms = (Term("ifvd", 0.0, "weight of IFVD's intra-class feature variation loss"),)
     needs = Needs.both("head", same_stride=True)
-    # CIRKD's Cityscapes script of IFVD; no script of another data set was released, the weights are taken over. Logits
-    # of small crops are below the 64x64 of the released discriminator: no adversarial term on these sets
+    # CIRKD's Cityscapes script, the only one released; crops of the last two sets are too small for the discriminator
     preset = {"*": {"lambda_kd": 1.0, "lambda_ifvd": 20.0, "lambda_adv": 0.001},
               "camvid": {"lambda_adv": 0.0}, "toy_streets": {"lambda_adv": 0.0}}
     cost = "two matrix products per network; discriminator, three passes of it"
     trial = {"adv_upsample": True}
 
-    def __init__(self, num_class: int, ignore_label: int) -> None:
+    def __init__(self, options: OptionGroup, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> None:
         super().__init__()
-        self.num_class, self.ignore_label = num_class, ignore_label
-
-    @classmethod
-    def build(cls, options: OptionGroup, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> IFVD:
-        return cls(run.num_class, run.ignore_label)
+        self.labels = run.num_class, run.ignore_label
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        return {"ifvd": ifvd_loss(batch.student.head, batch.teacher.head, batch.target, self.num_class,
-                                  self.ignore_label)}
+        return {"ifvd": ifvd_loss(batch.student.head, batch.teacher.head, batch.target, *self.labels)}

@@ -6,74 +6,57 @@ into the space of the other's by their correlations; for the first 10000 iterati
 Contrast (``kt_contrast``): a mixture by correlation has to be nearer than one by (1 - correlation).
 
 Kept from the released code: the projections are random and stay so, because they are in no optimizer, and the
-distances of the contrast run along the rows of the maps, as a triplet loss of maps with four axes takes them. Trained
-projections (``kt_train_projections``) solve the contrast by themselves: it is 0 within a few iterations.
-``compat="reference"`` compares logits at crop size, ``fixed`` at their stride, which gives the same numbers but for
-cells that label edges cut.
+distances of the contrast run along the rows of the maps, as a triplet loss of four axes takes them. Trained projections
+(``kt_train_projections``) solve the contrast by themselves: it is 0 within a few iterations. ``compat="reference"``
+compares logits at crop size, ``fixed`` at their stride: the same numbers but for cells that label edges cut.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from losses.core import Batch, Distiller, Needs, NetInfo, RunFacts, Term, check_maps, labels_at, option, register
-from losses.core.checks import at_least_float32, check_logits, full_precision
+from losses import core
+from losses.core import Batch, Distiller, Needs, NetInfo, RunFacts, Term, at_least_float32, option, register
 from losses.core.logit_losses import KDOptions, cwd_loss, kd_loss
 from losses.core.needs import both_have_aux
 from utils.errors import UserError
 
 
-class Tailored(NamedTuple):
-    """Tailored logits [B, K, h, w] inside and outside the label mask of each class, 0 elsewhere."""
-
-    inside: Tensor
-    outside: Tensor
-
-
-def tailor_logits(logits: Tensor, mask: Tensor) -> Tailored:
-    """Sharpen logits [B, K, h, w] with mask, bool [B, K, h, w]: where the label is that class.
-
-    Inside, nothing stays below the mean of the class's *positive* logits inside (nothing changes without one).
-    Outside, nothing stays above the sum of the logits outside divided by the number of *all* positions. Both per
-    image and class, as in the released code.
-    """
+def tailor_logits(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [B, K, h, w] sharpened (inside, outside) of mask, bool [B, K, h, w]: where the label is that class; 0
+    elsewhere. Inside, nothing stays below the mean of the class's *positive* logits inside (nothing changes without
+    one). Outside, nothing stays above the sum of the logits outside divided by the number of *all* positions. Both per
+    image and class, as released."""
     inside, outside = logits * mask, logits * ~mask
     positive = (inside > 0).sum(dim=(2, 3), keepdim=True)
     floor = inside.clamp(min=0).sum(dim=(2, 3), keepdim=True) / positive.clamp(min=1)
     raised = torch.where(positive > 0, torch.maximum(inside, floor), inside)
     clipped = torch.minimum(outside, outside.mean(dim=(2, 3), keepdim=True))
-    return Tailored(raised * mask, clipped * ~mask)
+    return raised * mask, clipped * ~mask
 
 
 def logit_tailoring_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 4.0,
                          ignore_label: int = -1) -> Tensor:
     """Sum of three CWD terms: student and tailored teacher, and both tailored inside and outside the masks.
-
-    Logits [B, K, h, w] of equal shapes, or UserError; labels: int64 [B, h, w]. Pixels that are ignored are outside of
-    every class. No gradient reaches the teacher.
-    """
-    check_logits("kt", student_logits, teacher_logits)
+    Logits [B, K, h, w] of equal shapes, or UserError; labels: int64 [B, h, w]; ignored pixels are outside of every
+    class. No gradient reaches the teacher."""
+    core.check_logits("kt", student_logits, teacher_logits)
     classes = torch.arange(student_logits.shape[1], device=labels.device).view(1, -1, 1, 1)
     mask = (labels[:, None] == classes) & (labels != ignore_label)[:, None]
-    student_logits, teacher_logits = at_least_float32(student_logits), at_least_float32(teacher_logits.detach())
-    student, teacher = tailor_logits(student_logits, mask), tailor_logits(teacher_logits, mask)
-    return (cwd_loss(student_logits, teacher.inside + teacher.outside, temperature)
-            + cwd_loss(student.inside, teacher.inside, temperature)
-            + cwd_loss(student.outside, teacher.outside, temperature))
+    student_logits = at_least_float32(student_logits)
+    student, teacher = (tailor_logits(x, mask) for x in (student_logits, at_least_float32(teacher_logits.detach())))
+    pairs = (student_logits, teacher[0] + teacher[1]), *zip(student, teacher, strict=True)
+    return sum(cwd_loss(*pair, temperature) for pair in pairs)
 
 
 def mix_channels(source: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
     """(R source, (1 - R) source): source [B, C, h, w] mixed into the channels of goal [B, D, h, w]; both [B, D, h, w].
-
-    R [B, D, C] holds the cosine similarities over the positions between the channels of goal and source.
-    """
-    with full_precision(source):
-        flat, other = at_least_float32(source).flatten(2), at_least_float32(goal).flatten(2)
+    R [B, D, C] holds the cosine similarities over the positions between the channels of goal and source."""
+    with core.full_precision(source):
+        flat, other = (at_least_float32(x).flatten(2) for x in (source, goal))
         correlation = F.normalize(other, dim=2) @ F.normalize(flat, dim=2).transpose(1, 2)
         high = correlation @ flat
         low = flat.sum(dim=1, keepdim=True) - high
@@ -81,10 +64,8 @@ def mix_channels(source: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def contrast_loss(anchor: Tensor, high: Tensor, low: Tensor) -> Tensor:
-    """Mean of max(0, |anchor - high| - |anchor - low| + 1) for maps [B, C, h, w].
-
-    The lengths are Euclidean and over the w columns of each row and channel.
-    """
+    """Mean of max(0, |anchor - high| - |anchor - low| + 1) for maps [B, C, h, w], the lengths Euclidean and over the w
+    columns of each row and channel."""
     return F.triplet_margin_loss(*(at_least_float32(x) for x in (anchor, high, low)), margin=1.0, p=2.0, eps=1e-7)
 
 
@@ -96,36 +77,29 @@ def bottleneck(channels: int) -> nn.Sequential:
 
 
 class FeatureTailoring(nn.Module):
-    """The terms on head maps, and their projections.
+    """The terms on head maps, and their projections."""
 
-    switch: iterations during which the student's channels are mixed into the teacher's space; afterwards the reverse.
-    trained: train the projections; otherwise they stay as they were drawn.
-    """
-
-    def __init__(self, student_channels: int, teacher_channels: int, switch: int, temperature: float,
-                 trained: bool = False) -> None:
+    def __init__(self, student_channels: int, teacher_channels: int, options: KTOptions) -> None:
         super().__init__()
-        self.switch, self.temperature, self.trained = switch, temperature, trained
+        self.options = options
         self.student_tail, self.teacher_tail = bottleneck(teacher_channels), bottleneck(student_channels)
         self.anchor = nn.Conv2d(student_channels, teacher_channels, kernel_size=1, bias=False)
-        self.requires_grad_(trained)
+        self.requires_grad_(options.kt_train_projections)
 
     def forward(self, student: Tensor, teacher: Tensor, step: int) -> dict[str, Tensor]:
         """``kt_feature`` and ``kt_contrast`` of maps [B, C_s, h, w] and [B, C_t, h, w]; UserError if the sizes differ.
-
-        No gradient reaches the teacher.
-        """
-        check_maps("kt", student, teacher)
+        No gradient reaches the teacher."""
+        core.check_maps("kt", student, teacher)
         teacher = teacher.detach()
-        if step + 1 < self.switch:
+        if step + 1 < self.options.kt_switch:
             high, low = (self.student_tail(x) for x in mix_channels(student, teacher))
-            terms = {"kt_feature": cwd_loss(high, teacher, self.temperature),
-                     "kt_contrast": contrast_loss(self.anchor(student), high, low)}
+            pair, anchor = (high, teacher), self.anchor(student)
         else:
             high, low = (self.teacher_tail(x) for x in mix_channels(teacher, student))
-            terms = {"kt_feature": cwd_loss(student, high, self.temperature),
-                     "kt_contrast": contrast_loss(student, high, low)}
-        if self.trained:
+            pair, anchor = (student, high), student
+        terms = {"kt_feature": cwd_loss(*pair, self.options.kt_temperature),
+                 "kt_contrast": contrast_loss(anchor, high, low)}
+        if self.options.kt_train_projections:
             # every process has to see a gradient, if only zero, for the projections that this stage does not use
             unused = sum(p.sum() for p in self.parameters()) * 0.0
             terms = {name: term + unused for name, term in terms.items()}
@@ -135,7 +109,6 @@ class FeatureTailoring(nn.Module):
 @dataclass(frozen=True)
 class KTOptions(KDOptions):
     """Settings of KT; its divergence of auxiliary logits has KD's temperature."""
-
     kt_switch: int = option(10000, "iterations of feature tailoring in the teacher's space; then in the student's",
                             at_least=0, metavar="N")
     kt_temperature: float = option(4.0, "softmax temperature of kt_logit and kt_feature", above=0, metavar="T")
@@ -145,7 +118,7 @@ class KTOptions(KDOptions):
 @register("kt")
 class KT(Distiller):
     """Logit and feature tailoring, and the published runs' distillation of the auxiliary logits (``kt_aux``), which is
-    left out where a network has no auxiliary head. features: None without the terms on head maps."""
+    left out where a network has no auxiliary head."""
 
     title = "knowledge tailoring of logits and features"
     paper = "Cheung et al., Knowledge Tailoring: Bridging the Teacher-Student Gap in Semantic Segmentation"
@@ -161,45 +134,34 @@ class KT(Distiller):
     preset = {"*": {"lambda_kd": 1.0, "kd_temperature": 4.0, "lambda_kt_logit": 1.0, "lambda_kt_feature": 1.0,
                     "lambda_kt_contrast": 1.0, "lambda_kt_aux": 0.4, "weight_decay": 5e-4}}
 
-    def __init__(self, features: FeatureTailoring | None, options: KTOptions, as_released: bool, ignore_label: int,
-                 active: Iterable[str]) -> None:
+    def __init__(self, options: KTOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> None:
         super().__init__()
-        self.features, self.options = features, options
-        self.as_released, self.ignore_label, self.active = as_released, ignore_label, frozenset(active)
+        self.options, self.as_released, self.ignore_label = options, run.as_released, run.ignore_label
+        self.active = set(run.active) - (set() if both_have_aux(student, teacher) else {"kt_aux"})
+        self.features = None
+        if self.active & {"kt_feature", "kt_contrast"}:
+            self.features = FeatureTailoring(student.channels["head"], teacher.channels["head"], options)
 
     @classmethod
     def requires(cls, options: KTOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
-        taps = {"logits": {"kt_logit"}, "head": {"kt_feature", "kt_contrast"}}
-        if both_have_aux(student, teacher):
-            taps["aux"] = {"kt_aux"}
-        taps = [tap for tap, terms in taps.items() if terms & set(run.active)]
+        aux = {"kt_aux"} if both_have_aux(student, teacher) else set()
+        terms_of = {"logits": {"kt_logit"}, "head": {"kt_feature", "kt_contrast"}, "aux": aux}
+        taps = [tap for tap, terms in terms_of.items() if terms & set(run.active)]
         if not taps:
             raise UserError("kt_aux: student and teacher need an auxiliary head each, and no other term of kt has a "
                             "weight", settings=["lambda_kt_aux", "aux"])
         return Needs.both(*taps, same_classes="logits" in taps or "aux" in taps, same_stride=True)
 
-    @classmethod
-    def build(cls, options: KTOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> KT:
-        active = set(run.active) - (set() if both_have_aux(student, teacher) else {"kt_aux"})
-        features = None
-        if active & {"kt_feature", "kt_contrast"}:
-            features = FeatureTailoring(student.channels["head"], teacher.channels["head"], options.kt_switch,
-                                        options.kt_temperature, options.kt_train_projections)
-        return cls(features, options, run.as_released, run.ignore_label, active)
-
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         student, teacher = batch.student, batch.teacher
-        terms = self.features(student.head, teacher.head, batch.step) if self.features is not None else {}
+        terms = self.features(student.head, teacher.head, batch.step) if self.features else {}
         if "kt_logit" in self.active:
-            terms["kt_logit"] = self.logit_term(student.logits, teacher.logits, batch.target)
+            logits, target = (student.logits, teacher.logits), batch.target
+            if self.as_released:
+                logits = (F.interpolate(x, size=target.shape[-2:], mode="nearest") for x in logits)
+            else:
+                target = core.labels_at(target, student.logits.shape[-2:])
+            terms["kt_logit"] = logit_tailoring_loss(*logits, target, self.options.kt_temperature, self.ignore_label)
         if "kt_aux" in self.active:
             terms["kt_aux"] = kd_loss(student.aux, teacher.aux, self.options.kd_temperature, "kt")
         return {name: term for name, term in terms.items() if name in self.active}
-
-    def logit_term(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-        """:func:`logit_tailoring_loss` of [B, K, h, w] at label size (as released) or with labels at logit size."""
-        if self.as_released:
-            student, teacher = (F.interpolate(x, size=target.shape[-2:], mode="nearest") for x in (student, teacher))
-        else:
-            target = labels_at(target, student.shape[-2:])
-        return logit_tailoring_loss(student, teacher, target, self.options.kt_temperature, self.ignore_label)

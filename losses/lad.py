@@ -7,9 +7,8 @@ a pixel value. While the teacher learns (``stages/label_assisted.py``), every im
 and sigma is 0.03, so that it has to look at the image too; while the student learns, the codes are fixed and sigma is
 0.02. The student's loss is CWD of the logits. The released student has a fourth channel of zeros: a student without it.
 
-Public code exists for one network on Pascal VOC. Ours: fixed codes for any number of classes; the channel in the units
-of a network whose input is not in pixel units; the schedule of the run for both stages, where the released one has a
-learning rate of 1e-3 and a student that starts from trained weights (lr and student_pretrained do that).
+Public code exists for one network on VOC. Unofficial: codes for any number of classes; a channel in units of the input;
+the run's schedule for both stages (released: lr 1e-3 and, as by student_pretrained, a student with trained weights).
 """
 from __future__ import annotations
 
@@ -18,11 +17,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, Term, labels_at, option, register
-from losses.core.facts import Preparation
+from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, Preparation, RunFacts, Term, option, register
+from losses.core.labels import labels_at
 from losses.core.logit_losses import cwd_loss
 from losses.stages.label_assisted import TeacherRecipe, TeacherState, channel_scale, fixed_codes, with_labels
-from losses.stages.stage import StageSettings, check_shares, common_dependencies, run_stage
+from losses.stages.stage import check_shares, run_stage, stage_settings
 from models.segmentation import add_input_channels
 from models.weights import is_given, load_weights
 from utils.errors import UserError
@@ -32,8 +31,6 @@ NOISE = 0.02
 
 @dataclass(frozen=True)
 class LADOptions(OptionGroup):
-    """Settings of LAD's own teacher."""
-
     lad_teacher: str | None = option(None, "label-assisted teacher of an earlier run (default: train one before the "
                                            "student)", metavar="FILE")
     lad_model: str | None = option(None, "its architecture (default: the student's)")
@@ -42,19 +39,15 @@ class LADOptions(OptionGroup):
         None, "ImageNet weights of its backbone (default: the student's, for the student's backbone)", metavar="FILE")
     lad_steps: int | None = option(
         None, "steps of the stage that trains it (default: those of the student)", at_least=1, metavar="N")
-    lad_batch_size: int | None = option(
-        None, "images per step of that stage, over all processes together (default: as the student)", at_least=1,
-        metavar="N")
+    lad_batch_size: int | None = option(None, "images per step of that stage, over all processes together (default: as "
+                                              "the student)", at_least=1, metavar="N")
     lad_lr: float | None = option(
         None, "learning rate of the first step of that stage (default: the student's)", above=0, metavar="LR")
 
 
 def own_network(options: LADOptions, run: RunFacts, student: NetInfo) -> nn.Module:
     """The label-assisted network that the options describe, with its weights (none on the meta device or where a state
-    will be loaded).
-
-    Raises UserError for unknown networks, and for weights that do not fit or want other images than the student's.
-    """
+    will be loaded). UserError: unknown network, weights that do not fit or want other images than the student's."""
     o, wanted = options, student.preprocess
     choice = replace(run.student, model=o.lad_model or run.student.model, pretrained=None, pretrained_base=None,
                      backbone=o.lad_backbone or run.student.backbone, preprocess=wanted, aux=None)
@@ -75,49 +68,35 @@ def own_network(options: LADOptions, run: RunFacts, student: NetInfo) -> nn.Modu
 
 @register("lad")
 class LAD(Distiller):
-    """CWD of the logits from a label-assisted teacher of its own.
-
-    network: four input channels; frozen, in eval mode, and part of this method's state, so that a resumed run has it.
-    recipe: scale of the label channel, label of ignored pixels, and how the network learns. settings: of the stage in
-    which it does, None when it is trained already.
-    """
-
+    """CWD of the logits from a label-assisted teacher of its own. network: four input channels; frozen, in eval mode,
+    in this method's state for a resumed run. settings: of the stage in which it learns, None when it is trained."""
     title = "label-assisted distillation: a teacher of its own that is shown noisy labels (unofficial beyond VOC)"
     paper = "Qiu et al., Make a Strong Teacher with Label Assistance"
     year = 2024
     Options = LADOptions
     terms = (Term("lad", 0.0, "weight of CWD on the logits of LAD's own teacher"),)
     needs = Needs(student=("logits",))
-    # the released code, for Pascal VOC; there is none for other data sets
-    preset = {"*": {"lambda_lad": 3.0, "aux_weight": 0.02}}
+    preset = {"*": {"lambda_lad": 3.0, "aux_weight": 0.02}}  # the released code, which is for Pascal VOC alone
     rows = {"*": {"lad_model": "deeplabv3"}}
     cost = "a pass of its own teacher, softmaxes of the logits; before training, that of the teacher"
     trial = {"lad_steps": 2, "lad_batch_size": 2}
     stage_options = ("lad_teacher", "lad_pretrained_base", "lad_steps", "lad_batch_size", "lad_lr")
 
-    def __init__(self, network: nn.Module, recipe: TeacherRecipe, settings: StageSettings | None = None) -> None:
+    def __init__(self, options: LADOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> None:
+        """Raises UserError as :func:`own_network`, and when the processes cannot share the stage's batches."""
         super().__init__()
-        self.network = network.eval().requires_grad_(False)
-        self.register_buffer("codes", fixed_codes(network.num_class))
-        self.register_buffer("scale", torch.tensor(recipe.scale))
-        self.recipe, self.settings = recipe, settings
+        o, self.settings = options, None
+        self.network = own_network(o, run, student).eval().requires_grad_(False)
+        scale = channel_scale(self.network.preprocess)
+        self.register_buffer("codes", fixed_codes(self.network.num_class))
+        self.register_buffer("scale", torch.tensor(scale))
+        sgd = run.momentum, run.weight_decay, run.poly_power
+        self.recipe = TeacherRecipe(*sgd, scale, run.ignore_label, run.group_size)
+        if not is_given(o.lad_teacher):
+            self.settings = check_shares(stage_settings(
+                run, "lad", "teacher", o.lad_steps or run.max_iterations, o.lad_batch_size or run.batch_size,
+                o.lad_lr or run.lr, self.network.name, *sgd, train_mode=True, shared_norm=run.sync_bn))
         self._last: tuple[Tensor, Tensor] | None = None
-
-    @classmethod
-    def build(cls, options: LADOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> LAD:
-        """Raises UserError as :func:`own_network`."""
-        o, network = options, own_network(options, run, student)
-        recipe = TeacherRecipe(run.momentum, run.weight_decay, run.poly_power, channel_scale(network.preprocess),
-                               run.ignore_label, run.group_size)
-        if is_given(o.lad_teacher):
-            return cls(network, recipe)
-        depends_on = (network.name, run.momentum, run.weight_decay, run.poly_power, *common_dependencies(run))
-        settings = StageSettings(o.lad_steps or run.max_iterations, o.lad_batch_size or run.batch_size,
-                                 o.lad_lr or run.lr, train_mode=True, seed=run.seed, depends_on=depends_on,
-                                 save_every=run.save_per_iters, method="lad", result="teacher",
-                                 shared_norm=run.sync_bn)
-        check_shares(settings)
-        return cls(network, recipe, settings)
 
     def prepare(self, stage: Preparation) -> None:
         """Train the network, or take it from the cache (:func:`losses.stages.stage.run_stage`)."""
@@ -147,8 +126,7 @@ class LAD(Distiller):
         return {"lad": cwd_loss(batch.student.logits, logits, method="lad")}
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """teacher_accuracy: share of the labeled pixels of the last batch, at logit size, that the teacher gets right
-        with the help of the labels."""
+        """teacher_accuracy: share of the last batch's labeled pixels, at logit size, that the assisted teacher gets."""
         if self._last is None:
             return {}
         logits, labels = self._last

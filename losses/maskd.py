@@ -14,18 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, Term, option, register
+from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, Preparation, RunFacts, Term, option, register
 from losses.core.checks import at_least_float32, check_logits, full_precision
-from losses.core.facts import Preparation
 from losses.core.feature_losses import dice_overlap
 from losses.core.needs import both_have_aux
 from losses.core.task import SegCrossEntropyLoss
-from losses.stages.stage import StageSettings, check_shares, common_dependencies
+from losses.stages.stage import check_shares, stage_settings
 from losses.stages.tokens import initial_tokens, learn_tokens, read_tokens
 from models.output import SegOutput
 from utils.errors import UserError
-
-__all__ = ["MasKD", "dice_overlap", "mask_learning_losses", "maskd_loss"]
 
 
 def receptive_masks(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -34,11 +31,9 @@ def receptive_masks(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def maskd_loss(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor) -> Tensor:
-    """MasKD of two logit maps [B, K, h, w] under tokens [T, K]; every position counts.
-
-    The sum over positions is one batched matrix product, so nothing of size B x T x K x h x w exists. Gradients reach
-    the student (and tokens that ask for them). Raises UserError when the shapes do not fit.
-    """
+    """MasKD of two logit maps [B, K, h, w] under tokens [T, K]; every position counts. The sum over positions is one
+    batched matrix product, so nothing of size B x T x K x h x w exists. Gradients reach the student (and tokens that
+    ask for them). Raises UserError when the shapes do not fit."""
     check_logits("maskd", student_logits, teacher_logits)
     if tokens.ndim != 2 or tokens.shape[1] != teacher_logits.shape[1]:
         raise UserError(f"maskd: tokens {tuple(tokens.shape)}: expected [T, {teacher_logits.shape[1]}]")
@@ -51,11 +46,8 @@ def maskd_loss(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor) -
 
 def mask_learning_losses(teacher_logits: Tensor, tokens: Tensor, target: Tensor, ignore_label: int = -1,
                          group_size: int = 0) -> dict[str, Tensor]:
-    """{"ce", "dice"}: the two scalars whose sum the tokens [T, K] minimise.
-
-    teacher_logits: [B, K, h, w]; target: integers [B, H, W]. ce: cross entropy of the logits times the sum of their
-    masks, resized to the labels (group_size: see :class:`SegCrossEntropyLoss`). dice: :func:`dice_overlap`.
-    """
+    """{"ce", "dice"}: scalars whose sum the tokens [T, K] minimise. teacher_logits: [B, K, h, w]; target: integers [B,
+    H, W]. ce: :class:`SegCrossEntropyLoss` of the logits times the sum of their masks. dice: :func:`dice_overlap`."""
     with full_precision(teacher_logits):
         logits = at_least_float32(teacher_logits.detach())
         masks = receptive_masks(logits.flatten(2), tokens)
@@ -65,8 +57,6 @@ def mask_learning_losses(teacher_logits: Tensor, tokens: Tensor, target: Tensor,
 
 @dataclass(frozen=True)
 class MasKDOptions(OptionGroup):
-    """Settings of MasKD and of the stage before training."""
-
     maskd_masks: str | None = option(None, "tokens to use, of the same teacher and classes (default: learn them before "
                                            "training)", metavar="FILE")
     maskd_tokens: int = option(8, "number of masks", at_least=1, metavar="T")
@@ -81,57 +71,45 @@ class MasKDOptions(OptionGroup):
 @register("maskd")
 class MasKD(Distiller):
     """The main logits, and a share of the auxiliary ones where both networks have them, inside the same tokens' masks.
-
-    tokens: [T, K]; a frozen buffer, so the state of a run holds them. settings: of the stage that learns them, None
-    when they are given.
-    """
-
+    tokens: [T, K]; a frozen buffer, so the state of a run holds them. settings: None without a stage."""
     title = "masked distillation with receptive tokens"
     paper = "Huang et al., Masked Distillation with Receptive Tokens"
     year = 2023
     Options = MasKDOptions
     terms = (Term("maskd", 0.0, "weight of MasKD's masked logit differences (main and auxiliary)"),)
     needs = Needs.both("logits", same_classes=True)
-    # the authors' Cityscapes scripts: 1 on the main and 0.4 on the auxiliary logits, no KD, and a weight decay of 5e-4
-    # where the rows that their table compares with have 1e-4; their MobileNetV2 script has 2e-4
+    # the authors' Cityscapes scripts: no KD, more weight decay than the rows that their table compares with (1e-4)
     preset = {"*": {"lambda_maskd": 1.0, "weight_decay": 5e-4}, "*/mobilenetv2": {"weight_decay": 2e-4}}
     cost = "masks and one matrix product on the logits; before training, a stage of teacher passes"
     trial = {"maskd_steps": 2, "maskd_batch_size": 2}
     stage_options = ("maskd_masks", "maskd_steps", "maskd_batch_size", "maskd_lr")
 
-    def __init__(self, tokens: Tensor, settings: StageSettings | None, aux_weight: float, ignore_label: int,
-                 group_size: int) -> None:
+    def __init__(self, options: MasKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> None:
+        """Raises UserError when the file of tokens does not fit, or the processes cannot share the stage's batches."""
         super().__init__()
+        o, classes, self.settings = options, teacher.channels["logits"], None
+        if o.maskd_masks:
+            tokens = read_tokens(Path(o.maskd_masks), (None, classes), "maskd_masks")
+        else:
+            tokens = initial_tokens((o.maskd_tokens, classes), run.seed, self.method)
+            self.settings = check_shares(stage_settings(run, self.method, "masks", o.maskd_steps, o.maskd_batch_size,
+                                                        o.maskd_lr, train_mode=run.as_released))
         self.register_buffer("tokens", tokens)
-        self.settings, self.aux_weight = settings, aux_weight
-        self.ignore_label, self.group_size = ignore_label, group_size
+        self.aux_weight = o.maskd_aux_weight if both_have_aux(student, teacher) else 0.0
+        self.ignore_label, self.group_size = run.ignore_label, run.group_size
 
     @classmethod
     def requires(cls, options: MasKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
         aux = ("aux",) if options.maskd_aux_weight and both_have_aux(student, teacher) else ()
         return Needs.both("logits", *aux, same_classes=True)
 
-    @classmethod
-    def build(cls, options: MasKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> MasKD:
-        """Raises UserError when the file of tokens does not fit, or the processes cannot share the stage's batches."""
-        classes, settings = teacher.channels["logits"], None
-        if options.maskd_masks:
-            tokens = read_tokens(Path(options.maskd_masks), (None, classes), "maskd_masks")
-        else:
-            tokens = initial_tokens((options.maskd_tokens, classes), run.seed, cls.method)
-            settings = StageSettings(options.maskd_steps, options.maskd_batch_size, options.maskd_lr, run.as_released,
-                                     run.seed, common_dependencies(run), run.save_per_iters, cls.method, "masks")
-            check_shares(settings)
-        aux_weight = options.maskd_aux_weight if both_have_aux(student, teacher) else 0.0
-        return cls(tokens, settings, aux_weight, run.ignore_label, run.group_size)
-
     def prepare(self, stage: Preparation) -> None:
         """Learn the tokens, or take them from the cache (:func:`losses.stages.tokens.learn_tokens`)."""
-        if self.settings is not None:
-            self.tokens.copy_(learn_tokens(stage, self.tokens, self.settings, self._stage_loss))
+        def loss(output: SegOutput, tokens: Tensor, target: Tensor) -> dict[str, Tensor]:
+            return mask_learning_losses(output.logits, tokens, target, self.ignore_label, self.group_size)
 
-    def _stage_loss(self, output: SegOutput, tokens: Tensor, target: Tensor) -> dict[str, Tensor]:
-        return mask_learning_losses(output.logits, tokens, target, self.ignore_label, self.group_size)
+        if self.settings is not None:
+            self.tokens.copy_(learn_tokens(stage, self.tokens, self.settings, loss))
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         loss = maskd_loss(batch.student.logits, batch.teacher.logits, self.tokens)

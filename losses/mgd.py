@@ -19,10 +19,8 @@ from losses.core.feature_losses import aligner, check_widths, masked_feature_los
 
 
 class MaskedGeneration(nn.Module):
-    """Alignment, random mask, generator and squared error for maps of given widths.
-
-    mask_ratio: share of the positions that the mask zeroes, the same ones in every channel.
-    """
+    """Alignment, random mask, generator and squared error for maps of given widths. mask_ratio: share of the positions
+    that the mask zeroes, the same ones in every channel."""
 
     def __init__(self, student_channels: int, teacher_channels: int, mask_ratio: float) -> None:
         super().__init__()
@@ -32,11 +30,8 @@ class MaskedGeneration(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor, *, keep: Tensor | None = None,
                 generator: torch.Generator | None = None) -> Tensor:
-        """Unweighted scalar of student [B, C_s, H, W] and teacher [B, C_t, H, W].
-
-        keep: [B, 1, H, W], non-zero where a position is kept; drawn from ``generator`` (on the maps' device) when not
-        given. Gradients do not reach the teacher. Raises UserError when the maps do not fit each other.
-        """
+        """Scalar of student [B, C_s, H, W] and teacher [B, C_t, H, W] (no gradient); UserError when they do not fit.
+        keep: [B, 1, H, W], non-zero where a position is kept; default: from ``generator`` (on the maps' device)."""
         check_widths("mgd", student, teacher, self.widths)
         if keep is None:
             draw = torch.rand((len(student), 1, *student.shape[-2:]), generator=generator, device=student.device)
@@ -47,8 +42,6 @@ class MaskedGeneration(nn.Module):
 
 @dataclass(frozen=True)
 class MGDOptions(OptionGroup):
-    """Settings of MGD."""
-
     mgd_mask_ratio: float = option(0.75, "share of the positions that the random mask zeroes", at_least=0, at_most=1,
                                    metavar="R")
 
@@ -56,7 +49,6 @@ class MGDOptions(OptionGroup):
 @register("mgd")
 class MGD(Distiller):
     """The c4 maps of both networks through :class:`MaskedGeneration`."""
-
     title = "masked generative distillation"
     paper = "Yang et al., Masked Generative Distillation"
     year = 2022
@@ -64,18 +56,13 @@ class MGD(Distiller):
     terms = (Term("mgd", 0.0, "weight of MGD's restored features (a sum over C*h*w, hence tiny; 2e-5 is for "
                               "crops of 512x512)"),)
     needs = Needs.both("c4", same_stride=True)
-    # the authors' Cityscapes configurations: alpha 2e-5, masked share 0.75, and CWD on the logits with weight 3; their
-    # crops are 512x512 and the term is a sum over C*h*w: at 512x1024 it is twice as strong
+    # the authors' Cityscapes configurations, for crops of 512x512; a sum over C*h*w is twice as strong at 512x1024
     preset = {"*": {"lambda_mgd": 2e-5, "lambda_cwd_logit": 3.0}}
     cost = "two 3x3 convs at teacher width"
 
-    def __init__(self, criterion: MaskedGeneration) -> None:
+    def __init__(self, options: MGDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> None:
         super().__init__()
-        self.criterion = criterion
-
-    @classmethod
-    def build(cls, options: MGDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> MGD:
-        return cls(MaskedGeneration(student.channels["c4"], teacher.channels["c4"], options.mgd_mask_ratio))
+        self.criterion = MaskedGeneration(student.channels["c4"], teacher.channels["c4"], options.mgd_mask_ratio)
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         return {"mgd": self.criterion(batch.student.c4, batch.teacher.c4, generator=generator)}

@@ -1,7 +1,5 @@
-"""SKD's pair-wise term: similarities between all positions of a map (Liu et al., CVPR 2019 / TPAMI 2020).
-
-The holistic (adversarial) half of SKD is the term ``adv`` of ``losses/adversarial.py``, which the method's preset adds.
-"""
+"""SKD's pair-wise term: similarities between all positions of a map (Liu et al., CVPR 2019 / TPAMI 2020). Its holistic
+half is the term ``adv`` of ``losses/adversarial.py``, which the preset adds."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -15,14 +13,9 @@ from losses.core.checks import at_least_float32, full_precision
 
 
 def pool_nodes(feature: Tensor, form: str) -> Tensor:
-    """Max-pool a map [B, C, h, w] to the nodes that are compared.
-
-    cirkd: 2x2, the last window partial where a side is odd. original: windows of half the height and width, so 2x2
-    nodes (3 along an odd side).
-    """
-    if form == "cirkd":
-        return F.max_pool2d(feature, 2, ceil_mode=True)
-    window = [max(side // 2, 1) for side in feature.shape[-2:]]
+    """Max-pool a map [B, C, h, w] to the nodes that are compared. cirkd: 2x2, the last window partial where a side is
+    odd. original: windows of half the height and width, so 2x2 nodes (3 along an odd side)."""
+    window = 2 if form == "cirkd" else [max(side // 2, 1) for side in feature.shape[-2:]]
     return F.max_pool2d(feature, window, ceil_mode=True)
 
 
@@ -37,11 +30,8 @@ def unit_nodes(nodes: Tensor, form: str) -> Tensor:
 
 
 def gram_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """||S'S - T'T||^2 of unit nodes S [B, C_s, P], T [B, C_t, P], summed over the batch, without any P x P matrix.
-
-    It equals ||SS'||^2 + ||TT'||^2 - 2 ||ST'||^2, whose matrices are C x C. That is a difference of large numbers: half
-    precision will not do.
-    """
+    """||S'S - T'T||^2 of unit nodes S [B, C_s, P], T [B, C_t, P], summed over the batch, without any P x P matrix: as
+    ||SS'||^2 + ||TT'||^2 - 2 ||ST'||^2, a difference of large numbers, for which half precision will not do."""
     own, taught, cross = (torch.bmm(a, b.transpose(1, 2)).square().sum()
                           for a, b in ((student, student), (teacher, teacher), (student, teacher)))
     return own + taught - 2 * cross
@@ -55,10 +45,8 @@ def map_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 def pairwise_loss(student: Tensor, teacher: Tensor, form: str = "cirkd") -> Tensor:
     """Mean squared difference of the cosine similarities of all node pairs: (1 / B P^2) sum (A_s - A_t)^2.
-
     student [B, C_s, h, w], teacher [B, C_t, h, w]: widths may differ. form: "cirkd" or "original", two losses of
-    different size whose weights do not transfer. No gradient reaches the teacher. Raises UserError when h, w differ.
-    """
+    different size whose weights do not transfer. No gradient reaches the teacher. Raises UserError when h, w differ."""
     check_maps("skd", student, teacher)
     with full_precision(student):
         nodes = [unit_nodes(pool_nodes(at_least_float32(x), form), form) for x in (student, teacher.detach())]
@@ -70,7 +58,6 @@ def pairwise_loss(student: Tensor, teacher: Tensor, form: str = "cirkd") -> Tens
 @dataclass(frozen=True)
 class SKDOptions(OptionGroup):
     """Settings of the pair-wise term."""
-
     skd_form: str = option("cirkd", "cirkd: 2x2 pooling, weight 10; original: four nodes per image, weight 0.5 to 1",
                            choices=("cirkd", "original"))
 
@@ -85,20 +72,15 @@ class SKD(Distiller):
     Options = SKDOptions
     terms = (Term("skd", 0.0, "weight of SKD's pair-wise similarity loss"),)
     needs = Needs.both("head", same_stride=True)
-    # CIRKD's Cityscapes script of SKD; no script of another data set was released, the weights are taken over. Logits
-    # of small crops are below the 64x64 of the released discriminator: no adversarial term on these sets
+    # CIRKD's Cityscapes script, the only one released; crops of the last two sets are too small for the discriminator
     preset = {"*": {"lambda_kd": 1.0, "lambda_skd": 10.0, "lambda_adv": 0.001},
               "camvid": {"lambda_adv": 0.0}, "toy_streets": {"lambda_adv": 0.0}}
     cost = "channel Gram matrices; discriminator, three passes of it"
     trial = {"adv_upsample": True}
 
-    def __init__(self, form: str) -> None:
+    def __init__(self, options: SKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> None:
         super().__init__()
-        self.form = form
-
-    @classmethod
-    def build(cls, options: SKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> SKD:
-        return cls(options.skd_form)
+        self.form = options.skd_form
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         return {"skd": pairwise_loss(batch.student.head, batch.teacher.head, self.form)}

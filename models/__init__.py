@@ -1,6 +1,5 @@
 """Segmentation networks by name, their weights and their preprocessing.
 
-    from models import get_segmentation_model, list_models
     net = get_segmentation_model("deeplabv3", "resnet18", num_class=19)
     out = net(net.preprocess(images))          # SegOutput: logits, aux, c1..c4, head
 """
@@ -10,7 +9,8 @@ from models.output import SegOutput
 from models.preprocess import CAFFE_BGR, IMAGENET_RGB, Preprocess, get_preprocess
 from models.registry import NetworkChoice, default_aux, get_segmentation_model, list_models, split_backbone
 from models.segmentation import SegmentationNet
-from models.weights import LoadReport, describe, load_weights, read_info, read_state_dict, save_state_dict
+from models.weight_files import describe, read_info, read_state_dict, save_state_dict
+from models.weights import LoadReport, load_weights
 
 __all__ = [
     "CAFFE_BGR", "IMAGENET_RGB", "LoadReport", "NetworkChoice", "Preprocess", "SegOutput", "SegmentationNet",

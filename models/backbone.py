@@ -5,18 +5,13 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-#: a batch-norm class or factory: called with the channel count
-NormLayer = Callable[[int], nn.Module]
-
-#: the four backbone stages of ``SegOutput``
-Stages = tuple[Tensor, Tensor, Tensor, Tensor]
+NormLayer = Callable[[int], nn.Module]  # a batch-norm class or factory: called with the channel count
+Stages = tuple[Tensor, Tensor, Tensor, Tensor]  # c1..c4 of ``SegOutput``
 
 
 def scaled(channels: int, width: float) -> int:
-    """A channel count times ``width``, rounded to a multiple of 8, at least 8 and never more than 10 % below.
-
-    Width 1 leaves every count as it is. This is the rounding of the MobileNet papers, so that width variants have
-    the channel counts of their published namesakes.
+    """A channel count times ``width``, rounded as in the MobileNet papers: to a multiple of 8, at least 8 and never
+    more than 10 % below. Width 1 leaves every count as it is.
     """
     if width == 1.0:
         return channels
@@ -28,17 +23,15 @@ def scaled(channels: int, width: float) -> int:
 def conv_norm_act(c_in: int, c_out: int, kernel: int, norm_layer: NormLayer, *, stride: int = 1, dilation: int = 1,
                   groups: int = 1, act: type[nn.Module] = nn.ReLU) -> list[nn.Module]:
     """Convolution without bias that keeps the size (up to the stride), norm, activation: three entries of a list."""
-    padding = dilation * (kernel // 2)
-    conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, dilation, groups, bias=False)
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, dilation * (kernel // 2), dilation, groups, bias=False)
     return [conv, norm_layer(c_out), act(inplace=True)]
 
 
 class Backbone(nn.Module):
     """A feature extractor at output stride 8.
 
-    ``forward(x [B, 3, H, W])`` returns (c1, c2, c3, c4): c1 at stride 4, the others at stride 8, sides rounded up.
-    ``channels`` holds their channel counts; ``key_prefix`` is what stands before the backbone's own tensor names in
-    the state_dict of this module ('' or 'net.'), i.e. what an ImageNet file does not have.
+    channels: channel counts of c1..c4. key_prefix: what the tensor names of this module's state_dict start with, and
+    those of an ImageNet file do not ('' or 'net.').
     """
 
     key_prefix: str = ""
@@ -48,7 +41,7 @@ class Backbone(nn.Module):
         self.channels = channels
 
     def init_weights(self) -> None:
-        """He initialization (normal, fan out) of convolutions, the habit of both families; norms start as identity."""
+        """He initialization (normal, fan out) of the convolutions; norms start as identity."""
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -56,4 +49,5 @@ class Backbone(nn.Module):
                     nn.init.zeros_(m.bias)
 
     def forward(self, x: Tensor) -> Stages:
+        """[B, 3, H, W] -> c1 [B, C1, H/4, W/4], c2, c3, c4 [B, Ci, H/8, W/8] (sides rounded up)."""
         raise NotImplementedError

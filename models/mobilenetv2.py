@@ -11,15 +11,8 @@ from torch import Tensor, nn
 from models.backbone import Backbone, NormLayer, Stages, conv_norm_act, scaled
 
 #: expansion, channels, blocks, stride in the original network, dilation at output stride 8
-SETTINGS = (
-    (1, 16, 1, 1, 1),
-    (6, 24, 2, 2, 1),
-    (6, 32, 3, 2, 1),
-    (6, 64, 4, 2, 2),
-    (6, 96, 3, 1, 2),
-    (6, 160, 3, 2, 4),
-    (6, 320, 1, 1, 4),
-)
+SETTINGS = ((1, 16, 1, 1, 1), (6, 24, 2, 2, 1), (6, 32, 3, 2, 1), (6, 64, 4, 2, 2), (6, 96, 3, 1, 2), (6, 160, 3, 2, 4),
+            (6, 320, 1, 1, 4))
 #: index of the last block of c1 (stride 4), c2, c3, c4 (stride 8)
 TAPS = (3, 6, 13, 17)
 
@@ -34,8 +27,7 @@ class InvertedResidual(nn.Module):
         layers = conv_norm_act(c_in, hidden, 1, norm_layer, act=nn.ReLU6) if expansion != 1 else []
         layers += conv_norm_act(hidden, hidden, 3, norm_layer, stride=stride, dilation=dilation, groups=hidden,
                                 act=nn.ReLU6)
-        layers += [nn.Conv2d(hidden, c_out, 1, bias=False), norm_layer(c_out)]
-        self.conv = nn.Sequential(*layers)
+        self.conv = nn.Sequential(*layers, nn.Conv2d(hidden, c_out, 1, bias=False), norm_layer(c_out))
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,8 +42,7 @@ class MobileNetV2(Backbone):
 
     def __init__(self, width: float = 1.0, norm_layer: NormLayer = nn.BatchNorm2d) -> None:
         c_in = scaled(32, width)
-        stem = conv_norm_act(3, c_in, 3, norm_layer, stride=2, act=nn.ReLU6)
-        features: list[nn.Module] = [nn.Sequential(*stem)]
+        features: list[nn.Module] = [nn.Sequential(*conv_norm_act(3, c_in, 3, norm_layer, stride=2, act=nn.ReLU6))]
         channels = [c_in]
         for expansion, base, count, stride, dilation in SETTINGS:
             c_out = scaled(base, width)
@@ -70,7 +61,6 @@ class MobileNetV2(Backbone):
         self.init_weights()
 
     def forward(self, x: Tensor) -> Stages:
-        """[B, 3, H, W] -> c1 [B, C1, H/4, W/4], c2, c3, c4 [B, Ci, H/8, W/8] (sides rounded up)."""
         stages = []
         for i, block in enumerate(self.net.features):
             x = block(x)

@@ -7,21 +7,15 @@ from torch import Tensor
 
 
 class SegOutput(NamedTuple):
-    """Named tensors of one forward pass, all at the network's output stride unless said otherwise.
+    """Tensors of one forward pass; the field names are the *taps* that distillation methods ask for.
 
     The order keeps the index habits of the reference code: ``[0]`` logits, ``[-2]`` c4, ``[-1]`` head.
-    The field names are the *tap* names that distillation methods ask for.
-
-    logits: [B, K, h, w]            main prediction, not upsampled
-    aux:    [B, K, h, w] or None    auxiliary prediction from c3 (None when the network has no auxiliary head)
-    c1..c4: [B, C_i, h_i, w_i]      backbone stages (c1 at stride 4, c2..c4 at stride 8)
-    head:   [B, C, h, w]            last feature before the classifier
     """
 
-    logits: Tensor
-    aux: Tensor | None
-    c1: Tensor
+    logits: Tensor  # [B, K, h, w], not upsampled
+    aux: Tensor | None  # [B, K, h, w] from c3; None when the network has no auxiliary head
+    c1: Tensor  # backbone stages [B, C_i, h_i, w_i]: c1 at stride 4, c2..c4 at the output stride 8
     c2: Tensor
     c3: Tensor
     c4: Tensor
-    head: Tensor
+    head: Tensor  # [B, C, h, w], last feature before the classifier

@@ -26,8 +26,8 @@ def _per_channel(values: Triple, device: torch.device) -> Tensor:
 class Preprocess:
     """What a network expects of its input: channel order, then ``(pixel / scale - mean) / std``.
 
-    channel_order: 'bgr' or 'rgb'. mean, std: one value per channel *in that order*. scale: the pixel values 0..255
-    are divided by it first (1: left alone, 255: brought to 0..1). Raises ValueError for anything else.
+    channel_order: 'bgr' or 'rgb'. mean, std: one value per channel *in that order*. scale: divides the pixel values
+    0..255 first. Raises ValueError for anything else.
     """
 
     channel_order: str
@@ -48,15 +48,13 @@ class Preprocess:
             raise ValueError(f"std and scale must be positive, got {self.std} and {self.scale}")
 
     def __call__(self, images: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Normalize a batch.
+        """Normalize uint8 images [B, 3, H, W], BGR, to float32; UserError for a wrong shape or type.
 
-        images: uint8 [B, 3, H, W], BGR, 0..255. valid: int [B, 4], the half-open rectangle (top, bottom, left, right)
-        of real pixels in each image, or None when all are real. Returns float32 [B, 3, H, W], 0.0 outside ``valid``:
-        padding is black *after* the mean was subtracted. Raises UserError for a wrong shape or type.
+        valid: of the real pixels, as in :func:`inside`, or None when all are real; the others become 0.0, so that
+        padding is black *after* the mean was subtracted.
         """
         if images.dim() != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-            raise UserError(f"preprocessing expects uint8 images [B, 3, H, W], got {images.dtype} "
-                            f"{list(images.shape)}")
+            raise UserError(f"preprocessing expects uint8 images [B, 3, H, W], got {images.dtype} {list(images.shape)}")
         x = (images.flip(1) if self.channel_order == "rgb" else images).to(torch.float32)
         if self.scale != 1.0:
             x = x / self.scale
@@ -83,21 +81,18 @@ def inside(valid: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     rows = torch.arange(size[0], device=valid.device)
     cols = torch.arange(size[1], device=valid.device)
     top, bottom, left, right = (v.unsqueeze(1) for v in valid.long().unbind(1))
-    in_rows = (rows >= top) & (rows < bottom)
-    in_cols = (cols >= left) & (cols < right)
-    return in_rows.unsqueeze(2) & in_cols.unsqueeze(1)
+    return ((rows >= top) & (rows < bottom)).unsqueeze(2) & ((cols >= left) & (cols < right)).unsqueeze(1)
 
 
 #: all networks of this repository by default, and the released CIRKD and Af-DCD weights
 CAFFE_BGR = Preprocess("bgr", (104.00698793, 116.66876762, 122.67891434), (1.0, 1.0, 1.0), 1.0)
 #: torchvision's and most of timm's ImageNet weights
 IMAGENET_RGB = Preprocess("rgb", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 255.0)
-
 _NAMED = {"bgr": CAFFE_BGR, "rgb": IMAGENET_RGB}
 
 
 def get_preprocess(choice: Preprocess | str) -> Preprocess:
-    """'bgr' -> CAFFE_BGR, 'rgb' -> IMAGENET_RGB; a Preprocess is returned as it is. UserError for another name."""
+    """'bgr' -> CAFFE_BGR, 'rgb' -> IMAGENET_RGB; a Preprocess as it is. UserError for another name."""
     if isinstance(choice, Preprocess):
         return choice
     if choice not in _NAMED:

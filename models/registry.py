@@ -1,9 +1,8 @@
 """Names of networks: one table of architectures and one of backbones, and the one entry that builds a network.
 
-The suffix ``_w<factor>`` on a backbone name scales every channel count of the backbone (multiples of 8, see
-``backbone.scaled``) and, by the same factor and rounding, the width of the main head: ``resnet18_w0.25``,
-``mobilenetv2_w0.5``. The branches of the pooling pyramid and the auxiliary head are always a quarter of the stage they
-read.
+The suffix ``_w<factor>`` on a backbone name (``resnet18_w0.25``) scales every channel count of the backbone (see
+``backbone.scaled``) and, likewise, the width of the main head. The branches of the pooling pyramid and the auxiliary
+head are always a quarter of the stage they read.
 """
 from __future__ import annotations
 
@@ -11,7 +10,8 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -25,21 +25,18 @@ from models.weights import is_given, load_weights
 from utils.errors import UserError
 
 log = logging.getLogger("afdcd")
-
 WIDTH_SUFFIX = re.compile(r"(?P<base>.+)_w(?P<width>\d+(?:\.\d+)?)")
 MAX_WIDTH = 4.0
 
 
-@dataclass(frozen=True)
-class BackboneEntry:
+class BackboneEntry(NamedTuple):
     """A full-width backbone. build(width, norm_layer); head_widths: channels of each head over it, at full width."""
 
     build: Callable[[float, NormLayer], Backbone]
     head_widths: dict[type[nn.Module], int]
 
 
-@dataclass(frozen=True)
-class Architecture:
+class Architecture(NamedTuple):
     """A model: its head, the full-width backbones that it goes with, whether it has an auxiliary head by default."""
 
     head: type[nn.Module]
@@ -47,15 +44,10 @@ class Architecture:
     aux: bool
 
 
-def _resnet(depth: int, deep_stem: bool, head_widths: dict[type[nn.Module], int]) -> BackboneEntry:
-    return BackboneEntry(lambda width, norm_layer: ResNet(depth, deep_stem, width, norm_layer), head_widths)
-
-
 NARROW, WIDE = {DeepLabHead: 128, PSPHead: 128}, {DeepLabHead: 256, PSPHead: 512}
 BACKBONES = {
-    "resnet18": _resnet(18, True, NARROW), "resnet18_original": _resnet(18, False, NARROW),
-    "resnet50": _resnet(50, True, WIDE), "resnet50_original": _resnet(50, False, WIDE),
-    "resnet101": _resnet(101, True, WIDE), "resnet101_original": _resnet(101, False, WIDE),
+    **{f"resnet{depth}{suffix}": BackboneEntry(partial(ResNet, depth, not suffix), NARROW if depth == 18 else WIDE)
+       for depth in (18, 50, 101) for suffix in ("", "_original")},
     "mobilenetv2": BackboneEntry(MobileNetV2, NARROW),
 }
 RESNETS = tuple(name for name in BACKBONES if name.startswith("resnet"))
@@ -69,10 +61,7 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class NetworkChoice:
-    """A network as the settings name it: architecture, backbone, what it starts from, its input, auxiliary head.
-
-    The fields are arguments of :func:`get_segmentation_model`.
-    """
+    """A network as the settings name it; the fields are arguments of :func:`get_segmentation_model`."""
 
     model: str
     backbone: str
@@ -82,7 +71,7 @@ class NetworkChoice:
     aux: bool | None = None
 
     def build(self, num_class: int, **more: Any) -> nn.Module:
-        """The network with its weights. more: further arguments, as ``norm_layer``. Raises UserError likewise."""
+        """The network with its weights. more: further arguments, as ``norm_layer``."""
         return get_segmentation_model(self.model, self.backbone, num_class, self.aux, self.pretrained,
                                       self.pretrained_base, preprocess=self.preprocess, **more)
 
@@ -116,10 +105,9 @@ def get_segmentation_model(model: str = "deeplabv3", backbone: str = "resnet18",
 
     model, backbone: a pair of :func:`list_models`, the backbone optionally with a width suffix (``_w0.5``).
     aux: auxiliary head; None = the habit of the model. pretrained: a whole segmentation network; pretrained_base: an
-    ImageNet backbone (not read when ``pretrained`` is given, which holds the backbone too). Both as in
-    ``weights.load_weights``; None, '' and 'None' load nothing. norm_layer: called with a channel count.
-    local_rank: accepted for old callers, without effect. preprocess: 'bgr', 'rgb' or a ``Preprocess``, overrides what
-    the weights suggest. Raises UserError for an unknown name, a class count below 1, or weights that do not fit.
+    ImageNet backbone (not read when ``pretrained`` is given, which holds the backbone too). Both, and preprocess, as
+    in ``weights.load_weights``. norm_layer: called with a channel count. local_rank: for old callers, without effect.
+    Raises UserError for an unknown name, a class count below 1, or weights that do not fit.
     """
     architecture = _architecture(model)
     base, width = split_backbone(str(backbone))

@@ -9,8 +9,6 @@ are to be loaded as ``resnet50_original``.
 """
 from __future__ import annotations
 
-from collections import OrderedDict
-
 from torch import Tensor, nn
 
 from models.backbone import Backbone, NormLayer, Stages, scaled
@@ -68,12 +66,10 @@ class Bottleneck(nn.Module):
         return self.relu(self.bn3(self.conv3(out)) + shortcut)
 
 
+Block = type[BasicBlock] | type[Bottleneck]
 #: depth -> block class and blocks per stage
-DEPTHS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
-    18: (BasicBlock, (2, 2, 2, 2)),
-    50: (Bottleneck, (3, 4, 6, 3)),
-    101: (Bottleneck, (3, 4, 23, 3)),
-}
+DEPTHS: dict[int, tuple[Block, tuple[int, int, int, int]]] = {
+    18: (BasicBlock, (2, 2, 2, 2)), 50: (Bottleneck, (3, 4, 6, 3)), 101: (Bottleneck, (3, 4, 23, 3))}
 
 
 class ResNet(Backbone):
@@ -85,30 +81,22 @@ class ResNet(Backbone):
         planes = [scaled(c, width) for c in (64, 128, 256, 512)]
         super().__init__(tuple(p * block.expansion for p in planes))
         self.deep_stem = deep_stem
-        c_in = self._add_stem(deep_stem, width, norm_layer)
+        base = scaled(64, width)
+        c_in = scaled(128, width) if deep_stem else base
+        stem = ([conv3x3(3, base, stride=2), conv3x3(base, base), conv3x3(base, c_in)] if deep_stem else
+                [nn.Conv2d(3, base, 7, 2, padding=3, bias=False)])
+        for i, conv in enumerate(stem, start=1):
+            self.add_module(f"conv{i}", conv)
+            self.add_module(f"bn{i}", norm_layer(conv.out_channels))
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
         for i, (stride, dilation) in enumerate(((1, 1), (2, 1), (1, 2), (1, 4))):
             stage = _make_stage(block, c_in, planes[i], counts[i], stride, dilation, norm_layer)
             self.add_module(f"layer{i + 1}", stage)
             c_in = self.channels[i]
         self.init_weights()
 
-    def _add_stem(self, deep: bool, width: float, norm_layer: NormLayer) -> int:
-        """Add the first convolutions (stride 2) and the pooling (stride 2); returns the channel count after them."""
-        base = scaled(64, width)
-        c_out = scaled(128, width) if deep else base
-        if deep:
-            convs = [conv3x3(3, base, stride=2), conv3x3(base, base), conv3x3(base, c_out)]
-        else:
-            convs = [nn.Conv2d(3, base, 7, 2, padding=3, bias=False)]
-        for i, conv in enumerate(convs, start=1):
-            self.add_module(f"conv{i}", conv)
-            self.add_module(f"bn{i}", norm_layer(conv.out_channels))
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
-        return c_out
-
     def forward(self, x: Tensor) -> Stages:
-        """[B, 3, H, W] -> c1 [B, C1, H/4, W/4], c2, c3, c4 [B, Ci, H/8, W/8] (sides rounded up)."""
         x = self.relu(self.bn1(self.conv1(x)))
         if self.deep_stem:
             x = self.relu(self.bn2(self.conv2(x)))
@@ -119,16 +107,11 @@ class ResNet(Backbone):
         return c1, c2, c3, self.layer4(c3)
 
 
-def _make_stage(block: type[BasicBlock] | type[Bottleneck], c_in: int, planes: int, count: int, stride: int,
-                dilation: int, norm_layer: NormLayer) -> nn.Sequential:
-    c_out = planes * block.expansion
-    blocks = OrderedDict()
-    for i in range(count):
-        first = i == 0
-        shortcut = None
-        if first and (stride != 1 or c_in != c_out):
-            shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), norm_layer(c_out))
-        first_dilation = max(1, dilation // 2) if first else dilation
-        blocks[str(i)] = block(c_in, planes, stride if first else 1, first_dilation, dilation, shortcut, norm_layer)
-        c_in = c_out
-    return nn.Sequential(blocks)
+def _make_stage(block: Block, c_in: int, planes: int, count: int, stride: int, dilation: int,
+                norm_layer: NormLayer) -> nn.Sequential:
+    c_out, shortcut = planes * block.expansion, None
+    if stride != 1 or c_in != c_out:
+        shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), norm_layer(c_out))
+    first = block(c_in, planes, stride, max(1, dilation // 2), dilation, shortcut, norm_layer)
+    return nn.Sequential(first, *(block(c_out, planes, 1, dilation, dilation, None, norm_layer)
+                                  for _ in range(count - 1)))

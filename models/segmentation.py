@@ -9,20 +9,17 @@ from models.output import SegOutput
 from models.preprocess import CAFFE_BGR, Preprocess
 from utils.errors import UserError
 
-#: smallest side of an input image, in pixels
-MIN_SIDE = 8
+MIN_SIDE = 8  # of an input image, in pixels
 
 
 class SegmentationNet(nn.Module):
     """Backbone + head (+ auxiliary head), output at stride 8.
 
     Attributes
-        name            "<model>-<backbone>", e.g. "deeplabv3-resnet18"
-        model, backbone the two parts of the name
+        name            "<model>-<backbone>", e.g. "deeplabv3-resnet18"; model and backbone are its two parts
         num_class       K
         in_channels     3, see :func:`add_input_channels`
         aux             True when there is an auxiliary head
-        output_stride   8
         channels        {tap: channel count} of exactly the fields that ``forward`` fills, in their order
         preprocess      what the weights expect of the input; weight files change it, see ``weights.py``
 
@@ -32,20 +29,18 @@ class SegmentationNet(nn.Module):
     output_stride = 8
 
     def __init__(self, model: str, backbone_name: str, backbone: Backbone, head: nn.Module,
-                 auxlayer: nn.Module | None, num_class: int, preprocess: Preprocess = CAFFE_BGR) -> None:
+                 auxlayer: nn.Module | None, num_class: int) -> None:
         super().__init__()
         self.model, self.backbone, self.name = model, backbone_name, f"{model}-{backbone_name}"
-        self.num_class = num_class
-        self.in_channels = 3
-        self.preprocess = preprocess
+        self.num_class, self.in_channels, self.aux = num_class, 3, auxlayer is not None
+        self.preprocess: Preprocess = CAFFE_BGR
         self.pretrained = backbone
         self.head = head
         if auxlayer is not None:
             self.auxlayer = auxlayer
-        self.aux = auxlayer is not None
-        taps = {"logits": num_class, **({"aux": num_class} if self.aux else {})}
-        taps |= {f"c{i}": c for i, c in enumerate(backbone.channels, start=1)}
-        self.channels: dict[str, int] = {**taps, "head": head.channels}
+        stages = {f"c{i}": c for i, c in enumerate(backbone.channels, start=1)}
+        self.channels: dict[str, int] = {
+            "logits": num_class, **({"aux": num_class} if self.aux else {}), **stages, "head": head.channels}
 
     @property
     def backbone_prefix(self) -> str:
@@ -53,17 +48,13 @@ class SegmentationNet(nn.Module):
         return "pretrained." + self.pretrained.key_prefix
 
     def forward(self, x: Tensor) -> SegOutput:
-        """x: float [B, in_channels, H, W], H and W at least 8. Outputs are at stride 8 (rounded up), c1 at stride 4.
-
-        Raises UserError for another shape or an integer type.
-        """
+        """x: float [B, in_channels, H, W], H and W at least 8; UserError for another shape or an integer type."""
         if x.dim() != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < MIN_SIDE or not x.is_floating_point():
             raise UserError(f"{self.name} expects a float image batch [B, {self.in_channels}, H, W] with H and W "
                             f"of at least {MIN_SIDE}, got {x.dtype} {list(x.shape)}")
         c1, c2, c3, c4 = self.pretrained(x)
         logits, feature = self.head(c4)
-        aux = self.auxlayer(c3)[0] if self.aux else None
-        return SegOutput(logits, aux, c1, c2, c3, c4, feature)
+        return SegOutput(logits, self.auxlayer(c3)[0] if self.aux else None, c1, c2, c3, c4, feature)
 
 
 def add_input_channels(net: SegmentationNet, count: int) -> SegmentationNet:

@@ -1,8 +1,8 @@
 """Importing torchvision beside a torch that it was not built for.
 
-The package registry's torchvision is built for CUDA. Beside a CPU-only torch its compiled operators do not load, and
-the import stops with "operator torchvision::nms does not exist", although model definitions and weight lists need none
-of them. Declaring the operators' signatures (no implementation) lets the import pass.
+PyPI's torchvision is built for CUDA. Beside a CPU-only torch its compiled operators do not load, and the import stops
+with "operator torchvision::nms does not exist", although model definitions and weight lists need none of them.
+Declaring the operators' signatures (no implementation) lets the import pass.
 """
 from __future__ import annotations
 
@@ -15,15 +15,11 @@ import torch
 from utils.errors import UserError
 from utils.tensor_files import first_line
 
-_SIGNATURES = (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-)
 _declared: list[torch.library.Library] = []  # the declarations live as long as this object
 
 
 def import_torchvision() -> ModuleType:
-    """Return the torchvision package. Raises UserError when it is not installed or does not import."""
+    """The torchvision package. Raises UserError when it is not installed or does not import."""
     try:
         return importlib.import_module("torchvision")
     except ImportError as error:
@@ -32,18 +28,13 @@ def import_torchvision() -> ModuleType:
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise UserError(f"torchvision does not import: {first_line(error)}") from error
-    _declare_operators()
+    if not _declared:
+        _declared.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for operator in ("nms", "qnms"):
+            _declared[0].define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     for name in [n for n in sys.modules if n == "torchvision" or n.startswith("torchvision.")]:
         del sys.modules[name]
     try:
         return importlib.import_module("torchvision")
     except (ImportError, RuntimeError) as error:
         raise UserError(f"torchvision does not fit this torch {torch.__version__}: {first_line(error)}") from error
-
-
-def _declare_operators() -> None:
-    if not _declared:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for signature in _SIGNATURES:
-            library.define(signature)
-        _declared.append(library)

@@ -1,12 +1,13 @@
-"""Weight files on disk (or at torchvision's servers): reading them safely, writing ours.
+"""Weight files on disk (or at torchvision's servers): reading them safely, and writing them.
 
-A file that we write is a plain state dict with the names of the released checkpoints. What the names cannot say, first
-of all the preprocessing, stands in a small JSON file beside it (``student.pth`` -> ``student.pth.json``).
+A written file is a plain state dict with the names of the released checkpoints. What the names cannot say, first of
+all the preprocessing, stands in a small JSON file beside it (``student.pth`` -> ``student.pth.json``).
 """
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,14 +23,10 @@ from utils.errors import UserError
 from utils.files import write_json
 from utils.tensor_files import first_line, load_tensors, save_tensors
 
-#: a source that starts with this is one of torchvision's weight names, e.g. torchvision:ResNet50_Weights.IMAGENET1K_V2
-TORCHVISION = "torchvision:"
-#: keys under which programs nest the network's tensors, ours is 'model'
-NESTING = ("state_dict", "model", "net")
-#: prefixes that wrappers (DataParallel, torch.compile) put before every name
-WRAPPERS = ("module.", "_orig_mod.")
-#: key of a training checkpoint under which :func:`describe` may be stored
-INFO_KEY = "net_info"
+TORCHVISION = "torchvision:"  # before one of torchvision's weight names: torchvision:ResNet50_Weights.IMAGENET1K_V2
+NESTING = ("state_dict", "model", "net")  # keys under which programs nest the tensors; 'model' in this repository
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # what DataParallel and torch.compile put before every name
+INFO_KEY = "net_info"  # key of a training checkpoint under which :func:`describe` may be stored
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class WeightFile:
 
     @property
     def from_torchvision(self) -> bool:
-        """True when the source was one of torchvision's weight names."""
+        """Whether the source was one of torchvision's weight names."""
         return self.name.startswith(TORCHVISION)
 
 
@@ -59,17 +56,13 @@ def open_weights(source: str | os.PathLike) -> WeightFile:
     if name.startswith(TORCHVISION):
         return WeightFile(name, _tensors(name, _download(name)))
     path = Path(name).expanduser()
-    content = load_tensors(path, "weights file")
+    content, info = load_tensors(path, "weights file"), read_info(path)
     nested = content.get(INFO_KEY) if isinstance(content, Mapping) else None
-    info = read_info(path)
-    return WeightFile(name, _tensors(name, content), info if info is not None else _checked_info(name, nested))
+    return WeightFile(name, _tensors(name, content), _checked_info(name, nested) if info is None else info)
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a weight file by name, with nesting and wrapper prefixes removed. Raises UserError.
-
-    A training checkpoint of ours holds the student under the key 'model'.
-    """
+    """The tensors of a weight file (of a training checkpoint: the student's) by unwrapped name. Raises UserError."""
     return open_weights(path).tensors
 
 
@@ -94,14 +87,12 @@ def describe(net: nn.Module) -> dict[str, Any]:
 
 
 def save_state_dict(net: nn.Module, path: str | os.PathLike) -> None:
-    """Write a network's weights as a plain state dict, and ``<path>.json`` beside it, each atomically.
+    """Write the weights of a network, wrapped or not, as a plain state dict, and ``<path>.json``, each atomically.
 
-    Wrappers (DistributedDataParallel, torch.compile) are looked through. Folders are created. Raises UserError when
-    the place cannot be written.
+    Folders are created. Raises UserError when a file cannot be written.
     """
     net, path = unwrap(net), Path(path).expanduser()
-    state = OrderedDict((k, v.detach().cpu().contiguous()) for k, v in net.state_dict().items())
-    save_tensors(path, state)
+    save_tensors(path, OrderedDict((k, v.detach().cpu().contiguous()) for k, v in net.state_dict().items()))
     try:
         write_json(_info_path(path), describe(net))
     except OSError as error:
@@ -110,11 +101,9 @@ def save_state_dict(net: nn.Module, path: str | os.PathLike) -> None:
 
 def unwrap(net: nn.Module) -> nn.Module:
     """The network inside DistributedDataParallel and torch.compile."""
-    while True:
-        inner = getattr(net, "module", None) or getattr(net, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return net
+    while isinstance(inner := getattr(net, "module", None) or getattr(net, "_orig_mod", None), nn.Module):
         net = inner
+    return net
 
 
 def _info_path(path: Path) -> Path:
@@ -127,12 +116,10 @@ def _checked_info(name: str, info: Any) -> dict[str, Any] | None:
         return None
     if not isinstance(info, Mapping):
         raise UserError(f"{name}: the network's description should be a mapping, got {type(info).__name__}")
-    info = dict(info)
-    if info.get("preprocess") is None:
-        info.pop("preprocess", None)
-        return info
+    info = {key: value for key, value in info.items() if key != "preprocess" or value is not None}
     try:
-        info["preprocess"] = Preprocess.from_dict(info["preprocess"])
+        if "preprocess" in info:
+            info["preprocess"] = Preprocess.from_dict(info["preprocess"])
     except (ValueError, TypeError) as error:
         raise UserError(f"{name}: 'preprocess' is not usable ({first_line(error)})") from error
     return info
@@ -157,11 +144,9 @@ def _download(name: str) -> Any:
 def _tensors(name: str, content: Any) -> dict[str, Tensor]:
     """Unwrap the nesting, check that every entry is a plain tensor, strip wrapper prefixes."""
     for _ in range(4):  # deeper than any program nests
-        inner = [content[key] for key in NESTING if key in content and isinstance(content[key], Mapping)] \
-            if isinstance(content, Mapping) else []
-        if not inner:
-            break
-        content = inner[0]
+        nested = [key for key in NESTING if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)]
+        if nested:
+            content = content[nested[0]]
     if not isinstance(content, Mapping) or not content:
         what = "empty" if isinstance(content, Mapping) else f"a {type(content).__name__}"
         raise UserError(f"{name}: expected a dict of named tensors, its content is {what}")
@@ -171,15 +156,8 @@ def _tensors(name: str, content: Any) -> dict[str, Tensor]:
                 or value.layout is not torch.strided or value.is_quantized:
             raise UserError(f"{name}: expected a dict of named tensors, entry {key!r} is a {type(value).__name__}"
                             f"{' of an unsupported kind' if isinstance(value, Tensor) else ''}")
-        short = _strip_wrappers(key)
+        short = WRAPPERS.sub("", key)
         if short in tensors:
             raise UserError(f"{name}: tensor {short!r} occurs twice, with and without a wrapper prefix")
         tensors[short] = value.detach()
     return tensors
-
-
-def _strip_wrappers(key: str) -> str:
-    while key.startswith(WRAPPERS):
-        for prefix in WRAPPERS:
-            key = key.removeprefix(prefix)
-    return key

@@ -1,14 +1,14 @@
 """Fitting weight files to networks: what matches is loaded and counted, what does not is an error or a log line.
 
 Understood, each with or without ``module.`` prefixes and nesting under state_dict/model/net:
-  what='model'      segmentation networks: released CIRKD and Af-DCD files, ours, training checkpoints of ours
+  what='model'      segmentation networks: released CIRKD and Af-DCD files, this repository's, its training checkpoints
   what='backbone'   ImageNet backbones: CIRKD's, torchvision's (plain-stem ResNets; MobileNetV2, whose newer names
                     ``conv.0.0.weight`` are translated), and the backbone inside any segmentation file above
 
-Preprocessing. A network starts with the BGR-minus-mean of the released weights. It is replaced by, in this order:
-the caller's ``preprocess``; what the JSON file beside the weights says; for ImageNet backbones, RGB mean/std when the
-source is a torchvision name, a MobileNetV2 with the newer names or a plain-stem (7x7) ResNet. The last is a guess:
-CIRKD's own plain-stem files look the same, and for those ``preprocess='bgr'`` has to be said.
+A network's preprocessing is the BGR-minus-mean of the released weights, unless replaced by, in this order: the caller's
+``preprocess``; what the JSON file beside the weights says; for ImageNet backbones, RGB mean/std when the source is a
+torchvision name, a MobileNetV2 with the newer names or a plain-stem (7x7) ResNet. The last is a guess: CIRKD's own
+plain-stem files look the same, and for those ``preprocess='bgr'`` has to be said.
 """
 from __future__ import annotations
 
@@ -22,27 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from models.preprocess import CAFFE_BGR, IMAGENET_RGB, Preprocess, get_preprocess
-from models.weight_files import (
-    WeightFile,
-    describe,
-    is_given,
-    open_weights,
-    read_info,
-    read_state_dict,
-    save_state_dict,
-    unwrap,
-)
+from models.weight_files import WeightFile, describe, is_given, open_weights, read_state_dict, save_state_dict, unwrap
 from utils.errors import UserError
 
-__all__ = ["LoadReport", "describe", "is_given", "load_weights", "read_info", "read_state_dict", "save_state_dict"]
+__all__ = ["LoadReport", "describe", "is_given", "load_weights", "read_state_dict", "save_state_dict"]
 
 log = logging.getLogger("afdcd")
 
 #: share of the backbone's tensors that a backbone file must hold, and largest share of foreign ones that it may
 MIN_MATCH, MAX_FOREIGN = 0.9, 0.1
 COUNTER = "num_batches_tracked"
-#: entries that profilers leave in saved files
-PROFILER = re.compile(r"(.*\.)?total_(ops|params)")
+PROFILER = re.compile(r"(.*\.)?total_(ops|params)")  # entries that profilers leave in saved files
 #: classifiers and heads that belong to no backbone
 BACKBONE_EXTRAS = re.compile(r"(fc|classifier|last_linear|features\.18|head|auxlayer)\..*")
 #: the same inside a segmentation network whose backbone kept its classifier
@@ -66,8 +56,7 @@ def load_weights(net: nn.Module, source: str | os.PathLike | None, what: str = "
 
     source: None, '' and 'None' load nothing. what: 'model' = every tensor of the network must be in the file, and
     only harmless others; 'backbone' = at least nine tenths of the backbone's. Missing batch counters are no error.
-    preprocess: 'bgr', 'rgb' or a Preprocess, stronger than what the weights suggest.
-    Raises UserError, before anything was changed, naming file and tensor.
+    preprocess: 'bgr', 'rgb' or a Preprocess. Raises UserError, before anything was changed, naming file and tensor.
     """
     if what not in ("model", "backbone"):
         raise ValueError(f"what must be 'model' or 'backbone', got {what!r}")
@@ -76,8 +65,7 @@ def load_weights(net: nn.Module, source: str | os.PathLike | None, what: str = "
         net.preprocess = wanted or net.preprocess
         return LoadReport()
     file = open_weights(source)
-    fit = _fit_model if what == "model" else _fit_backbone
-    pairs, report, suggested = fit(net, file)
+    pairs, report, suggested = (_fit_model if what == "model" else _fit_backbone)(net, file)
     with torch.no_grad():
         for target, value in pairs:
             target.copy_(value)
@@ -90,15 +78,18 @@ Fit = tuple[list[tuple[Tensor, Tensor]], LoadReport, Preprocess | None]
 
 
 def _fit_model(net: nn.Module, file: WeightFile) -> Fit:
-    _check_info(net, file)
+    for field in ("model", "backbone", "num_class"):
+        said, built = (file.info or {}).get(field), getattr(net, field)
+        if said is not None and said != built:
+            raise UserError(f"{file.name}: its description says {field} {said!r}, "
+                            f"but {net.name} was built with {built!r}")
     own = net.state_dict()
     report, foreign = _compare(own, file.tensors, lambda k: bool(PROFILER.fullmatch(k) or MODEL_EXTRAS.fullmatch(k))
                                or (k.startswith("auxlayer.") and not net.aux))
     if not report.matched:
         raise UserError(f"{file.name}: no tensor of it belongs to {net.name} (it has {_some(file.tensors)}); "
                         "a backbone file goes to the pretrained-base option")
-    missing = _without_counters(report.missing)
-    if missing:
+    if missing := _without_counters(report.missing):
         raise UserError(f"{file.name}: lacks {len(missing)} of the {len(own)} tensors of {net.name}: {_some(missing)}")
     pairs = _pairs(net, file, own, file.tensors, report.matched)
     if foreign:
@@ -111,13 +102,11 @@ def _fit_backbone(net: nn.Module, file: WeightFile) -> Fit:
     own = {k.removeprefix(prefix): v for k, v in net.state_dict().items() if k.startswith(prefix)}
     inside_net = any(k.startswith(prefix) for k in file.tensors)
     given = {k.removeprefix(prefix): v for k, v in file.tensors.items()}
-    modern = any(NEW_MOBILENET.fullmatch(k) for k in given)
-    if modern:
+    if modern := any(NEW_MOBILENET.fullmatch(k) for k in given):
         given = flat_mobilenet_names(given)
     report, foreign = _compare(own, given, lambda k: bool(PROFILER.fullmatch(k) or BACKBONE_EXTRAS.fullmatch(k)))
     pairs = _pairs(net, file, own, given, report.matched)
-    wanted = _without_counters(own)
-    missing = _without_counters(report.missing)
+    wanted, missing = _without_counters(own), _without_counters(report.missing)
     if len(missing) > (1 - MIN_MATCH) * len(wanted):
         raise UserError(f"{file.name}: matches only {len(wanted) - len(missing)} of the {len(wanted)} tensors of "
                         f"{net.name}'s backbone (it has {_some(given)}; the backbone wants {_some(missing)})")
@@ -131,7 +120,7 @@ def _fit_backbone(net: nn.Module, file: WeightFile) -> Fit:
 
 
 def flat_mobilenet_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of a newer torchvision MobileNetV2 to the older, flat layout that this repository uses.
+    """Rename the tensors of a newer torchvision MobileNetV2 to the older, flat layout.
 
     Newer: a block's convolutions with norm and activation are nested (conv.0.0, conv.0.1, conv.1.0, ...), its last
     convolution and norm follow (conv.2, conv.3). Flat: each convolution, norm and activation counts by itself.
@@ -184,15 +173,6 @@ def _hint(name: str, value: Tensor, target: Tensor) -> str:
     return ""
 
 
-def _check_info(net: nn.Module, file: WeightFile) -> None:
-    """The description beside the weights must be of this network."""
-    for field in ("model", "backbone", "num_class"):
-        said = (file.info or {}).get(field)
-        if said is not None and said != getattr(net, field):
-            raise UserError(f"{file.name}: its description says {field} {said!r}, but {net.name} was built with "
-                            f"{getattr(net, field)!r}")
-
-
 def _without_counters(names: Iterable[str]) -> list[str]:
     return [n for n in names if not n.endswith(COUNTER)]
 
@@ -204,10 +184,9 @@ def _some(names: Iterable[str], most: int = 3) -> str:
 
 def _log(net: nn.Module, file: WeightFile, what: str, report: LoadReport) -> None:
     order = {CAFFE_BGR: "BGR minus mean", IMAGENET_RGB: "RGB mean/std"}.get(net.preprocess, str(net.preprocess))
-    counters = len(report.missing) - len(_without_counters(report.missing))
-    log.info("%s (%s) from %s: %d tensors matched, %d missing (%d of them batch counters), %d ignored%s; input is %s",
-             net.name, what, file.name, len(report.matched), len(report.missing), counters, len(report.ignored),
-             f" ({_some(report.ignored, 6)})" if report.ignored else "", order)
     lost = _without_counters(report.missing)
+    log.info("%s (%s) from %s: %d tensors matched, %d missing (%d of them batch counters), %d ignored%s; input is %s",
+             net.name, what, file.name, len(report.matched), len(report.missing), len(report.missing) - len(lost),
+             len(report.ignored), f" ({_some(report.ignored, 6)})" if report.ignored else "", order)
     if lost:
         log.warning("%s: %d tensors of the backbone keep their random values: %s", file.name, len(lost), _some(lost, 6))

@@ -5,9 +5,9 @@
     python tools/benchmark_methods.py --slow-forms
 
 Every measurement has a process of its own, and the repetitions go round all methods, so that a machine that slows down
-slows all of them. Networks have random weights and images are noise: neither matters to the cost. Stages before
-training run with their ``trial`` settings and are not counted. ``none`` trains the student alone; ``teacher`` runs the
-teacher too and distils nothing, so that what a method itself adds is the difference to ``teacher``.
+slows all of them. Networks have random weights, images are noise: neither matters to the cost. Stages before training
+run with their ``trial`` settings and are not counted. ``none`` trains the student alone; ``teacher`` runs the teacher
+too and distils nothing, so that what a method itself adds is the difference to ``teacher``.
 """
 from __future__ import annotations
 
@@ -45,8 +45,7 @@ MARK = "measured: "
 
 @dataclass(frozen=True)
 class Options(OptionGroup):
-    """The command line."""
-
+    """The command line; ``job``: the one measurement of a child process."""
     student: str = option("deeplabv3-resnet18", "MODEL-BACKBONE of the student", metavar="NET")
     teacher: str = option("deeplabv3-resnet101", "MODEL-BACKBONE of the teacher", metavar="NET")
     dataset: str = option("citys", "whose presets and number of classes")
@@ -59,10 +58,8 @@ class Options(OptionGroup):
                                       metavar="NAME")
     json: str | None = option(None, "write the figures there too", metavar="FILE")
     slow_forms: bool = option(False, "measure the losses of five methods against their slow forms instead")
-    job: str | None = option(None, hidden=True)  # the one measurement of a child process
+    job: str | None = option(None, hidden=True)
 
-
-# -- one measurement, in a process of its own -------------------------------------------------------------------------
 
 def reset_peak(device: torch.device) -> None:
     """Forget the peak so far (on Linux; elsewhere the peak of a CPU process cannot be forgotten)."""
@@ -76,13 +73,11 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: what the allocator held at most on a GPU, the largest resident size of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # not ru_maxrss where there is a choice: it starts from the size of the process that started this one
     status = Path("/proc/self/status")
-    if status.is_file():
+    if status.is_file():  # rather than ru_maxrss, which starts from the size of the process that started this one
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def timed(work: Callable[[int], object], steps: int, device: torch.device) -> dict[str, float]:
@@ -106,23 +101,22 @@ def network(name: str, num_class: int) -> nn.Module:
     return get_segmentation_model(model=model, backbone=backbone, num_class=num_class)
 
 
-def random_batches(options: Options, num_class: int) -> Callable[..., Iterator[tuple[Tensor, Tensor]]]:
-    """What ``Preparation.batches`` asks for, with noise as images and random labels."""
-
-    def batches(steps: int, batch_size: int, start: int, role: str) -> Iterator[tuple[Tensor, Tensor]]:
-        for _ in range(start, steps):
-            images = torch.randn(batch_size, 3, *options.crop, device=options.device)
-            yield ((images, images) if role == "both" else images,
-                   torch.randint(0, num_class, (batch_size, *options.crop), device=options.device))
-
-    return batches
+def random_batch(images: int, options: Options, num_class: int) -> tuple[Tensor, Tensor]:
+    """Noise and random labels."""
+    return (torch.randn(images, 3, *options.crop, device=options.device),
+            torch.randint(0, num_class, (images, *options.crop), device=options.device))
 
 
 def prepare(objective: Objective, teacher: nn.Module | None, options: Options, num_class: int) -> None:
     """Run the methods' stages before training, on noise."""
+    def batches(steps: int, batch_size: int, start: int, role: str) -> Iterator[tuple]:
+        for _ in range(start, steps):
+            images, target = random_batch(batch_size, options, num_class)
+            yield (images, images) if role == "both" else images, target
+
     with tempfile.TemporaryDirectory() as folder:
-        stage = Preparation(objective.student, teacher, torch.device(options.device), Path(folder), True,
-                            random_batches(options, num_class), lambda text: None, data="noise", images=options.batch)
+        stage = Preparation(objective.student, teacher, torch.device(options.device), Path(folder), True, batches,
+                            lambda text: None, data="noise", images=options.batch)
         for distiller in objective.distillers.values():
             distiller.prepare(stage)
 
@@ -133,33 +127,30 @@ def measure_method(name: str, options: Options) -> dict[str, float]:
     num_class = get_dataset_spec(options.dataset).num_class
     method = "none" if name in BASELINES else name
     model, _, backbone = options.student.partition("-")
-    settings = parse_settings(["--method", method, "--dataset", options.dataset, "--crop-size", *map(str, options.crop),
-                           "--student-model", model, "--student-backbone", backbone,
-                           "--batch-size", str(options.batch), "--teacher-pretrained", "random"])
+    settings = parse_settings([
+        "--method", method, "--dataset", options.dataset, "--crop-size", *map(str, options.crop), "--batch-size",
+        str(options.batch), "--student-model", model, "--student-backbone", backbone, "--teacher-pretrained", "random"])
     if method != "none":
         settings = from_flat({**settings.flat(), **methods()[method].trial})
     torch.manual_seed(0)
     student = network(options.student, num_class).train()
-    teacher = None
-    if name == "teacher" or settings.needs_teacher:
-        teacher = network(options.teacher, num_class).eval().requires_grad_(False).to(device)
+    has_teacher = name == "teacher" or settings.needs_teacher
+    teacher = network(options.teacher, num_class).eval().requires_grad_(False).to(device) if has_teacher else None
     objective = build_objective(settings, student, teacher).to(device)
     step_fn = TrainStep(objective, teacher, build_optimizer(settings, objective), lr=1e-4, max_iterations=10**6)
-    images = torch.randn(options.batch, 3, *options.crop, device=device)
-    target = torch.randint(0, num_class, (options.batch, *options.crop), device=device)
+    images, target = random_batch(options.batch, options, num_class)
     if method != "none":
         prepare(objective, teacher, options, num_class)
-    found = timed(lambda step: step_fn(images, images, target, step), options.steps, device)
+    costs = timed(lambda step: step_fn(images, images, target, step), options.steps, device)
     extra = objective.distillers
     kept = [*extra.buffers(), *(p for p in extra.parameters() if not p.requires_grad)]
-    return {**found, "parameters": sum(p.numel() for p in extra.parameters() if p.requires_grad),
+    return {**costs, "parameters": sum(p.numel() for p in extra.parameters() if p.requires_grad),
             "state": sum(t.numel() * t.element_size() for t in kept)}
 
 
 def measure_form(name: str, which: int, options: Options) -> dict[str, float]:
-    """Seconds and memory beyond the inputs of forward and backward of one loss: 0 the slow form, 1 ours."""
+    """Seconds and memory beyond the inputs of forward and backward of one loss; which: 0 the slow form, 1 ours."""
     from tests.slow_forms import FORMS, make_maps
-
     device = torch.device(options.device)
     num_class = get_dataset_spec(options.dataset).num_class
     with torch.device("meta"):
@@ -167,16 +158,13 @@ def measure_form(name: str, which: int, options: Options) -> dict[str, float]:
     maps = make_maps(options.batch, tuple(-(-side // 8) for side in options.crop), num_class, widths, device=device)
     reset_peak(device)
     before = peak_memory(device)
-    found = timed(lambda _: FORMS[name][which](maps).backward(), options.steps, device)
-    return {**found, "peak": found["peak"] - before}
+    costs = timed(lambda _: FORMS[name][which](maps).backward(), options.steps, device)
+    return {**costs, "peak": costs["peak"] - before}
 
-
-# -- all measurements -------------------------------------------------------------------------------------------------
 
 def in_own_process(job: list, argv: list[str]) -> dict:
     """Run this program once more for one measurement. Returns its figures, or {"refused": reason}."""
-    command = [sys.executable, __file__, *argv, "--job", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, *argv, "--job", json.dumps(job)], capture_output=True, text=True)
     lines = [x for x in done.stdout.splitlines() if x.startswith(MARK)]
     if lines:
         return json.loads(lines[-1][len(MARK):])
@@ -186,24 +174,22 @@ def in_own_process(job: list, argv: list[str]) -> dict:
 
 def measure_all(jobs: list[list], repeats: int, argv: list[str]) -> list[dict]:
     """The median figures of every job, from ``repeats`` rounds over all of them; refused jobs are not repeated."""
-    found: list[list[dict]] = [[] for _ in jobs]
+    rounds: list[list[dict]] = [[] for _ in jobs]
     for repeat in range(repeats):
-        for job, results in zip(jobs, found, strict=True):
-            if results and "refused" in results[0]:
-                continue
-            sys.stderr.write(f"round {repeat + 1} of {repeats}: {' '.join(map(str, job[1:]))}\n")
-            results.append(in_own_process(job, argv))
-    return [r[0] if "refused" in r[0] else {k: statistics.median(x[k] for x in r) for k in r[0]} for r in found]
+        for job, results in zip(jobs, rounds, strict=True):
+            if not results or "refused" not in results[0]:
+                sys.stderr.write(f"round {repeat + 1} of {repeats}: {' '.join(map(str, job[1:]))}\n")
+                results.append(in_own_process(job, argv))
+    return [r[0] if "refused" in r[0] else {k: statistics.median(x[k] for x in r) for k in r[0]} for r in rounds]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    line = "|".join(("-" if i == 0 else "") + "-" * (w + 1) + (":" if i else "") for i, w in enumerate(widths))
-    body = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-            for row in (header, *rows)]
-    text = ["| " + " | ".join(cells) + " |" for cells in body]
-    return "\n".join([text[0], f"|{line}|", *text[1:]])
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    head, *body = (" | ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
+                   for first, *cells in (header, *rows))
+    rule = "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])])
+    return "\n".join([f"| {head} |", f"|{rule}|", *(f"| {line} |" for line in body)])
 
 
 def method_rows(results: Mapping[str, dict]) -> tuple[list[str], list[list[str]]]:
@@ -213,13 +199,12 @@ def method_rows(results: Mapping[str, dict]) -> tuple[list[str], list[list[str]]
     none, teacher = (results[name] for name in BASELINES)
     rows = []
     for name, r in results.items():
-        if "refused" in r:
-            rows.append([name, *["-"] * 8])
-            continue
-        memory = [r["peak"], r["peak"] - none["peak"], r["peak"] - teacher["peak"]]
-        times = [f"{r['seconds']:.3g}", *(f"{r['seconds'] / b['seconds']:.2f}" for b in (none, teacher))]
-        rows.append([name, f"{r['parameters'] / 1e6:.2f}", f"{r['state'] / 1e6:.0f}",
-                     *(f"{m / 1e6:.0f}" for m in memory), *times])
+        cells = ["-"] * 8
+        if "refused" not in r:
+            memory = (r["peak"], r["peak"] - none["peak"], r["peak"] - teacher["peak"])
+            cells = [f"{r['parameters'] / 1e6:.2f}", *(f"{size / 1e6:.0f}" for size in (r["state"], *memory)),
+                     f"{r['seconds']:.3g}", *(f"{r['seconds'] / base['seconds']:.2f}" for base in (none, teacher))]
+        rows.append([name, *cells])
     return header, rows
 
 
@@ -227,20 +212,13 @@ def form_rows(results: Mapping[str, list[dict]]) -> tuple[list[str], list[list[s
     """Header and rows of the table of slow forms: forward and backward of one loss, memory beyond its inputs."""
     header = ["loss", "slow form (s)", "ours (s)", "speed-up", "slow form (MB)", "ours (MB)"]
     rows = []
-    for name, (slow, ours) in results.items():
-        if "refused" in slow or "refused" in ours:
-            rows.append([name, *["-"] * 5])
-            continue
-        rows.append([name, f"{slow['seconds']:.3g}", f"{ours['seconds']:.3g}",
-                     f"{slow['seconds'] / ours['seconds']:.1f}x", f"{slow['peak'] / 1e6:.0f}",
-                     f"{ours['peak'] / 1e6:.0f}"])
+    for name, pair in results.items():
+        cells = ["-"] * 5
+        if not any("refused" in r for r in pair):
+            slow, fast = (r["seconds"] for r in pair)
+            cells = [f"{slow:.3g}", f"{fast:.3g}", f"{slow / fast:.1f}x", *(f"{r['peak'] / 1e6:.0f}" for r in pair)]
+        rows.append([name, *cells])
     return header, rows
-
-
-def refusals(results: Mapping[str, dict | list[dict]]) -> list[tuple[str, str]]:
-    """(name, reason) of everything that could not be measured."""
-    flat = [(name, r) for name, found in results.items() for r in (found if isinstance(found, list) else [found])]
-    return [(name, r["refused"]) for name, r in flat if "refused" in r]
 
 
 def parse(argv: list[str] | None) -> Options:
@@ -260,12 +238,11 @@ def main(argv: list[str] | None = None) -> int:
     if options.job is not None:
         print(MARK + json.dumps(measure_job(json.loads(options.job), options)))
         return 0
-    for name in (options.student, options.teacher):
-        with torch.device("meta"):
+    with torch.device("meta"):
+        for name in (options.student, options.teacher):
             network(name, 2)
     if options.slow_forms:
         from tests.slow_forms import FORMS
-
         measured = measure_all([["form", n, which] for n in FORMS for which in (0, 1)], options.repeats, argv)
         results = {n: measured[2 * i:2 * i + 2] for i, n in enumerate(FORMS)}
         header, rows = form_rows(results)
@@ -279,8 +256,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{options.teacher} -> {options.student}, {options.dataset}, crop {options.crop[0]}x{options.crop[1]}, batch "
           f"{options.batch}, {options.device}, median of {options.repeats} x {options.steps} steps\n")
     print(table(header, rows))
-    for name, reason in refusals(results):
-        print(f"\n{name}: not measured: {reason}")
+    for name, costs in results.items():
+        for reason in (r["refused"] for r in (costs if isinstance(costs, list) else [costs]) if "refused" in r):
+            print(f"\n{name}: not measured: {reason}")
     if options.json:
         settings = {k: v for k, v in asdict(options).items() if k not in ("job", "json")}
         Path(options.json).write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")

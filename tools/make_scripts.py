@@ -4,16 +4,14 @@
     python tools/make_scripts.py            rewrite them all
     python tools/make_scripts.py --check    exit with 1 and name what differs
 
-Settings come from where ``--method`` has them: the published ones of the method's file in ``losses/`` and the defaults
-of its options. Here stand the published figures, the protocol of each data set, and which settings a script shows. A
-new method is one line in METHODS.
+Settings come from where ``--method`` has them: published values and defaults of the method's file in ``losses/``. Here
+stand published figures, the protocol of each data set, and what a script shows. A new method is one line in METHODS.
 """
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from textwrap import wrap
 
@@ -30,23 +28,22 @@ from utils.options import OptionGroup, flag, option
 SCRIPTS = Path(__file__).resolve().parent.parent / "train_scripts"
 OPTIMIZATION = ("batch_size", "lr", "momentum", "weight_decay", "poly_power", "aux_weight")
 RUNNING = ("workers", "val_per_iters", "save_per_iters", "log_iter")
+#: of the settings of ``train_kd.py``
+DEFAULTS = {action.dest: action.default for action in build_parser()._actions}
 
 
 @dataclass(frozen=True)
 class Network:
-    """title: for people; short: in file names; base: ImageNet file of the backbone."""
-
+    """title: for people; short: in file names."""
     title: str
     short: str
     model: str
     backbone: str
-    base: str
 
 
 @dataclass(frozen=True)
 class Table:
     """One published table, mIoU in percent: of the teacher, and by student and method ('none': not distilled)."""
-
     title: str
     folder: str
     crop: tuple[int, int]
@@ -61,7 +58,6 @@ class Table:
 class Method:
     """title: for people; shown: settings that the scripts spell out, a tuple per line; notes: comments, by (data set,
     student), by data set, or '*' for the rest; teacher: whether it learns from the table's teacher."""
-
     title: str
     shown: tuple[tuple[str, ...], ...] = ()
     notes: Mapping[str | tuple[str, str], str] = field(default_factory=dict)
@@ -70,12 +66,10 @@ class Method:
 
 R101, R18, MBV2, PSP = "deeplabv3_r101", "r18", "mbv2", "psp_r18"
 NETWORKS = {
-    R101: Network("DeepLabV3-ResNet101", "deeplabv3_r101", "deeplabv3", "resnet101", "resnet101-imagenet.pth"),
-    R18: Network("DeepLabV3-ResNet18", "deeplabv3_r18", "deeplabv3", "resnet18", "resnet18-imagenet.pth"),
-    MBV2: Network("DeepLabV3-MobileNetV2", "deeplabv3_mbv2", "deeplab_mobile", "mobilenetv2",
-                  "mobilenetv2-imagenet.pth"),
-    PSP: Network("PSPNet-ResNet18", "psp_r18", "psp", "resnet18", "resnet18-imagenet.pth"),
-}
+    R101: Network("DeepLabV3-ResNet101", R101, "deeplabv3", "resnet101"),
+    R18: Network("DeepLabV3-ResNet18", "deeplabv3_r18", "deeplabv3", "resnet18"),
+    MBV2: Network("DeepLabV3-MobileNetV2", "deeplabv3_mbv2", "deeplab_mobile", "mobilenetv2"),
+    PSP: Network("PSPNet-ResNet18", PSP, "psp", "resnet18")}
 
 TABLES = {
     "citys": Table("Cityscapes", "cityscapes", (512, 1024), 40000, "deeplabv3_resnet101_citys_best_model.pth", 78.07, {
@@ -91,14 +85,12 @@ TABLES = {
         R18: {"none": 32.60, "kd": 32.88, "cirkd": 33.11, "afdcd": 34.02}}),
     "voc": Table("Pascal VOC (aug)", "voc", (512, 512), 40000, "deeplabv3_resnet101_pascal_aug_best_model.pth", 77.67, {
         R18: {"none": 73.21, "skd": 73.51, "ifvd": 73.85, "cwd": 74.02, "cirkd": 74.50, "lad": 75.0, "afdcd": 76.25},
-        PSP: {"none": 73.33, "skd": 74.07, "ifvd": 73.54, "cwd": 73.99, "cirkd": 74.78, "lad": 75.4,
-              "afdcd": 76.14}}),
+        PSP: {"none": 73.33, "skd": 74.07, "ifvd": 73.54, "cwd": 73.99, "cirkd": 74.78, "lad": 75.4, "afdcd": 76.14}}),
     "camvid": Table("CamVid", "camvid", (360, 360), 40000, "deeplabv3_resnet101_camvid_best_model.pth", 69.84, {
         R18: {"none": 66.92, "skd": 67.46, "ifvd": 67.28, "cwd": 67.71, "cirkd": 68.21, "afdcd": 69.27},
         PSP: {"none": 66.73, "skd": 67.83, "ifvd": 67.61, "cwd": 67.92, "cirkd": 68.65, "afdcd": 69.48}},
         note="Published CamVid figures are of the test images; the Af-DCD program also chose its best model on them. "
-             "Here val chooses and test is reported; --selection-split reference restores that habit."),
-}
+             "Here val chooses and test is reported; --selection-split reference restores that habit.")}
 
 MORE_DECAY = "Published with a larger weight decay than the other rows."
 NO_TWIN = f"{MORE_DECAY} The student alone was not trained again with it."
@@ -111,60 +103,41 @@ ADVERSARIAL = {"citys": "", "voc": CITYS_ONLY, "camvid": f"{CITYS_ONLY} {NO_ADVE
 #: a script is written for every method listed here and every student with a published figure of it
 METHODS = {
     "none": Method("not distilled", teacher=False),
-    "kd": Method(
-        "KD", (("lambda_kd",), ("kd_temperature",)),
-        {"*": "No script of this row was released; the weight is that of KD within Af-DCD on this data set."}),
+    "kd": Method("KD", (("lambda_kd",), ("kd_temperature",)), {
+        "*": "No script of this row was released; the weight is that of KD within Af-DCD on this data set."}),
     "skd": Method("SKD", (("lambda_kd", "lambda_skd", "lambda_adv"),), ADVERSARIAL),
     "ifvd": Method("IFVD", (("lambda_kd", "lambda_ifvd", "lambda_adv"),), ADVERSARIAL),
     "cwd": Method("CWD", (("lambda_kd", "lambda_cwd_feat", "lambda_cwd_logit", "lambda_adv"),), ADVERSARIAL),
-    "dsd": Method(
-        "DSD", (("lambda_dsd_psd", "lambda_dsd_csd"), ("compat",)),
-        {("citys", MBV2): "This student has no auxiliary head, and the released code compares its maps with "
-                          "others of the teacher; the published figure was made with it: hence --compat "
-                          "reference. Without it head and logits are compared with head and logits."}),
-    "cirkd": Method(
-        "CIRKD",
-        (("lambda_kd", "lambda_cirkd_batch", "lambda_cirkd_pixel", "lambda_cirkd_region"), ("group_size", "compat")),
-        {"*": "The released code fills the pixel queues with pixels of other classes, and the published figure "
-              "was made with it: hence --compat reference. Without it the queues are correct."}),
-    "maskd": Method(
-        "MasKD", (("lambda_maskd", "maskd_aux_weight"),
-                  ("maskd_tokens", "maskd_steps", "maskd_batch_size", "maskd_lr")),
-        {"*": f"Learns its masks first (10k iterations, cached in the run's folder). {NO_TWIN}"}),
-    "dist": Method(
-        "DIST", (("lambda_dist", "dist_aux_weight"), ("dist_temperature", "dist_beta", "dist_gamma", "group_size")),
-        {"*": NO_TWIN, ("citys", PSP): f"{NO_TWIN} Others who ran the released code report 75.37 to 75.53."}),
-    "kt": Method(
-        "KT", (("lambda_kd", "lambda_kt_logit", "lambda_kt_feature", "lambda_kt_contrast"),
-               ("lambda_kt_aux", "kd_temperature", "kt_temperature", "kt_switch")),
-        {"*": f"{MORE_DECAY} The released code compares the logits at crop size, as --compat reference does: the "
-              "same but for cells that label edges cut, and slower."}),
-    "lad": Method(
-        "LAD", (("lambda_lad",), ("lad_model",)),
-        {"*": "Published with one decimal. The teacher, a DeepLabV3-ResNet18 that is shown noisy labels, is "
-              "trained first by the same command (cached in the run's folder). The released code has a learning "
-              "rate of 0.001 and a student that starts from trained weights; this is the schedule of the other "
-              "rows (--lr 0.001 --student-pretrained FILE come closer)."}, teacher=False),
-    "afdcd": Method(
-        "Af-DCD", (("lambda_kd", "lambda_fd", "lambda_ctr"), ("rand_mask", "enhance_projector", "mask_ratio"),
-                   ("kd_temperature", "tau_ocd", "m_ocd", "pool_size", "patch_size", "clip_distiller")),
-        {("citys", R18): "The released script asks for centre mask and enhanced projector in a spelling that its "
-                         "program rejects, so nobody can tell which setting gave the published figure. This is "
-                         "the intended one; add --rand-mask true --enhance-projector false for that program's "
-                         "defaults.",
-         "camvid": "The contrast is not pooled on CamVid, whatever --pool-size says."}),
-}
-
-
-def lookup(notes: Mapping[str | tuple[str, str], str], dataset: str, student: str) -> str:
-    """The most specific note of a row, '' when there is none."""
-    return notes.get((dataset, student), notes.get(dataset, notes.get("*", "")))
-
-
-@cache
-def defaults() -> dict[str, object]:
-    """{setting: default} of ``train_kd.py``."""
-    return {action.dest: action.default for action in build_parser()._actions}
+    "dsd": Method("DSD", (("lambda_dsd_psd", "lambda_dsd_csd"), ("compat",)), {
+        ("citys", MBV2): "This student has no auxiliary head, and the released code compares its maps with others of "
+                         "the teacher; the published figure was made with it: hence --compat reference. Without it "
+                         "head and logits are compared with head and logits."}),
+    "cirkd": Method("CIRKD", (("lambda_kd", "lambda_cirkd_batch", "lambda_cirkd_pixel", "lambda_cirkd_region"),
+                              ("group_size", "compat")), {
+        "*": "The released code fills the pixel queues with pixels of other classes, and the published figure was made "
+             "with it: hence --compat reference. Without it the queues are correct."}),
+    "maskd": Method("MasKD", (("lambda_maskd", "maskd_aux_weight"),
+                              ("maskd_tokens", "maskd_steps", "maskd_batch_size", "maskd_lr")), {
+        "*": f"Learns its masks first (10k iterations, cached in the run's folder). {NO_TWIN}"}),
+    "dist": Method("DIST", (("lambda_dist", "dist_aux_weight"),
+                            ("dist_temperature", "dist_beta", "dist_gamma", "group_size")), {
+        "*": NO_TWIN, ("citys", PSP): f"{NO_TWIN} Others who ran the released code report 75.37 to 75.53."}),
+    "kt": Method("KT", (("lambda_kd", "lambda_kt_logit", "lambda_kt_feature", "lambda_kt_contrast"),
+                        ("lambda_kt_aux", "kd_temperature", "kt_temperature", "kt_switch")), {
+        "*": f"{MORE_DECAY} The released code compares the logits at crop size, as --compat reference does: the same "
+             "but for cells that label edges cut, and slower."}),
+    "lad": Method("LAD", (("lambda_lad",), ("lad_model",)), {
+        "*": "Published with one decimal. The teacher, a DeepLabV3-ResNet18 that is shown noisy labels, is trained "
+             "first by the same command (cached in the run's folder). The released code has a learning rate of 0.001 "
+             "and a student that starts from trained weights; this is the schedule of the other rows (--lr 0.001 "
+             "--student-pretrained FILE come closer)."}, teacher=False),
+    "afdcd": Method("Af-DCD", (
+        ("lambda_kd", "lambda_fd", "lambda_ctr"), ("rand_mask", "enhance_projector", "mask_ratio"),
+        ("kd_temperature", "tau_ocd", "m_ocd", "pool_size", "patch_size", "clip_distiller")), {
+        ("citys", R18): "The released script asks for centre mask and enhanced projector in a spelling that its "
+                        "program rejects, so nobody can tell which setting gave the published figure. This is the "
+                        "intended one; add --rand-mask true --enhance-projector false for that program's defaults.",
+        "camvid": "The contrast is not pooled on CamVid, whatever --pool-size says."})}
 
 
 def written(setting: str, value: object) -> str:
@@ -179,97 +152,90 @@ def scripts() -> Iterator[tuple[str, str]]:
     for dataset, table in TABLES.items():
         yield f"{table.folder}/{R101}_teacher.sh", teacher_script(dataset)
         for student, published in table.published.items():
-            for method in published:
-                if method in METHODS:
-                    name = "baseline" if method == "none" else method
-                    teacher = f"{R101}_" if METHODS[method].teacher else ""
-                    # the student's short name repeats the architecture only where no teacher's name says it
-                    short = NETWORKS[student].short.removeprefix("deeplabv3_" if teacher else "")
-                    yield f"{table.folder}/{teacher}{short}_{name}.sh", student_script(dataset, student, method)
+            for method in (name for name in published if name in METHODS):
+                teacher = f"{R101}_" if METHODS[method].teacher else ""
+                # the student's short name repeats the architecture only where no teacher's name says it
+                short = NETWORKS[student].short.removeprefix("deeplabv3_" if teacher else "")
+                name = "baseline" if method == "none" else method
+                yield f"{table.folder}/{teacher}{short}_{name}.sh", student_script(dataset, student, method)
 
 
 def teacher_script(dataset: str) -> str:
     """The script that trains the teacher of a table."""
     table = TABLES[dataset]
     trained = f"work_dir/{table.folder}/{R101}_teacher/kd_deeplabv3_resnet101_{dataset}_best_model.pth"
-    comment = [f"{table.title}, teacher {NETWORKS[R101].title}: {table.teacher_miou:.2f} mIoU published.",
-               "We do not know the schedule of the released file; this is that of the students. To distil from yours:",
-               f"TEACHER={trained} bash SCRIPT"]
-    return assemble(dataset, R101, "none", comment)
+    return assemble(dataset, R101, "none", [
+        f"{table.title}, teacher {NETWORKS[R101].title}: {table.teacher_miou:.2f} mIoU published.",
+        "We do not know the schedule of the released file; this is that of the students. To distil from yours:",
+        f"TEACHER={trained} bash SCRIPT"])
 
 
 def student_script(dataset: str, student: str, method: str) -> str:
     """The script of one figure of a table."""
-    table = TABLES[dataset]
-    published = table.published[student]
-    title = NETWORKS[student].title
-    figures = [f"teacher {table.teacher_miou:.2f}"] if METHODS[method].teacher else []
+    table, described, published = TABLES[dataset], METHODS[method], TABLES[dataset].published[student]
+    figures = [f"teacher {table.teacher_miou:.2f}"] if described.teacher else []
     figures += [f"student alone {published['none']:.2f}"] if method != "none" else []
-    networks = f"{NETWORKS[R101].title} -> {title}" if METHODS[method].teacher else title
-    comment = [f"{table.title}, {networks}, {METHODS[method].title}: {published[method]:.2f} mIoU published"
-               + (f" ({', '.join(figures)})." if figures else "."),
-               lookup(METHODS[method].notes, dataset, student)]
-    return assemble(dataset, student, method, comment)
+    networks = (f"{NETWORKS[R101].title} -> " if described.teacher else "") + NETWORKS[student].title
+    notes = described.notes
+    return assemble(dataset, student, method, [
+        f"{table.title}, {networks}, {described.title}: {published[method]:.2f} mIoU published"
+        + (f" ({', '.join(figures)})." if figures else "."),
+        notes.get((dataset, student), notes.get(dataset, notes.get("*", "")))])
 
 
 def assemble(dataset: str, student: str, method: str, comment: list[str]) -> str:
     """Comment paragraphs and command of one script."""
     table, network, described = TABLES[dataset], NETWORKS[student], METHODS[method]
-    row = published_row(method, dataset, network.model, network.backbone)
-    values = {**defaults(), **preset(method, dataset, network.backbone), **row,
+    values = {**DEFAULTS, **preset(method, dataset, network.backbone),
+              **published_row(method, dataset, network.model, network.backbone),
               "dataset": dataset, "crop_size": table.crop, "max_iterations": table.iterations}
-    # a defect that only some figures were made with is shown where it is wanted
-    lines = [[name for name in line if name != "compat" or values[name] == "reference"] for line in described.shown]
 
     def show(names: Iterable[str]) -> str:
-        return " ".join(written(name, values[name]) for name in names)
+        # a defect that only some figures were made with is shown where it is wanted
+        return " ".join(written(n, values[n]) for n in names if n != "compat" or values[n] == "reference")
 
     commands = [f'--dataset {dataset} --data "$DATA" {show(("crop_size", "max_iterations"))}', show(OPTIMIZATION)]
     if described.teacher:
         commands += [f"--teacher-model {NETWORKS[R101].model} --teacher-backbone {NETWORKS[R101].backbone}",
                      f'--teacher-pretrained "${{TEACHER:-$CKPT/{table.teacher_file}}}"']
+    first, *more = map(show, described.shown or [()])
     commands += [f"--student-model {network.model} --student-backbone {network.backbone}",
-                 f'--student-pretrained-base "$CKPT/{network.base}"',
-                 " ".join([f"--method {method}", *map(show, lines[:1])]), *map(show, lines[1:]), show(RUNNING),
+                 f'--student-pretrained-base "$CKPT/{network.backbone}-imagenet.pth"',
+                 f"--method {method} {first}".rstrip(), *more, show(RUNNING),
                  '--save-dir "$WORK_DIR" --log-dir "$LOG_DIR" "$@"']
     head = [*comment, table.note,
             "GPUS, DATA, TEACHER, ...: see ../common.sh. More flags are passed on. Written by tools/make_scripts.py."]
     return "\n".join(["#!/usr/bin/env bash", *(f"# {line}" for text in head for line in wrap(text, 116)),
-                      "set -euo pipefail",
-                      f'source "$(dirname "${{BASH_SOURCE[0]}}")/../common.sh" {dataset}', "",
+                      "set -euo pipefail", f'source "$(dirname "${{BASH_SOURCE[0]}}")/../common.sh" {dataset}', "",
                       "train \\\n    " + " \\\n    ".join(filter(None, commands))]) + "\n"
 
 
 def differences() -> list[str]:
     """Scripts that are missing, differ from the tables, or stand in none of them; paths below train_scripts."""
     wanted = dict(scripts())
-    paths = (path for table in TABLES.values() for path in SCRIPTS.glob(f"{table.folder}/*.sh"))
-    present = {str(path.relative_to(SCRIPTS)) for path in paths}
-    changed = [name for name, text in wanted.items()
-               if name in present and (SCRIPTS / name).read_text(encoding="utf-8") != text]
-    return ([f"{name}: differs" for name in changed] + [f"{name}: missing" for name in sorted(wanted.keys() - present)]
-            + [f"{name}: not in the tables" for name in sorted(present - wanted.keys())])
+    present = {str(path.relative_to(SCRIPTS)) for t in TABLES.values() for path in SCRIPTS.glob(f"{t.folder}/*.sh")}
+    return [*(f"{name}: differs" for name, text in wanted.items()
+              if name in present and (SCRIPTS / name).read_text(encoding="utf-8") != text),
+            *(f"{name}: missing" for name in sorted(wanted.keys() - present)),
+            *(f"{name}: not in the tables" for name in sorted(present - wanted.keys()))]
 
 
 @dataclass(frozen=True)
 class Settings(OptionGroup):
     """The command line."""
-
     check: bool = option(False, "write nothing; exit with 1 when a script differs from the tables")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write or check. Returns the exit code."""
-    settings = parse_options(Settings, argv, prog="make_scripts.py",
-                             description="Write train_scripts/<data set>/*.sh from one table.")
-    if settings.check:
+    description = "Write train_scripts/<data set>/*.sh from one table."
+    if parse_options(Settings, argv, prog="make_scripts.py", description=description).check:
         problems = differences()
         print("\n".join(problems) or "all scripts agree with the tables")
         return 1 if problems else 0
     for name, text in scripts():
-        path = SCRIPTS / name
-        write_text(path, text)
-        path.chmod(0o755)
+        write_text(SCRIPTS / name, text)
+        (SCRIPTS / name).chmod(0o755)
     print("\n".join(f"left alone, {line}" for line in differences()) or f"wrote {len(dict(scripts()))} scripts")
     return 0
 

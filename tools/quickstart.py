@@ -40,7 +40,6 @@ TITLES = {"teacher": "teacher", "plain": "student, plain", "afdcd": "student, Af
 @dataclass(frozen=True)
 class Recipe:
     """Sizes, iterations and weights. Everything but the seeds."""
-
     height: int = 120
     width: int = 160
     train: int = 400
@@ -60,6 +59,15 @@ class Recipe:
     pool_size: int = 2
     patch_size: tuple[int, int] = (2, 2)
 
+    def network(self, role: str) -> tuple[str, str]:
+        """(model, backbone) of a role."""
+        return self.teacher if role == "teacher" else self.student
+
+    def schedule(self, role: str) -> tuple[int, float]:
+        """(iterations, learning rate) of a role."""
+        teacher, student = (self.teacher_iterations, self.teacher_lr), (self.student_iterations, self.student_lr)
+        return teacher if role == "teacher" else student
+
 
 SHORT = replace(Recipe(), height=72, width=96, train=24, val=4, test=8, crop=(64, 96), teacher_iterations=12,
                 student_iterations=8)
@@ -68,60 +76,42 @@ SHORT = replace(Recipe(), height=72, width=96, train=24, val=4, test=8, crop=(64
 def run(arguments: list[str]) -> None:
     """Run a program of this repository with this Python, its output on our terminal; stop when it fails."""
     print("\n$ python " + " ".join(arguments), flush=True)
-    code = subprocess.run([sys.executable, *arguments], cwd=ROOT).returncode
-    if code:
+    if code := subprocess.run([sys.executable, *arguments], cwd=ROOT).returncode:
         raise UserError(f"{arguments[0]} failed with exit code {code}: its message is above")
 
 
 def weights(out: Path, role: str, seed: int, recipe: Recipe) -> Path:
-    """Where the final network of a role is."""
-    model, backbone = recipe.teacher if role == "teacher" else recipe.student
-    return out / f"{role}_seed{seed}" / f"kd_{model}_{backbone}_toy_streets.pth"
+    """File of a role's final network."""
+    return out / f"{role}_seed{seed}" / f"kd_{'_'.join(recipe.network(role))}_toy_streets.pth"
 
 
 def is_trained(out: Path, role: str, seed: int, recipe: Recipe) -> bool:
     """True when the role's last iteration is done and its network written."""
     network = weights(out, role, seed, recipe)
-    state = network.with_name(f"{network.stem}_state.pth")
-    steps = recipe.teacher_iterations if role == "teacher" else recipe.student_iterations
+    state, steps = network.with_name(f"{network.stem}_state.pth"), recipe.schedule(role)[0]
     return network.is_file() and state.is_file() and torch.load(state, weights_only=True, mmap=True)["step"] == steps
 
 
 def training(out: Path, data: Path, role: str, seed: int, recipe: Recipe) -> list[str]:
     """The command that trains one network, or finishes the training that an interrupted run began."""
-    model, backbone = recipe.teacher if role == "teacher" else recipe.student
-    steps = recipe.teacher_iterations if role == "teacher" else recipe.student_iterations
-    lr = recipe.teacher_lr if role == "teacher" else recipe.student_lr
-    folder = out / f"{role}_seed{seed}"
+    (model, backbone), (steps, lr) = recipe.network(role), recipe.schedule(role)
+    folder = str(out / f"{role}_seed{seed}")
     command = ["train_kd.py", "--dataset", "toy_streets", "--data", str(data), "--no-cuda", "--resume", "auto",
                "--student-model", model, "--student-backbone", backbone, "--crop-size", *map(str, recipe.crop),
                "--batch-size", str(recipe.batch), "--max-iterations", str(steps), "--lr", str(lr),
-               "--workers", "1", "--seed", str(seed), "--save-dir", str(folder), "--log-dir", str(folder),
-               "--log-iter", "50", "--save-per-iters", "100", "--skip-val", "--no-tensorboard"]
-    if role == "afdcd":
-        teacher_model, teacher_backbone = recipe.teacher
-        command += ["--method", "afdcd", "--teacher-model", teacher_model, "--teacher-backbone", teacher_backbone,
-                    "--teacher-pretrained", str(weights(out, "teacher", seed, recipe)),
-                    "--lambda-kd", str(recipe.lambda_kd), "--lambda-fd", str(recipe.lambda_fd),
-                    "--lambda-ctr", str(recipe.lambda_ctr), "--pool-size", str(recipe.pool_size),
-                    "--patch-size", *map(str, recipe.patch_size)]
-    else:
-        command += ["--method", "none"]
-    return command
-
-
-def train(out: Path, data: Path, seed: int, recipe: Recipe) -> None:
-    """Train what is not trained yet: the teacher, then the student without and with it."""
-    for role in ROLES:
-        if is_trained(out, role, seed, recipe):
-            print(f"{TITLES[role]} (seed {seed}) is trained already: {out / f'{role}_seed{seed}'}")
-        else:
-            run(training(out, data, role, seed, recipe))
+               "--workers", "1", "--seed", str(seed), "--save-dir", folder, "--log-dir", folder, "--log-iter", "50",
+               "--save-per-iters", "100", "--skip-val", "--no-tensorboard"]
+    if role != "afdcd":
+        return [*command, "--method", "none"]
+    return [*command, "--method", "afdcd", "--teacher-model", recipe.teacher[0], "--teacher-backbone",
+            recipe.teacher[1], "--teacher-pretrained", str(weights(out, "teacher", seed, recipe)),
+            "--lambda-kd", str(recipe.lambda_kd), "--lambda-fd", str(recipe.lambda_fd), "--lambda-ctr",
+            str(recipe.lambda_ctr), "--pool-size", str(recipe.pool_size), "--patch-size", *map(str, recipe.patch_size)]
 
 
 def test(out: Path, data: Path, role: str, seed: int, recipe: Recipe) -> dict:
     """Evaluate the final network of a role on the test images with ``eval.py``; its JSON."""
-    model, backbone = recipe.teacher if role == "teacher" else recipe.student
+    model, backbone = recipe.network(role)
     answer = out / f"{role}_seed{seed}" / "test.json"
     run(["eval.py", "--model", model, "--backbone", backbone, "--dataset", "toy_streets", "--data", str(data),
          "--pretrained", str(weights(out, role, seed, recipe)), "--split", "test", "--no-cuda", "--workers", "1",
@@ -139,8 +129,7 @@ def table(results: dict[int, dict[str, dict]], recipe: Recipe) -> str:
             values = [100 * r[role][key] for r in results.values()]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}")
-        net = "-".join(recipe.teacher if role == "teacher" else recipe.student)
-        lines.append(f"{TITLES[role]:18s}{net:38s}{cells[0]:>14s}{cells[1]:>18s}")
+        lines.append(f"{TITLES[role]:18s}{'-'.join(recipe.network(role)):38s}{cells[0]:>14s}{cells[1]:>18s}")
     if len(results) > 1:
         lines += ["", f"mean ± standard deviation over seeds {', '.join(map(str, results))}"]
     return "\n".join(lines)
@@ -151,27 +140,23 @@ def picture(out: Path, data: Path, seed: int, recipe: Recipe, results: dict[str,
     spec = get_dataset_spec("toy_streets", data)
     split = SegmentationDataset(spec, data, "test", train=False, limit=4)
     items = [split[i] for i in range(len(split))]
-    predictions: list[list[np.ndarray]] = []
-    for role in ROLES:
-        model, backbone = recipe.teacher if role == "teacher" else recipe.student
+    predictions: list[list[np.ndarray]] = [[] for _ in ROLES]
+    for role, own in zip(ROLES, predictions, strict=True):
+        model, backbone = recipe.network(role)
         net = get_segmentation_model(model=model, backbone=backbone, num_class=spec.num_class,
                                      pretrained=str(weights(out, role, seed, recipe)))
-        predictions.append([])
-        evaluate(net, split, device=torch.device("cpu"),
-                 on_prediction=lambda prediction, _, rows=predictions[-1]: rows.append(prediction.numpy()))
+        evaluate(net, split, device=torch.device("cpu"), on_prediction=lambda x, _, own=own: own.append(x.numpy()))
     images = [np.ascontiguousarray(item["image"].permute(1, 2, 0).numpy()[..., ::-1]) for item in items]
     titles = [f"{TITLES[role]}\nmIoU {100 * results[role]['mIoU']:.1f} %" for role in ROLES]
-    path = out / "panel.png"
-    save_rgb(path, comparison(images, [item["label"].numpy() for item in items], predictions, titles,
-                              palette=spec.palette, classes=spec.classes,
-                              heading=f"Toy streets, {recipe.test} test images"))
-    return path
+    panel = comparison(images, [item["label"].numpy() for item in items], predictions, titles, palette=spec.palette,
+                       classes=spec.classes, heading=f"Toy streets, {recipe.test} test images")
+    save_rgb(out / "panel.png", panel)
+    return out / "panel.png"
 
 
 @dataclass(frozen=True)
 class Options(OptionGroup):
     """The command line."""
-
     seeds: tuple[int, ...] = option((0,), "one complete run per seed", at_least=0, metavar="N")
     out: str | None = option(None, "folder of the runs (default: runs/quickstart)", metavar="DIR")
     short: bool = option(False, "a few iterations on a few images: shows that everything works")
@@ -181,10 +166,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the whole quickstart; returns the exit code."""
     options = parse_options(Options, argv, prog="quickstart.py", description="Distil a small network on toy streets.")
     recipe = SHORT if options.short else Recipe()
-    usual = ROOT / "runs" / ("quickstart_short" if options.short else "quickstart")
-    out = Path(options.out).expanduser().resolve() if options.out else usual
-    note = out / "recipe.json"
-    wanted = json.loads(json.dumps(asdict(recipe)))
+    folder = options.out or ROOT / "runs" / ("quickstart_short" if options.short else "quickstart")
+    out = Path(folder).expanduser().resolve()
+    note, wanted = out / "recipe.json", json.loads(json.dumps(asdict(recipe)))
     if note.is_file() and json.loads(note.read_text(encoding="utf-8")) != wanted:
         raise UserError(f"{out} holds runs of another recipe: remove it, or choose another folder with --out")
     start = time.perf_counter()
@@ -196,12 +180,15 @@ def main(argv: list[str] | None = None) -> int:
     write_json(note, wanted)
     results: dict[int, dict[str, dict]] = {}
     for seed in options.seeds:
-        train(out, data, seed, recipe)
+        for role in ROLES:  # what is not trained yet: the teacher, then the student without and with it
+            if is_trained(out, role, seed, recipe):
+                print(f"{TITLES[role]} (seed {seed}) is trained already: {out / f'{role}_seed{seed}'}")
+            else:
+                run(training(out, data, role, seed, recipe))
         results[seed] = {role: test(out, data, role, seed, recipe) for role in ROLES}
-    first = options.seeds[0]
-    path = picture(out, data, first, recipe, results[first])
-    print("\n" + table(results, recipe))
-    print(f"\nPictures: {path}\nRuns:     {out}\nTime:     {(time.perf_counter() - start) / 60:.1f} min")
+    path = picture(out, data, options.seeds[0], recipe, results[options.seeds[0]])
+    print(f"\n{table(results, recipe)}\n\nPictures: {path}\nRuns:     {out}\n"
+          f"Time:     {(time.perf_counter() - start) / 60:.1f} min")
     return 0
 
 

@@ -1,18 +1,8 @@
-"""Command line: one parser class and one wrapper for every program of the repository.
+"""Command line: one parser class and one wrapper for every program, ``sys.exit(run_main(main))``.
 
-* both spellings of every option (``--rand-mask``, ``--rand_mask``), booleans that work, no abbreviations;
-* wrong input is one line on stderr and exit code 2, without usage text and without a traceback; when all processes
-  under ``torchrun`` find the same fault, one of them says so.
-
-    def main(argv: list[str] | None = None) -> int | None:
-        settings = parse_options(Settings, argv, prog="check_data.py", description="...")
-        ...
-        return 0
-
-    if __name__ == "__main__":
-        sys.exit(run_main(main))
-
-Flags, types and help derive from the dataclasses of ``utils/options.py``.
+Flags, types and help derive from the dataclasses of ``utils/options.py``. Both spellings of every option work
+(``--rand-mask``, ``--rand_mask``), abbreviations do not. Wrong input is one line on stderr and exit code 2, without a
+traceback; when all processes under ``torchrun`` find the same fault, one of them says so.
 """
 from __future__ import annotations
 
@@ -21,11 +11,12 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 from utils.errors import UserError
-from utils.options import Option, OptionGroup, flag, is_required, options_of
+from utils.options import Option, OptionGroup, flag, options_of
 
 Group = TypeVar("Group", bound=OptionGroup)
 
@@ -91,12 +82,9 @@ class HelpFormatter(argparse.HelpFormatter):
             return text
         if default in (None, argparse.SUPPRESS, "", []) or "(default" in text:
             return text
-        if isinstance(default, bool):
-            shown = str(default).lower()
-        elif isinstance(default, (list, tuple)):
-            shown = " ".join(str(item) for item in default)
-        else:
-            shown = str(default)
+        shown = str(default).lower() if isinstance(default, bool) else str(default)
+        if isinstance(default, list):
+            shown = " ".join(map(str, default))
         shown = shown.replace("%", "%%")  # argparse formats the help text with %
         return f"{text} (default: {shown})".strip()
 
@@ -130,25 +118,17 @@ class ArgumentParser(argparse.ArgumentParser):
     def add_option(self, group: argparse._ActionsContainer, one: Option) -> None:
         """Add the flag of one setting."""
         spellings = [flag(one.name), *map(flag, one.aliases)]
-        more = {"help": argparse.SUPPRESS if one.hidden else one.help}
+        help = argparse.SUPPRESS if one.hidden else one.help
         if one.kind is bool:
             spellings += [] if one.name.startswith("no_") else [f"--no-{spellings[0][2:]}"]
-            group.add_argument(*spellings, action=BooleanAction, default=one.default, **more)
+            group.add_argument(*spellings, action=BooleanAction, default=one.default, help=help)
             return
-        if one.nargs == "append":
-            more |= {"action": "append"}
-        elif one.nargs is not None:
-            more |= {"nargs": one.nargs}
-        if one.kind in (int, float):
-            more |= {"type": _converter(one)}
-        elif one.kind is not str:
-            more |= {"type": one.kind}
-        if one.metavar is not None:
-            more |= {"metavar": one.metavar}
-        default = list(one.default) if isinstance(one.default, tuple) else one.default
-        required = is_required(one)
-        group.add_argument(*spellings, choices=one.choices, required=required, default=None if required else default,
-                           **more)
+        many = {"action": "append"} if one.nargs == "append" else {"nargs": one.nargs}
+        kind = _converter(one) if one.kind in (int, float) else one.kind
+        required = one.default is MISSING
+        default = None if required else list(one.default) if isinstance(one.default, tuple) else one.default
+        group.add_argument(*spellings, type=kind, choices=one.choices, metavar=one.metavar, required=required,
+                           default=default, help=help, **many)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As argparse, after turning the underscores of known options into dashes."""
@@ -254,8 +234,8 @@ def _is_first(line: str) -> bool:
 def _is_lost_connection(error: RuntimeError) -> bool:
     """What gloo and NCCL raise in a process whose partner has gone."""
     text = str(error).lower()
-    return any(words in text for words in ("connection closed by peer", "connection reset", "broken pipe",
-                                           "remote process exited", "socket closed"))
+    return any(sign in text for sign in ("connection closed by peer", "connection reset", "broken pipe",
+                                         "remote process exited", "socket closed"))
 
 
 def describe_error(error: UserError) -> str:

@@ -28,11 +28,8 @@ class Distributed:
 
 
 def init_distributed(no_cuda: bool = False, gpu: int | None = None) -> Distributed:
-    """Join the process group that ``torchrun`` describes in the environment, or stand alone.
-
-    NCCL with one GPU per process, gloo on CPU. ``gpu`` picks the GPU of a run with a single process.
-    Raises :class:`UserError` when a node has more processes than GPUs.
-    """
+    """Join the process group that ``torchrun`` describes in the environment (NCCL with one GPU per process, gloo on
+    CPU), or stand alone. gpu: of a single process. UserError when a node has more processes than GPUs."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0 if gpu is None else gpu))
     cuda = torch.cuda.is_available() and not no_cuda
@@ -125,8 +122,7 @@ def broadcast_state(module: nn.Module) -> None:
 class CrossProcessBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the images of every process, for CPUs, where torch has no ``SyncBatchNorm``.
 
-    Input [B, C, h, w]. The statistics and their gradients equal those of one process that holds the whole batch
-    (up to rounding). Parameters, buffers and state-dict names are those of ``BatchNorm2d``.
+    Input [B, C, h, w]. Statistics and gradients equal those of one process that holds the whole batch (up to rounding).
     """
 
     def forward(self, x: Tensor) -> Tensor:

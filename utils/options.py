@@ -13,7 +13,7 @@ import math
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from utils.errors import UserError
@@ -21,14 +21,19 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class Option:
-    """One setting. kind: type of a value; nargs: None for a single value, a number or "+" for a tuple of them, "append"
-    for a flag that may be repeated. The rest: see :func:`option`."""
+    """One setting.
+
+    kind: type of a value. nargs: None for a single value, a number or "+" for a tuple of them, "append" for a flag that
+    may be repeated. default: MISSING for a setting that must be given. above, at_least, at_most: limits of numbers.
+    choices: allowed values. metavar: stand-in for the value in the help. aliases: other names of the flag. hidden: not
+    in the help.
+    """
 
     name: str
     kind: type
     nargs: int | str | None
     default: Any
-    help: str
+    help: str = ""
     above: float | None = None
     at_least: float | None = None
     at_most: float | None = None
@@ -74,21 +79,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def option(default: Any, help: str | Callable[[], str] = "", *, above: float | None = None,
-           at_least: float | None = None, at_most: float | None = None,
-           choices: tuple[str, ...] | Callable[[], tuple[str, ...]] | None = None,
-           metavar: str | tuple[str, ...] | None = None, nargs: int | str | None = None, aliases: tuple[str, ...] = (),
-           hidden: bool = False) -> Any:
-    """A field of an :class:`OptionGroup`.
+def option(default: Any, help: str | Callable[[], str] = "", **more: Any) -> Any:
+    """A field of an :class:`OptionGroup`. more: fields of :class:`Option`.
 
-    default: MISSING for a setting that must be given. above, at_least, at_most: limits of numbers. choices: allowed
-    values. help and choices may be functions, asked when they are needed. metavar: stand-in for the value in
-    ``--help``. nargs: number of values, if the annotation does not say it (``tuple[int, int]`` takes two,
-    ``tuple[int, ...]`` one or more). aliases: other names of the flag. hidden: not in ``--help``.
+    help and choices may be functions, asked when they are needed. nargs is needed only where the annotation does not
+    say it: ``tuple[int, int]`` takes two values, ``tuple[int, ...]`` one or more.
     """
-    known = {"help": help, "above": above, "at_least": at_least, "at_most": at_most, "choices": choices,
-             "metavar": metavar, "nargs": nargs, "aliases": aliases, "hidden": hidden}
-    return field(default=default, metadata={"option": known})
+    return field(default=default, metadata={"option": {"help": help, **more}})
 
 
 @dataclass(frozen=True)
@@ -110,15 +107,11 @@ def options_of(group: type[OptionGroup]) -> tuple[Option, ...]:
 def _describe(name: str, hint: Any, default: Any, known: dict[str, Any]) -> Option:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
-    nargs = known.pop("nargs")
+    nargs = known.pop("nargs", None)
     if typing.get_origin(hint) is tuple:
         parts = typing.get_args(hint)
-        hint = parts[0]
-        nargs = nargs or ("+" if parts[-1] is Ellipsis else len(parts))
-    choices, help = (x() if callable(x) else x for x in (known.pop("choices"), known.pop("help")))
-    return Option(name, hint, nargs, default, help, choices=choices and tuple(choices), **known)
-
-
-def is_required(one: Option) -> bool:
-    """Whether a setting has no default."""
-    return one.default is MISSING
+        hint, nargs = parts[0], nargs or ("+" if parts[-1] is Ellipsis else len(parts))
+    for key in ("choices", "help"):
+        if callable(known.get(key)):
+            known[key] = known[key]()
+    return Option(name, hint, nargs, default, **known)

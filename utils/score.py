@@ -19,11 +19,9 @@ class SegmentationMetric:
     Labels below 0, and ``ignore_label``, are ignored. A label of ``num_class`` or more is an error that the next
     `get`, `result` or `all_reduce` raises (the reference counts such pixels as labelled, in no class).
 
-    num_class          number of classes K
-    reference_pixacc   also count what the reference prints as pixel accuracy: the arg max of the logits truncated
-                       towards 0, which ties small logits
-    ignore_label       one more value to ignore, for data sets that mark ignored pixels with 255
-    device             where the counts start (they move to the device of the first update)
+    num_class: number of classes K. reference_pixacc: also count what the reference prints as pixel accuracy, the arg
+    max of the logits truncated towards 0, which ties small logits. ignore_label: one more value to ignore, for data
+    sets that mark ignored pixels with 255. device: where the counts start (they move to that of the first update).
     """
 
     def __init__(self, num_class: int, reference_pixacc: bool = False, *, ignore_label: int = -1,
@@ -53,8 +51,8 @@ class SegmentationMetric:
     def update(self, pred_or_logits: Tensor | Sequence[Tensor], label: Tensor | Sequence[Tensor]) -> None:
         """Count one batch, or a list of batches with the list of their labels.
 
-        pred_or_logits   logits [B,K,H,W] (or [K,H,W]), or class indices shaped like the label
-        label            [B,H,W] (or [H,W]), any integer or float dtype holding whole numbers
+        pred_or_logits: logits [B,K,H,W] (or [K,H,W]), or class indices shaped like the label. label: [B,H,W] (or
+        [H,W]), any integer or float dtype holding whole numbers.
         """
         if isinstance(pred_or_logits, (list, tuple)):
             for one, its_label in zip(pred_or_logits, label, strict=True):
@@ -79,19 +77,19 @@ class SegmentationMetric:
 
     def _count(self, pred: Tensor, logits: Tensor | None, label: Tensor) -> None:
         k = self.num_class
-        labelled = (label >= 0) & (label != self.ignore_label)
+        labeled = (label >= 0) & (label != self.ignore_label)
         row = label.clamp(max=k)
         column = pred.where((pred >= 0) & (pred < k), torch.full_like(pred, k))
         # ignored pixels go to one cell after the matrix: no boolean indexing, hence no host synchronisation
-        cell = (row * (k + 1) + column).where(labelled, torch.full_like(row, (k + 1) ** 2))
+        cell = (row * (k + 1) + column).where(labeled, torch.full_like(row, (k + 1) ** 2))
         self._counts += torch.bincount(cell.flatten(), minlength=(k + 1) ** 2 + 1)[:-1].view(k + 1, k + 1)
         if label.numel():
-            self._highest = torch.maximum(self._highest, label.where(labelled, torch.full_like(label, -1)).max())
+            self._highest = torch.maximum(self._highest, label.where(labeled, torch.full_like(label, -1)).max())
         if self.reference_pixacc:
             if logits is None:
                 raise RuntimeError("reference_pixacc needs logits, not class indices")
             truncated = logits.trunc().argmax(label.ndim - 2)
-            self._correct_reference += ((truncated == label) & labelled).sum()
+            self._correct_reference += ((truncated == label) & labeled).sum()
 
     def all_reduce(self) -> None:
         """Add up the counts of every process of the default process group, once; alone it does nothing."""
@@ -106,13 +104,11 @@ class SegmentationMetric:
 
     def _check(self) -> None:
         if bool(self._counts[-1].any()):
+            also = f", or {self.ignore_label}" if self.ignore_label >= 0 else ""
             raise UserError(f"metric: a label holds class {int(self._highest)}, expected 0..{self.num_class - 1} "
-                            f"or an ignored value (below 0{self._ignored_too()})")
+                            f"or an ignored value (below 0{also})")
         if bool(self._counts[:, -1].any()):
             raise UserError(f"metric: a prediction holds a class outside 0..{self.num_class - 1}")
-
-    def _ignored_too(self) -> str:
-        return f", or {self.ignore_label}" if self.ignore_label >= 0 else ""
 
     def confusion(self) -> Tensor:
         """int64 [K,K] on the CPU: entry [i, j] is the number of pixels labelled i and predicted j."""
@@ -125,16 +121,12 @@ class SegmentationMetric:
         return result["pixAcc"], result["mIoU"]
 
     def result(self) -> dict[str, float | int | list]:
-        """Every figure, as fractions; all are 0 when no pixel is labelled.
+        """Every figure, as fractions; all are 0 when no pixel is labeled.
 
-        pixAcc            correct / labelled pixels
-        mIoU              mean IoU over all K classes; a class in neither labels nor predictions counts 0, as in the
-                          published tables
-        mIoU_present      mean IoU over the classes that occur in the labels
-        mAcc              mean accuracy (recall) over the classes that occur in the labels
-        iou_per_class, acc_per_class, total_inter, total_union, label_pixels    lists of K
-        labelled_pixels   int
-        pixAcc_reference  the reference's figure, with ``reference_pixacc``
+        pixAcc: correct / labeled pixels. mIoU: mean IoU over all K classes, where one in neither labels nor
+        predictions counts 0, as in the published tables; mIoU_present: over the classes that occur in the labels. mAcc:
+        mean accuracy (recall) over those. iou_per_class, acc_per_class, total_inter, total_union, label_pixels: lists
+        of K. labelled_pixels: int. pixAcc_reference: the reference's figure, with ``reference_pixacc``.
         """
         matrix = self.confusion()
         inter, labels = matrix.diagonal(), matrix.sum(1)

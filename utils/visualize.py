@@ -23,7 +23,7 @@ _EDGE = (173, 181, 189)
 
 
 def color_mask(index: np.ndarray | Tensor, palette: np.ndarray, ignore: Color = IGNORE_COLOR) -> np.ndarray:
-    """Class indices [H,W] (any integer dtype) -> colours [H,W,3]; values outside 0..K-1 get ``ignore``.
+    """Class indices [H,W] (any integer dtype) -> colors [H,W,3]; values outside 0..K-1 get ``ignore``.
 
     palette: uint8 [K,3] RGB.
     """
@@ -34,7 +34,7 @@ def color_mask(index: np.ndarray | Tensor, palette: np.ndarray, ignore: Color = 
 
 
 def overlay(image: np.ndarray, index: np.ndarray | Tensor, palette: np.ndarray, alpha: float = 0.5) -> np.ndarray:
-    """The image [H,W,3] with the colours of the classes [H,W] mixed in; where no class is, the image stays as it is."""
+    """The image [H,W,3] with the colors of the classes [H,W] mixed in; where no class is, the image stays as it is."""
     index = np.asarray(index)
     mixed = np.rint((1 - alpha) * image + alpha * color_mask(index, palette)).astype(np.uint8)
     is_class = (index >= 0) & (index < len(palette))
@@ -49,16 +49,16 @@ def save_rgb(path: Path, image: np.ndarray) -> None:
 def save_index(path: Path, index: np.ndarray | Tensor, palette: np.ndarray | None = None) -> None:
     """Write class indices [H,W] as an 8-bit PNG, atomically; values outside 0..254 become 255.
 
-    With a palette (uint8 [K,3] RGB) it is a palette file: programs read indices, viewers show colours. Without one it
+    With a palette (uint8 [K,3] RGB) it is a palette file: programs read indices, viewers show colors. Without one it
     is a grey file, which OpenCV too reads as indices.
     """
     index = np.asarray(index)
     index = np.where((index >= 0) & (index < IGNORE_INDEX), index, IGNORE_INDEX).astype(np.uint8)
     picture = Image.fromarray(index)
     if palette is not None:
-        colours = np.full((256, 3), IGNORE_COLOR, np.uint8)
-        colours[:min(len(palette), IGNORE_INDEX)] = np.asarray(palette, np.uint8)[:IGNORE_INDEX]
-        picture.putpalette(colours.tobytes())
+        colors = np.full((256, 3), IGNORE_COLOR, np.uint8)
+        colors[:min(len(palette), IGNORE_INDEX)] = np.asarray(palette, np.uint8)[:IGNORE_INDEX]
+        picture.putpalette(colors.tobytes())
     _save(path, picture)
 
 
@@ -71,11 +71,9 @@ def panel(images: Sequence[np.ndarray], titles: Sequence[str] = (), *, columns: 
           tile_width: int = 360) -> np.ndarray:
     """A grid of pictures on white paper.
 
-    images      RGB uint8 [h,w,3], in reading order; each is fitted into a tile of the shape of the first one
-    titles      one per column (shown above the first row) or one per image; a second line after "\\n" is smaller
-    columns     default: all in one row
-    heading     a line above everything
-    classes     with ``palette`` [K,3]: a legend strip below, in as many lines as it takes
+    images: RGB uint8 [h,w,3], in reading order; each is fitted into a tile of the shape of the first one. titles: one
+    per column (shown above the first row) or one per image; a second line after "\\n" is smaller. columns: default all
+    in one row. heading: a line above everything. classes, with ``palette`` [K,3]: a legend strip below.
     Returns uint8 [H,W,3].
     """
     columns = columns or len(images)
@@ -88,9 +86,7 @@ def panel(images: Sequence[np.ndarray], titles: Sequence[str] = (), *, columns: 
     # one title per column stands above the first row only
     per_row = [list(titles[r * columns:(r + 1) * columns]) if len(titles) > columns or r == 0 else []
                for r in range(rows)]
-    font = _font(max(tile_width // 18, 12))
-    small = _font(max(tile_width // 21, 11))
-    head = _font(max(tile_width // 15, 14))
+    font, small, head = (_font(max(tile_width // part, least)) for part, least in ((18, 12), (21, 11), (15, 14)))
     width = 2 * margin + columns * size[0] + (columns - 1) * gap
     legend = _legend(classes, palette, width - 2 * margin, small) if len(classes) else None
 
@@ -112,10 +108,9 @@ def comparison(images: Sequence[np.ndarray], labels: Sequence[np.ndarray | Tenso
                classes: Sequence[str] = (), heading: str = "", tile_width: int = 360) -> np.ndarray:
     """One row per sample: image, truth, then one column per model.
 
-    images       RGB uint8 [H,W,3] each; labels: class indices [H,W] each
-    predictions  one sequence per model, of class indices [H,W] per sample
-    titles       one per model, such as "teacher\\nmIoU 61.2 %"
-    classes      names for the legend, which shows those that occur in labels or predictions (at most 48)
+    images: RGB uint8 [H,W,3] each; labels: class indices [H,W] each. predictions: one sequence per model, of class
+    indices [H,W] per sample. titles: one per model, such as "teacher\\nmIoU 61.2 %". classes: names for the legend,
+    which shows those that occur in labels or predictions (at most 48).
     """
     tiles: list[np.ndarray] = []
     occurring: set[int] = set()
@@ -126,11 +121,11 @@ def comparison(images: Sequence[np.ndarray], labels: Sequence[np.ndarray | Tenso
         occurring.update(int(value) for index in maps for value in np.unique(index))
     shown = sorted(value for value in occurring if 0 <= value < len(palette))[:48]
     names = [classes[value] for value in shown] if len(classes) else []
-    colours = np.asarray(palette, np.uint8)[shown]
+    colors = np.asarray(palette, np.uint8)[shown]
     if names and occurring - set(range(len(palette))):
-        names, colours = [*names, "ignored"], np.concatenate([colours, np.array([IGNORE_COLOR], np.uint8)])
+        names, colors = [*names, "ignored"], np.concatenate([colors, np.array([IGNORE_COLOR], np.uint8)])
     return panel(tiles, ["image", "truth", *titles], columns=2 + len(predictions), heading=heading, classes=names,
-                 palette=colours, tile_width=tile_width)
+                 palette=colors, tile_width=tile_width)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -146,7 +141,7 @@ def _fit(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     height, width = image.shape[:2]
     factor = min(size[0] / width, size[1] / height)
     new = (max(round(width * factor), 1), max(round(height * factor), 1))
-    # masks have few colours: mixing neighbours would invent classes
+    # masks have few colors: mixing neighbours would invent classes
     is_mask = len(np.unique(image.reshape(-1, 3)[::7], axis=0)) <= 256
     method = cv2.INTER_NEAREST if is_mask else cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
     tile = _paper(size[1], size[0])
@@ -205,8 +200,8 @@ def _legend(classes: Sequence[str], palette: np.ndarray, width: int, font: Image
         left, top = (i % columns) * step, (i // columns) * height
         inset = (height - swatch) // 2
         draw.rectangle((left, top + inset, left + swatch, top + inset + swatch), tuple(int(c) for c in colour), _EDGE)
-        place = (left + swatch + height // 3, top + height // 2)
-        draw.text(place, _shorten(name, font, step - swatch - height // 3), fill=_INK, font=font, anchor="lm")
+        draw.text((left + swatch + height // 3, top + height // 2), _shorten(name, font, step - swatch - height // 3),
+                  fill=_INK, font=font, anchor="lm")
     return np.asarray(canvas)
 
 

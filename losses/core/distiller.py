@@ -1,8 +1,7 @@
 """The interface of a distillation method, and the registry that finds them.
 
-A method is one file in ``losses/``: a pure loss function, and a :class:`Distiller` beside it that owns the trainable
-extras (aligners, projectors, queues) and says which named tensors it wants from either network. Decorate the class
-with :func:`register`; nothing else has to be edited.
+A method is one file in ``losses/``: a pure loss function, and a :class:`Distiller` beside it, decorated with
+:func:`register`, that owns the trainable extras (aligners, projectors, queues) and says what it needs of the networks.
 """
 from __future__ import annotations
 
@@ -21,12 +20,8 @@ from utils.options import OptionGroup
 
 @dataclass(frozen=True)
 class Term:
-    """One scalar that a method adds to the loss: its name, default weight and a line of help.
-
-    ``Term("fd", 4e-5, ...)`` becomes the setting ``lambda_fd``. scales_task: it is no scalar of its own; the weight
-    says how far the method's :meth:`Distiller.task_scale` holds for the cross entropy.
-    """
-
+    """One scalar that a method adds to the loss. weight: the default of the setting ``lambda_NAME``. scales_task: it is
+    no scalar; its weight says how far the method's :meth:`Distiller.task_scale` holds for the cross entropy."""
     name: str
     weight: float
     help: str
@@ -43,8 +38,8 @@ class Distiller(nn.Module):
     ``get_extra_state``) the optimizer of a discriminator, so that a resumed run is the same run.
 
     Class attributes
-        method   registry name (set by :func:`register`)
-        title, paper, year   for the list of methods
+        method   registry name (set by :func:`register`); title, paper, year, cost: for the list of methods; cost says
+                 in a short phrase what it computes beyond the two networks
         Options  the method's own settings (not the weights of its terms), see ``utils/options.py``
         terms    the :class:`Term` objects that ``forward`` may return
         needs    what it reads of the networks and expects of them; :meth:`requires` where this depends on the options
@@ -55,11 +50,9 @@ class Distiller(nn.Module):
                  published rows set, such as a defect that the figure was made with
         dataset_options   own options that hold on a data set whatever was asked for, {data set: {option: value}}
         clip_norm  largest L2 norm of the gradient of the method's own parameters, None = not clipped
-        cost     what it computes beyond the two networks, in a short phrase, for the list of methods
         trial    settings that make a trial of a few steps cheap (a short stage before training), for tests, benchmark
         stage_options  settings that only ``prepare`` and the reading of files depend on, not the steps after it
     """
-
     method: str = ""
     title: str = ""
     paper: str = ""
@@ -86,10 +79,7 @@ class Distiller(nn.Module):
 
     @classmethod
     def build(cls, options: OptionGroup, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Distiller:
-        """Make the method from options, channel counts and class count, when its needs have been checked.
-
-        Never from a dummy forward. By default these four are the arguments of the constructor.
-        """
+        """Make the method when its needs have been checked; never from a dummy forward."""
         return cls(options, run, student, teacher)
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -105,8 +95,8 @@ class Distiller(nn.Module):
         return {}
 
     def unsynchronized(self) -> set[str]:
-        """Names (as in ``state_dict``) of own parameters and buffers that the main optimizer and DDP leave alone:
-        a discriminator with its own optimizer, queues that every process fills in the same way."""
+        """Names (as in ``state_dict``) of own parameters and buffers that the main optimizer and DDP leave alone: a
+        discriminator with its own optimizer, queues that every process fills in the same way."""
         return set()
 
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -118,11 +108,8 @@ class Distiller(nn.Module):
         """A stage of its own before training (learning masks, prompts); called once, and not on a resumed run."""
 
     def after_step(self, step: int) -> None:
-        """Called after the student's optimizer step, on every process: the place for a discriminator's own step.
-
-        ``forward`` keeps (detached) what it needs. Gradients of :meth:`unsynchronized` parameters have to be averaged
-        with ``utils.distributed.average_gradients``.
-        """
+        """A discriminator's own step, on every process, after the main one. ``forward`` keeps, detached, what it takes;
+        ``utils.distributed.average_gradients`` has to average the gradients of :meth:`unsynchronized` parameters."""
 
 
 _REGISTRY: dict[str, type[Distiller]] = {}
@@ -130,9 +117,8 @@ _REGISTRY: dict[str, type[Distiller]] = {}
 
 def register(name: str):
     """Class decorator: make a :class:`Distiller` known under a name."""
-
     def wrap(cls: type[Distiller]) -> type[Distiller]:
-        if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
+        if _REGISTRY.get(name, cls).__qualname__ != cls.__qualname__:
             raise ValueError(f"method {name!r} is registered twice: {_REGISTRY[name]} and {cls}")
         taken = {t.name: m for m, c in _REGISTRY.items() if m != name for t in c.terms}
         for term in cls.terms:
@@ -141,7 +127,6 @@ def register(name: str):
         cls.method = name
         _REGISTRY[name] = cls
         return cls
-
     return wrap
 
 

@@ -16,9 +16,7 @@ from models.registry import NetworkChoice
 
 @dataclass(frozen=True)
 class NetInfo:
-    """What a method may know about a network without running it: channels per tap, class count, output stride, and the
-    preprocessing of its images."""
-
+    """What a method may know about a network without running it. channels: per tap; stride: of its output."""
     name: str
     channels: Mapping[str, int]
     num_class: int
@@ -33,15 +31,12 @@ class NetInfo:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a method may know about a run. The defaults of the settings among them stand in ``engine/settings.py``.
+    """What a method may know about a run; settings have their defaults in ``engine/settings.py``.
 
     active: the terms with a non-zero weight, {name: weight}; a method neither builds nor computes what only others
     need. group_size: images whose statistics go together (0 = all of the process). compat: "fixed", or "reference" for
     released code with its known defects. resumed: a training state will be loaded over what is built, so weight files
-    need not be read. student: where the student comes from, for a method that builds a network like it. The rest are
-    the settings of the same names.
-    """
-
+    need not be read. student: where it comes from, for a method that builds a network like it."""
     num_class: int
     ignore_label: int
     crop_size: tuple[int, int]
@@ -68,12 +63,8 @@ class RunFacts:
 
 
 class Batch(NamedTuple):
-    """One step's input of a method.
-
-    teacher: its tensors carry no graph; None when no method of the run reads a teacher. target: int64 [B, H, W] at crop
-    size. images: the student's, float [B, 3, H, W]. step: iterations done so far.
-    """
-
+    """One step's input of a method. teacher: without a graph; None when no method of the run reads one. target: int64
+    [B, H, W] at crop size. images: the student's, float [B, 3, H, W]. step: iterations done so far."""
     student: SegOutput
     teacher: SegOutput | None
     target: Tensor
@@ -88,10 +79,8 @@ class Preparation:
     student: as it is before training. teacher: None when no method reads one. batches(steps, batch_size, start, role):
     iterator of (images float [B, 3, H, W] on the device, as the "teacher" or the "student" wants them, or with "both"
     the pair (student's, teacher's); target int64 [B, H, W]) for the steps from ``start`` on, the same whatever the
-    number of processes; each process gets its share. directory: where to cache the result; only the main process
-    writes. log: takes one line of text. data: what tells the training set from others; images: how many it has.
-    """
-
+    number of processes; each process gets its share. directory: where the main process caches the result. log: takes
+    one line of text. data: what tells the training set from others; images: how many it has."""
     student: nn.Module
     teacher: nn.Module | None
     device: torch.device

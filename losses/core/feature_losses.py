@@ -12,26 +12,21 @@ FEATURE_NORMS = ("none", "l2", "channel", "position")
 
 
 def normalize_map(x: Tensor, norm: str) -> Tensor:
-    """A map [B, C, h, w] on the scale that an error is measured in.
+    """A map [B, C, h, w] on the scale that an error is measured in, of :data:`FEATURE_NORMS`.
 
-    none: as it is. l2: the C-vector of each position at unit length. channel: each channel of each image with mean 0
-    and variance 1 over the positions. position: each position's vector with mean 0 and variance 1 over the channels.
-    """
+    l2: each position's C-vector at unit length. channel, position: mean 0 and variance 1 over the positions of each
+    channel, or over the channels of each position."""
     if norm == "none":
         return x
     if norm == "l2":
         return F.normalize(x, dim=1)
-    axes = {"channel": (2, 3), "position": (1,)}[norm]
-    variance, mean = torch.var_mean(x, dim=axes, correction=0, keepdim=True)
+    variance, mean = torch.var_mean(x, dim={"channel": (2, 3), "position": 1}[norm], correction=0, keepdim=True)
     return (x - mean) * (variance + 1e-6).rsqrt()
 
 
 def feature_mse_loss(student: Tensor, teacher: Tensor, norm: str = "none", method: str = "mse") -> Tensor:
-    """Mean over images, channels and positions of (n(student) - n(teacher))^2, n = :func:`normalize_map`.
-
-    student, teacher: [B, C, h, w], of equal shapes, or UserError that begins with ``method``. Computed in float32 or
-    better; no gradient reaches the teacher.
-    """
+    """Mean of (n(student) - n(teacher))^2, n = :func:`normalize_map`, of two maps [B, C, h, w], in float32 or better;
+    UserError, which begins with ``method``, if their shapes differ. No gradient reaches the teacher."""
     check_maps(method, student, teacher, channels=True)
     student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
     return F.mse_loss(normalize_map(student, norm), normalize_map(teacher, norm))
@@ -39,10 +34,7 @@ def feature_mse_loss(student: Tensor, teacher: Tensor, norm: str = "none", metho
 
 class CriterionFitNet(nn.Module):
     """Mean squared error of the teacher's map and the student's after a 1x1 convolution without bias (Romero et al.,
-    ICLR 2015).
-
-    The convolution is there also when the widths are equal, as in the CIRKD code. method: begins error messages.
-    """
+    ICLR 2015), which is there also when the widths are equal, as in the CIRKD code. method: begins error messages."""
 
     def __init__(self, student_channels: int, teacher_channels: int, method: str = "fitnet") -> None:
         super().__init__()
@@ -50,10 +42,7 @@ class CriterionFitNet(nn.Module):
         self.conv = nn.Conv2d(student_channels, teacher_channels, kernel_size=1, bias=False)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Scalar: mean over B, C_t, h, w. student [B, C_s, h, w], teacher [B, C_t, h, w]; UserError if they do not fit.
-
-        The error is computed in float32 or better; no gradient reaches the teacher.
-        """
+        """Scalar, as :func:`feature_mse_loss`. student [B, C_s, h, w], teacher [B, C_t, h, w]."""
         return feature_mse_loss(self.conv(student), teacher, method=self.method)
 
 
@@ -65,11 +54,8 @@ def unit_vectors(x: Tensor) -> Tensor:
 
 
 def attention_map(feature: Tensor) -> Tensor:
-    """Unit vectors [B, h w]: mean over the channels of the squares of [B, C, h, w] (Zagoruyko and Komodakis,
-    ICLR 2017).
-
-    In float32 or better: squares of half-precision features overflow.
-    """
+    """Unit vectors [B, h w]: mean over the channels of the squares of [B, C, h, w] (Zagoruyko and Komodakis, ICLR
+    2017), in float32 or better, as squares of half-precision features overflow."""
     return unit_vectors(at_least_float32(feature).square().mean(dim=1).flatten(1))
 
 
@@ -80,8 +66,7 @@ def random_keep_mask(draw: Tensor, ratio: float) -> Tensor:
 
 def masked_feature_loss(projected: Tensor, teacher: Tensor) -> Tensor:
     """Squared error of two maps [B, C, H, W], summed over C, H, W and averaged over the batch."""
-    difference = at_least_float32(projected) - at_least_float32(teacher)
-    return difference.square().sum() / len(projected)
+    return (at_least_float32(projected) - at_least_float32(teacher)).square().sum() / len(projected)
 
 
 def conv3x3(channels: int) -> nn.Conv2d:
@@ -96,9 +81,8 @@ def plain_projector(channels: int) -> nn.Sequential:
 
 def aligner(student_channels: int, teacher_channels: int) -> nn.Module:
     """1x1 convolution to the teacher's width; nothing where the widths are equal."""
-    if student_channels == teacher_channels:
-        return nn.Identity()
-    return nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
+    same = student_channels == teacher_channels
+    return nn.Identity() if same else nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
 
 
 def check_widths(method: str, student: Tensor, teacher: Tensor, widths: tuple[int, int]) -> None:
@@ -110,10 +94,7 @@ def check_widths(method: str, student: Tensor, teacher: Tensor, widths: tuple[in
 
 
 def dice_overlap(masks: Tensor, eps: float = 1e-12) -> Tensor:
-    """Mean Dice coefficient 2 <a, b> / (|a|^2 + |b|^2) over the pairs of different masks of an image; masks [B, T, P].
-
-    0 when there is a single mask.
-    """
+    """Mean Dice coefficient 2 <a, b> / (|a|^2 + |b|^2) over the pairs of masks [B, T, P] of an image; 0 without any."""
     count = masks.shape[1]
     gram = masks @ masks.transpose(1, 2)
     squares = gram.diagonal(dim1=1, dim2=2) + eps

@@ -1,7 +1,7 @@
 """Groups of neighboring images: averages that in the published runs were over the two images of a GPU.
 
-``group_size`` images in a row form a group (0 = all of them), so that one process computes what several do. When the
-groups do not divide the batch, the images that remain form a smaller one. Groups weigh by their number of images.
+``group_size`` images in a row form a group (0 = all of them), so that one process computes what several do. Images that
+remain form a smaller one. Groups weigh by their number of images.
 """
 from __future__ import annotations
 
@@ -20,20 +20,14 @@ def split_groups(x: Tensor, group_size: int) -> list[Tensor]:
 
 def mean_over_groups(loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor,
                      group_size: int) -> Tensor:
-    """Mean of a loss over the groups. student, teacher: [B, ...].
-
-    loss takes two tensors [groups, images, ...] and returns the mean over their groups.
-    """
+    """Mean over the groups of tensors [B, ...] of a loss of two [groups, images, ...] that averages over them."""
     parts = zip(split_groups(student, group_size), split_groups(teacher, group_size), strict=True)
     return sum(loss(s, t) * (s.shape[0] * s.shape[1] / len(student)) for s, t in parts)
 
 
 def image_weights(labeled: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
-    """Weights [B] that turn the sums of B images over their labeled pixels into the mean over each group's pixels, and
-    that into the mean over the groups.
-
-    labeled: pixels that count in each image, [B]. A group without a labeled pixel counts as 0.
-    """
+    """Weights [B] that turn the sums of B images over their labeled pixels into the mean over each group's pixels and
+    that into the mean over the groups. labeled: pixels of each image, [B]. A group without any counts as 0."""
     batch = len(labeled)
     group = torch.arange(batch, device=labeled.device) // min(group_size or batch, batch)
     same = (group[:, None] == group).to(dtype)

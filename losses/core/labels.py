@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 def labels_at(target: Tensor, size: tuple[int, int]) -> Tensor:
     """int64 labels [B, H, W] at another size (h, w): of the nearest pixel, as an image resize in mode nearest."""
-    # float32 holds every label exactly; integer images cannot be resized on every device
+    # float32 holds every label exactly; integers cannot be resized on every device
     return F.interpolate(target[:, None].float(), size=tuple(size), mode="nearest")[:, 0].long()
 
 

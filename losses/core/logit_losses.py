@@ -12,38 +12,31 @@ from utils.options import OptionGroup, option
 
 CWD_NORMS = ("channel", "spatial", "channel_mean")
 CWD_DIVERGENCES = ("kl", "mse")
-#: of the published runs
-CWD_TEMPERATURE = 4.0
+CWD_TEMPERATURE = 4.0  # of the published runs
 
 
 @dataclass(frozen=True)
 class KDOptions(OptionGroup):
     """Settings of every method with a plain divergence of logits."""
-
     kd_temperature: float = option(1.0, "softmax temperature of the logits", above=0, metavar="T")
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, method: str = "kd") -> Tensor:
-    """T^2 times the KL divergence of the student from the teacher, summed over classes, averaged over positions
-    (Hinton et al., 2015).
-
-    Both logits [B, K, h, w] at the networks' stride: every position counts, also where the label is ignored. No
-    gradient reaches the teacher. Raises UserError, which begins with ``method``, when the shapes differ.
-    """
+    """T^2 times the KL divergence of the student from the teacher, summed over classes, averaged over positions (Hinton
+    et al., 2015), of logits [B, K, h, w] at the networks' stride: every position counts, also where the label is
+    ignored. UserError, which begins with ``method``, when the shapes differ. No gradient reaches the teacher."""
     check_logits(method, student_logits, teacher_logits)
     batch, _, height, width = student_logits.shape
-    log_q = F.log_softmax(at_least_float32(student_logits) / temperature, dim=1)
-    log_p = F.log_softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=1)
-    divergence = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-    return divergence * (temperature ** 2 / (batch * height * width))
+    log_q, log_p = (F.log_softmax(at_least_float32(logits) / temperature, dim=1)
+                    for logits in (student_logits, teacher_logits.detach()))
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) * (temperature ** 2 / (batch * height * width))
 
 
 def _cwd_sum(student: Tensor, teacher: Tensor, norm: str, divergence: str) -> Tensor:
     """Sum of the divergence between maps [B, C, h, w] that are divided by the temperature already."""
     if norm == "channel_mean":
         return F.mse_loss(student.mean(dim=(2, 3)), teacher.mean(dim=(2, 3)), reduction="sum")
-    axis = 2 if norm == "channel" else 1
-    log_q, log_p = (x.flatten(2).log_softmax(dim=axis) for x in (student, teacher))
+    log_q, log_p = (x.flatten(2).log_softmax(dim=2 if norm == "channel" else 1) for x in (student, teacher))
     if divergence == "kl":
         return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
     return F.mse_loss(log_q.exp(), log_p.exp(), reduction="sum")
@@ -60,22 +53,15 @@ def check_cwd(norm: str, divergence: str) -> None:
 def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = CWD_TEMPERATURE, *, channels: int | None = None,
              norm: str = "channel", divergence: str = "kl", method: str = "cwd") -> Tensor:
     """T^2 / (B * channels) times the KL divergence of the student's channels from the teacher's, summed (Shu et al.,
-    ICCV 2021, equation 4).
-
-    student, teacher: [B, C, h, w]; a channel is a softmax over the h * w positions at temperature T. channels: what
-    to divide by, C unless given. No gradient reaches the teacher. Raises UserError, which begins with ``method``, when
-    the shapes differ.
+    ICCV 2021, equation 4). student, teacher (no gradient): [B, C, h, w]; a channel is a softmax over the positions at
+    temperature T. channels: C unless given. UserError, which begins with ``method``, when the shapes differ.
 
     TorchDistiller's variants: norm "spatial" takes the softmax over the channels and divides by B * h * w,
     "channel_mean" compares the means of the channels; divergence "mse" takes the squared difference, at temperature 1
-    whatever is given ("channel_mean" has no other).
-    """
+    whatever is given ("channel_mean" has no other)."""
     check_maps(method, student, teacher, channels=True)
     check_cwd(norm, divergence)
-    if divergence == "mse":
-        temperature = 1.0
+    temperature = 1.0 if divergence == "mse" else temperature
     student, teacher = (at_least_float32(x) / temperature for x in (student, teacher.detach()))
-    total = _cwd_sum(student, teacher, norm, divergence)
-    batch, width, height, breadth = student.shape
-    count = height * breadth if norm == "spatial" else channels or width
-    return total * (temperature ** 2 / (batch * count))
+    count = student.shape[2:].numel() if norm == "spatial" else channels or student.shape[1]
+    return _cwd_sum(student, teacher, norm, divergence) * (temperature ** 2 / (len(student) * count))

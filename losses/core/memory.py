@@ -24,18 +24,17 @@ HEADS = Needs.both("head", same_stride=True)
 @dataclass(frozen=True)
 class RelationOptions(OptionGroup):
     """Settings of both methods; the defaults are those of the released scripts."""
-
     cirkd_tau: float = option(0.1, "temperature of the similarities", above=0, metavar="T")
     cirkd_kd_tau: float = option(1.0, "temperature of the divergence in the terms with queues", above=0, metavar="T")
-    cirkd_pool: int = option(1, "average pooling before the relations in the batch; 1 = off, published for SegFormer: "
-                                "2", at_least=1)
+    cirkd_pool: int = option(
+        1, "average pooling before the relations in the batch; 1 = off, published for SegFormer: 2", at_least=1)
     cirkd_pixel_queue: int = option(
         20000, "queued pixels per class: 4 bytes each times the teacher's head width, 0.39 GB for 19 classes and 3-4 "
                "GB for 150 or more", at_least=1)
     cirkd_region_queue: int = option(2000, "queued class means per class", at_least=1)
     cirkd_pixel_contrast: int = option(4096, "queued pixels compared with in a step, over all classes", at_least=1)
-    cirkd_region_contrast: int = option(1024, "queued class means compared with in a step, over all classes",
-                                        at_least=1)
+    cirkd_region_contrast: int = option(
+        1024, "queued class means compared with in a step, over all classes", at_least=1)
     cirkd_pixel_update: int = option(16, "pixels that enter the queue of a class from one image, at most", at_least=1)
     cirkd_only_filled: bool = option(
         False, "compare with queue slots that hold a vector of the teacher; off, as published: also with the random "
@@ -67,11 +66,9 @@ class MemorySettings:
     """Settings of :class:`MemoryRelations`; sizes are vectors per class.
 
     pixel_queue, region_queue: slots; 0 = that term is off. pixel_contrast, region_contrast: slots compared with in a
-    step. pixel_update: largest number of pixels that an image adds. tau, kd_tau: temperatures of the similarities and
-    of the divergence. only_filled: compare with written slots only. as_released: enqueue the pixels that the published
-    code enqueues. group_size: the mean over labeled pixels is taken in each group of so many images.
-    """
-
+    step. pixel_update: most pixels that an image adds. tau, kd_tau: temperatures of the similarities and of the
+    divergence. only_filled: compare with written slots only. as_released: enqueue the pixels that the published code
+    enqueues. group_size: images over whose labeled pixels the mean is taken."""
     pixel_queue: int
     region_queue: int
     pixel_contrast: int
@@ -87,17 +84,15 @@ class MemorySettings:
 
 @dataclass(frozen=True)
 class Draws:
-    """The random choices of a step: priorities of this process's pixels int64 [B, P] (``pick_pixels``), and the
-    order int64 [size] in which the slots of either queue are taken. All processes need the same ones."""
-
+    """The random choices of a step, the same on all processes: priorities of this process's pixels int64 [B, P]
+    (``pick_pixels``), and the order int64 [size] in which the slots of either queue are taken."""
     priority: Tensor
     pixel_order: Tensor | None
     region_order: Tensor | None
 
 
 class MemoryRelations(nn.Module):
-    """Pixel-to-pixel and pixel-to-region relations with queues of teacher vectors. Its state is complete: projection,
-    queues, pointers, counters."""
+    """Pixel-to-pixel and pixel-to-region relations with queues of teacher vectors."""
 
     def __init__(self, student_channels: int, teacher_channels: int, num_class: int, settings: MemorySettings,
                  ignore_label: int = -1, generator: torch.Generator | None = None) -> None:
@@ -109,25 +104,20 @@ class MemoryRelations(nn.Module):
                             "that an image adds", settings=["cirkd_pixel_queue", "cirkd_pixel_update"])
         self.settings, self.num_class, self.ignore_label = s, num_class, ignore_label
         self.project_head = projection(student_channels, teacher_channels)
-        self.pixel = self.region = None
-        if s.pixel_queue:
-            self.pixel = FeatureQueue(s.pixel_queue, teacher_channels, num_class, s.dtype, generator)
-        if s.region_queue:
-            self.region = FeatureQueue(s.region_queue, teacher_channels, num_class, s.dtype, generator)
+        self.pixel, self.region = (
+            FeatureQueue(size, teacher_channels, num_class, s.dtype, generator) if size else None
+            for size in (s.pixel_queue, s.region_queue))
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor, *, draws: Draws | None = None,
                 generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """{"pixel": scalar, "region": scalar} of maps [B, C, h, w] and [B, D, h, w] and labels int64 [B, H, W].
 
-        The batch enters the queues first and is compared with them afterwards. draws: the random choices, from
-        ``generator`` (on the tensors' device, equally seeded on every process) when not given. A batch without labels
-        gives 0 with a zero gradient.
-        """
+        The batch enters the queues first and is then compared with them. draws: from ``generator`` (on the tensors'
+        device, equally seeded on every process) when not given. A batch without labels gives 0 with a zero gradient."""
         check_maps("cirkd", student, teacher)
         student_rows, teacher_rows = pixel_rows(self.project_head(student)), pixel_rows(teacher.detach())
         labels = position_labels(target, student.shape[-2:], self.num_class, self.ignore_label)
-        if draws is None:
-            draws = self.draw(*labels.shape, labels.device, generator)
+        draws = draws or self.draw(*labels.shape, labels.device, generator)
         self.enqueue(teacher_rows, labels, draws.priority)
         valid = labels >= 0
         weight = valid * image_weights(valid.sum(1), self.settings.group_size, student_rows.dtype)[:, None]
@@ -138,8 +128,8 @@ class MemoryRelations(nn.Module):
             if queue is not None:
                 vectors, usable = queue.sample(order, most, s.only_filled)
                 keys = vectors.to(student_rows.dtype)[None, None]
-                losses[name] = s.kd_tau ** 2 * relation_divergence(
-                    *rows, keys, keys, weight.flatten()[None], s.tau * s.kd_tau, usable)
+                losses[name] = s.kd_tau ** 2 * relation_divergence(*rows, keys, keys, weight.flatten()[None],
+                                                                   s.tau * s.kd_tau, usable)
         return losses
 
     def draw(self, batch: int, positions: int, device: torch.device, generator: torch.Generator | None = None) -> Draws:
@@ -169,10 +159,8 @@ def build_batch(method: str, options: RelationOptions, run: RunFacts) -> dict[st
 
 def build_memory(method: str, options: RelationOptions, run: RunFacts, student: NetInfo,
                  teacher: NetInfo) -> MemoryRelations | None:
-    """The relations of the head maps with those queues whose terms count; None without any.
-
-    Raises UserError on a queue that is too short. The first queue contents depend on seed and method only.
-    """
+    """The relations of the head maps with those queues whose terms count, None without any; UserError on a queue that
+    is too short. The first queue contents depend on seed and method only."""
     pixel, region = (f"{method}_{name}" in run.active for name in ("pixel", "region"))
     if not (pixel or region):
         return None

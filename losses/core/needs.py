@@ -11,12 +11,9 @@ from utils.errors import UserError
 class Needs:
     """Requirements of a method, checked before it is built.
 
-    student, teacher: fields of ``SegOutput`` that it reads; without any of the teacher it needs no teacher.
-    same_stride: equal output strides. same_classes: equally many classes, and equal strides. least_classes: of the data
-    set. smallest_map: (height, width) of the maps at the output stride; why: the reason for it, in a few words;
-    settings: names of the settings that would change it.
-    """
-
+    student, teacher: fields of ``SegOutput`` that it reads; without any of the teacher it needs none. same_stride,
+    same_classes (and stride): of both networks. least_classes: of the data set. smallest_map: (height, width) at the
+    output stride; why: the reason, in a few words; settings: those that would change it."""
     student: tuple[str, ...] = ()
     teacher: tuple[str, ...] = ()
     same_stride: bool = False
@@ -35,33 +32,26 @@ class Needs:
 def check_needs(method: str, needs: Needs, student: NetInfo, teacher: NetInfo | None,
                 crop_size: tuple[int, int]) -> None:
     """Raise UserError, naming method, network and what was expected, unless the requirements are met."""
-    _check_taps(method, "student", needs.student, student)
-    _check_taps(method, "teacher", needs.teacher, teacher)
-    if teacher is not None and needs.teacher:
-        if needs.same_classes:
-            _check_equal(method, "logits", student, student.channels["logits"], teacher, teacher.channels["logits"])
-        if needs.same_classes or needs.same_stride:
-            _check_equal(method, "output stride", student, student.stride, teacher, teacher.stride)
+    for role, taps, net in (("student", needs.student, student), ("teacher", needs.teacher, teacher)):
+        if taps and net is None:
+            raise UserError(f"method {method!r} needs a {role}: it reads {', '.join(taps)} of it, but there is none")
+        if missing := [tap for tap in taps if tap not in net.channels]:
+            raise UserError(f"method {method!r} needs {', '.join(missing)} of the {role}, "
+                            f"but {net.name} offers only {', '.join(net.channels)}")
+    if needs.teacher and needs.same_classes:
+        _check_equal(method, "logits", student, student.channels["logits"], teacher, teacher.channels["logits"])
+    if needs.teacher and (needs.same_classes or needs.same_stride):
+        _check_equal(method, "output stride", student, student.stride, teacher, teacher.stride)
     if student.num_class < needs.least_classes:
         raise UserError(f"method {method!r} needs at least {needs.least_classes} classes, the data set has "
                         f"{student.num_class}")
     size = tuple(-(-side // student.stride) for side in crop_size)
-    if any(side < least for side, least in zip(size, needs.smallest_map, strict=True)):
-        height, width = needs.smallest_map
+    height, width = needs.smallest_map
+    if size[0] < height or size[1] < width:
         why = f" ({needs.why})" if needs.why else ""
         raise UserError(f"method {method!r} needs maps of {height}x{width} or more{why}, but crops of {crop_size[0]}x"
                         f"{crop_size[1]} give {size[0]}x{size[1]}: use crops of {height * student.stride}x"
-                        f"{width * student.stride} or more",
-                        settings=["crop_size", *needs.settings])
-
-
-def _check_taps(method: str, role: str, taps: tuple[str, ...], net: NetInfo | None) -> None:
-    if taps and net is None:
-        raise UserError(f"method {method!r} needs a {role}: it reads {', '.join(taps)} of it, but there is none")
-    missing = [tap for tap in taps if tap not in net.channels] if net is not None else []
-    if missing:
-        raise UserError(f"method {method!r} needs {', '.join(missing)} of the {role}, "
-                        f"but {net.name} offers only {', '.join(net.channels)}")
+                        f"{width * student.stride} or more", settings=["crop_size", *needs.settings])
 
 
 def _check_equal(method: str, what: str, student: NetInfo, of_student: int, teacher: NetInfo, of_teacher: int) -> None:

@@ -10,6 +10,7 @@ from losses.core.distiller import Distiller, methods
 from losses.core.facts import Batch, NetInfo, RunFacts
 from losses.core.needs import check_needs
 from losses.core.task import SegCrossEntropyLoss, task_loss
+from models.output import SegOutput
 from utils.options import OptionGroup
 
 
@@ -20,10 +21,7 @@ def active_methods(terms: Mapping[str, float]) -> dict[str, type[Distiller]]:
 
 def build_distillers(options: Mapping[str, OptionGroup], run: RunFacts, student: NetInfo,
                      teacher: NetInfo | None) -> nn.ModuleDict:
-    """The methods with an active term, by name. All of them are checked against the networks before one is built.
-
-    options: by method, of the active ones at least. Raises UserError when a requirement is not met.
-    """
+    """The methods with an active term, by name; UserError, before any is built, when a requirement is not met."""
     active = active_methods(run.active)
     for name, cls in active.items():
         check_needs(name, cls.requires(options[name], run, student, teacher), student, teacher, run.crop_size)
@@ -33,10 +31,9 @@ def build_distillers(options: Mapping[str, OptionGroup], run: RunFacts, student:
 class Objective(nn.Module):
     """Student and distillers together: the one module that DDP wraps and that the optimizer trains.
 
-    student: network returning ``SegOutput``. distillers: name -> :class:`Distiller`. weights: term name -> lambda, of
-    the terms that count. aux_weight: weight of the cross entropy of the auxiliary logits (0.4 in the published runs).
-    group_size: images over whose labeled pixels the cross entropies are averaged, 0 = all.
-    """
+    student: returns ``SegOutput``. distillers: by method. weights: {term that counts: lambda}. aux_weight: of the cross
+    entropy of the auxiliary logits (0.4 in the published runs). group_size: images over whose labeled pixels the cross
+    entropies are averaged, 0 = all."""
 
     def __init__(self, student: nn.Module, distillers: Mapping[str, Distiller], weights: Mapping[str, float],
                  aux_weight: float = 0.4, ignore_label: int = -1, group_size: int = 0) -> None:
@@ -46,15 +43,11 @@ class Objective(nn.Module):
         self.criterion = SegCrossEntropyLoss(ignore_label, group_size)
         self.weights = {"task": 1.0, "aux": aux_weight, **weights}
 
-    def forward(self, images: Tensor, teacher, target: Tensor, step: int,
+    def forward(self, images: Tensor, teacher: SegOutput | None, target: Tensor, step: int,
                 generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return {term: unweighted scalar}: task, aux (when the student has an auxiliary head), distillation terms.
-
-        images: float [B, 3, H, W]; teacher: ``SegOutput`` without graph or None; target: int64 [B, H, W].
-        """
-        output = self.student(images)
-        terms = task_loss(output, target, self.criterion)
-        batch = Batch(output, teacher, target, images, step)
+        """{term: unweighted scalar}: task, aux (if the student has that head), methods'. See :class:`Batch`."""
+        batch = Batch(self.student(images), teacher, target, images, step)
+        terms = task_loss(batch.student, target, self.criterion)
         for distiller in self.distillers.values():
             terms.update({name: value for name, value in distiller(batch, generator).items() if self.weights.get(name)})
         return terms

@@ -1,9 +1,8 @@
-"""Queues of teacher vectors that outlive a step, for CIRKD and CIRKDv2, and the class means and picked pixels that fill
-them.
+"""Queues of teacher vectors that outlive a step, for CIRKD and CIRKDv2, and the class means and pixels that fill them.
 
 A queue belongs to a class and is written in the order of the images. Here all images and classes are written at once,
-with the same result, and every process writes the vectors of all processes, so that the queues stay equal without
-being sent around. Nothing here waits for the device or loops over classes or images.
+with the same result, and every process writes the vectors of all, so that the queues stay equal without being sent
+around. Nothing here waits for the device or loops over classes or images.
 """
 from __future__ import annotations
 
@@ -18,15 +17,11 @@ from losses.core.checks import at_least_float32, full_precision
 from utils.distributed import is_distributed, rank_and_world
 from utils.errors import UserError
 
-#: random numbers below this order the pixels of a class
-PRIORITIES = 2 ** 32
+PRIORITIES = 2 ** 32  # random numbers below this order the pixels of a class
 
 
 def gather_batch(x: Tensor) -> Tensor:
-    """The tensors [B, ...] of all processes as one [processes * B, ...], in rank order, without a graph.
-
-    Every process has to come with the same shape.
-    """
+    """The tensors [B, ...], equally shaped, of all processes as one [processes * B, ...], in rank order, no graph."""
     if not is_distributed():
         return x.detach()
     x = x.detach().contiguous()
@@ -45,12 +40,10 @@ def random_unit_vectors(shape: tuple[int, ...], dtype: torch.dtype = torch.float
 
 
 def push_positions(pointer: Tensor, count: Tensor, size: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where a sequence of pushes goes: (first slot int64 [N, K], pointer afterwards [K], bool [K] reached the end).
+    """Where pushes one after another go: (first slot int64 [N, K], pointer afterwards [K], bool [K] reached the end).
 
-    pointer: int64 [K], below ``size``. count: int64 [N, K], the vectors of push i into queue k, at most ``most``.
-    Pushes come one after another. One that reaches the end (pointer + count >= size) takes the last ``count`` slots
-    instead, and the pointer goes back to 0.
-    """
+    pointer: int64 [K], below ``size``. count: int64 [N, K], the vectors of push i into queue k, at most ``most``. One
+    that reaches the end (pointer + count >= size) takes the last ``count`` slots, and the pointer goes back to 0."""
     end = pointer + count.cumsum(0)
     restarted = torch.zeros_like(count, dtype=torch.bool)
     for _ in range(1 + (len(count) - 1) // math.ceil(size / most)):  # that often the end can be reached
@@ -62,11 +55,8 @@ def push_positions(pointer: Tensor, count: Tensor, size: int, most: int) -> tupl
 
 
 class FeatureQueue(nn.Module):
-    """One ring of ``size`` unit vectors per class, all buffers: ``queue`` [K, size, C], ``pointer`` and ``filled`` [K].
-
-    classes: None = a single ring, with ``queue`` [size, C]. It starts full of random vectors; ``filled`` counts the
-    slots that have been written since.
-    """
+    """One ring of ``size`` unit vectors per class, all buffers: ``queue`` [K, size, C], random at first, ``pointer``
+    and ``filled`` (slots written since) [K]. classes: None = a single ring, with ``queue`` [size, C]."""
 
     def __init__(self, size: int, channels: int, classes: int | None = None, dtype: torch.dtype = torch.float32,
                  generator: torch.Generator | None = None) -> None:
@@ -74,15 +64,13 @@ class FeatureQueue(nn.Module):
         shape = (size, channels) if classes is None else (classes, size, channels)
         self.size = size
         self.register_buffer("queue", random_unit_vectors(shape, dtype, generator))
-        self.register_buffer("pointer", torch.zeros(classes or 1, dtype=torch.long))
-        self.register_buffer("filled", torch.zeros(classes or 1, dtype=torch.long))
+        for name in ("pointer", "filled"):
+            self.register_buffer(name, torch.zeros(classes or 1, dtype=torch.long))
 
     @torch.no_grad()
     def push(self, rows: Tensor, count: Tensor) -> None:
-        """Append, image after image, the first ``count[i, k]`` of ``rows[i, k]`` to the ring of class k.
-
-        rows: float [N, K, n, C] with n <= size; count: int64 [N, K]. Raises UserError when n is above the size.
-        """
+        """Append, image after image, the first ``count[i, k]`` of ``rows[i, k]`` to the ring of class k. rows: float
+        [N, K, n, C], UserError when n is above the size; count: int64 [N, K]."""
         images, classes, most, channels = rows.shape
         if most > self.size:
             raise UserError(f"a queue of {self.size} vectors cannot take {most} at once: expected {most} slots or more")
@@ -103,9 +91,8 @@ class FeatureQueue(nn.Module):
     def sample(self, order: Tensor, most: int, only_filled: bool = False) -> tuple[Tensor, Tensor | None]:
         """(vectors [K * n, C], usable bool [K * n] or None for all), n = min(most, size), classes one after another.
 
-        order: a permutation of the slots, int64 [size]; every class gives the slots that come first in it. only_filled:
-        those among the written ones; where a class has fewer than n of them, the surplus is marked unusable.
-        """
+        order: a permutation of the slots, int64 [size], of which every class gives the first ones; only_filled: the
+        first of its written ones, and where these are fewer than n, the surplus is marked unusable."""
         table = self.queue.view(len(self.filled), self.size, -1)
         most = min(most, self.size)
         if not only_filled:
@@ -128,10 +115,8 @@ def queue_names(module: nn.Module) -> set[str]:
 
 
 def class_means(features: Tensor, members: Tensor) -> Tensor:
-    """Mean direction [B, K, C] of each class in each image, of unit length; 0 where the class is absent.
-
-    features: [B, P, C]; members: bool [B, K, P].
-    """
+    """Mean direction [B, K, C] of each class in each image, of unit length; 0 where the class is absent. features:
+    [B, P, C]; members: bool [B, K, P]."""
     features = at_least_float32(features)
     with full_precision(features):
         sums = members.to(features.dtype) @ features
@@ -142,11 +127,9 @@ def pick_pixels(labels: Tensor, members: Tensor, most: int, priority: Tensor,
                 as_released: bool = False) -> tuple[Tensor, Tensor]:
     """Up to ``most`` pixels per image and class: (position int64 [B, K, most], number of them int64 [B, K]).
 
-    labels: int64 [B, P] of ``position_labels``; members: their ``class_members``. priority: int64 [B, P] in
-    [0, 2^32); the lowest of a class are picked. Places beyond the number hold any position. as_released: the published
-    code draws from 0 .. pixels of the class - 1 but takes the result for a position in the whole map, so that mostly
-    pixels of other classes come out.
-    """
+    labels: int64 [B, P] of ``position_labels``; members: their ``class_members``. priority: int64 [B, P] in [0, 2^32);
+    the lowest of a class are picked. Entries beyond the number hold any position. as_released: the published code draws
+    from 0 .. pixels of the class - 1 but takes that for a position in the whole map: mostly pixels of other classes."""
     classes, positions = members.shape[1:]
     count = members.sum(-1)
     key = torch.where(labels < 0, classes, labels) * PRIORITIES + priority
@@ -154,8 +137,7 @@ def pick_pixels(labels: Tensor, members: Tensor, most: int, priority: Tensor,
     index = (count.cumsum(1) - count)[..., None] + torch.arange(most, device=labels.device)
     pixel = order.gather(1, index.clamp(max=positions - 1).flatten(1))
     if as_released:
-        within = (members.cumsum(-1) * members).sum(1) - 1
-        pixel = within.gather(1, pixel).clamp(min=0)
+        pixel = ((members.cumsum(-1) * members).sum(1) - 1).gather(1, pixel).clamp(min=0)
     return pixel.view(index.shape), count.clamp(max=most)
 
 
@@ -167,11 +149,8 @@ def take_pixels(features: Tensor, pixel: Tensor) -> Tensor:
 
 def random_priorities(batch: int, positions: int, device: torch.device,
                       generator: torch.Generator | None = None) -> Tensor:
-    """Int64 [batch, positions] for :func:`pick_pixels` on this process's images.
-
-    The numbers of all processes' images are drawn and this process's rows kept: with equally seeded generators an
-    image gets the same numbers whatever the number of processes.
-    """
+    """Int64 [batch, positions] for :func:`pick_pixels` on this process's images: its rows of what is drawn for all
+    processes, so that with equally seeded generators an image's numbers do not depend on the number of processes."""
     rank, processes = rank_and_world()
     draw = torch.randint(PRIORITIES, (processes * batch, positions), device=device, generator=generator)
     return draw[rank * batch:(rank + 1) * batch]

@@ -1,9 +1,9 @@
 """Relations of vectors, for CIRKD and CIRKDv2: the divergence between two networks' similarities to a set of vectors,
 without ever holding all the similarities.
 
-Gradients of a scalar are linear in the incoming one, so they can be made in the forward pass, block of rows by block
-of rows, while the similarities of the block are at hand: nothing is computed twice, and what is kept has the size of
-the inputs. Nothing here waits for the device.
+Gradients of a scalar are linear in the incoming one, so they can be made in the forward pass, block of rows by block of
+rows, while its similarities are at hand: nothing is computed twice, and what is kept has the size of the inputs.
+Nothing here waits for the device.
 """
 from __future__ import annotations
 
@@ -18,17 +18,13 @@ from losses.core.checks import at_least_float32, check_maps, full_precision
 from losses.core.groups import split_groups
 from utils.errors import UserError
 
-#: similarities computed at a time, by either network; three blocks of that size exist
-BLOCK = 2 ** 23
-#: finite, so that a row without any usable column gives 0 rather than NaN
-UNUSABLE = -1e30
+BLOCK = 2 ** 23  # similarities computed at a time, by either network; three blocks of that size exist
+UNUSABLE = -1e30  # finite, so that a row without any usable column gives 0 rather than NaN
 
 
 def blocks(groups: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """Pieces (of the groups, of their rows) of at most :data:`BLOCK` similarities, or one row, that cover all of them.
-
-    Small groups go together, and a group that is too large is cut into rows.
-    """
+    """Pieces (of the groups, of their rows) of at most :data:`BLOCK` similarities, or one row, that cover all of them:
+    small groups go together, and one that is too large is cut into rows."""
     most = max(BLOCK // max(columns, 1), 1)
     some, length = max(most // max(rows, 1), 1), max(min(most, rows), 1)
     for group in range(0, groups, some):
@@ -41,8 +37,7 @@ def compare(student: Tensor, teacher: Tensor, student_keys: Tensor, teacher_keys
     """(KL(p || q) summed over the sets [g, r], q - p [g, r, J * M]) of a block, in the memory of ``space``.
 
     student [g, r, C], teacher [g, r, D]: rows, over the temperature. student_keys [g, J * M, C], teacher_keys
-    [g, J * M, D]. q and p are the student's and the teacher's softmax over M keys. space: three times [g, r, J, M].
-    """
+    [g, J * M, D]. q and p are the student's and the teacher's softmax over M keys. space: three times [g, r, J, M]."""
     first, second, third = space
     for rows, keys, out in ((student, student_keys, first), (teacher, teacher_keys, second)):
         torch.bmm(rows, keys.mT, out=out.flatten(2))
@@ -92,10 +87,9 @@ def relation_divergence(student: Tensor, teacher: Tensor, student_keys: Tensor, 
     """Sum over g, r, j of ``weight[g, r]`` * KL(teacher || student) of the softmax over the M keys of set j.
 
     student [G, R, C], teacher [G, R, D]: rows, of unit length. student_keys [G, J, M, C], teacher_keys [G, J, M, D]:
-    G times J sets of vectors that each row of the same g is compared with. weight: [G, R]. usable: bool [M], which
-    columns take part (None = all). tau: temperature of the similarities. All in the student's dtype. Only ``student``
-    and ``student_keys`` get gradients, and those cannot be differentiated again.
-    """
+    G times J sets of vectors that each row of the same g is compared with. weight: [G, R]. usable: bool [M], columns
+    that take part (None = all). tau: temperature of the similarities. All in the student's dtype. Only ``student`` and
+    ``student_keys`` get gradients, and those cannot be differentiated again."""
     if not torch.is_grad_enabled():  # inside the function this can no longer be told
         student, student_keys = student.detach(), student_keys.detach()
     return RelationDivergence.apply(student, teacher, student_keys, teacher_keys, weight, tau, usable)
@@ -109,9 +103,8 @@ def pixel_rows(feature: Tensor) -> Tensor:
 def grouped_relation_loss(student: Tensor, teacher: Tensor, group_size: int, tau: float) -> Tensor:
     """Mean over images i, their R rows and the images j of i's group of KL(teacher || student).
 
-    student: [B, R, C], teacher: [B, R, D], rows of unit length; a row of image i gives a distribution over the R rows
-    of image j. Groups: see ``losses/core/groups.py``; every image has the same weight. The teacher gets no gradient.
-    """
+    student [B, R, C], teacher [B, R, D]: rows of unit length; one of image i gives a distribution over the R rows of
+    image j. Groups: see ``losses/core/groups.py``; every image has the same weight. The teacher gets no gradient."""
     batch, rows, _ = student.shape
     total = student.new_zeros(())
     for keys in zip(split_groups(student, group_size), split_groups(teacher, group_size), strict=True):
@@ -123,12 +116,11 @@ def grouped_relation_loss(student: Tensor, teacher: Tensor, group_size: int, tau
 
 def minibatch_pixel_loss(student: Tensor, teacher: Tensor, group_size: int = 2, tau: float = 0.1,
                          pool: int = 1) -> Tensor:
-    """Mini-batch pixel-to-pixel relations of student [B, C, h, w] and teacher [B, D, h, w], a scalar.
+    """Mini-batch pixel-to-pixel relations of student [B, C, h, w] and teacher [B, D, h, w], in float32 or better.
 
     For each ordered pair (i, j) of images of a group, the mean over the pixels of i of the KL divergence between the
     softmaxes of their cosines to the pixels of j over ``tau``; then the mean over the pairs (no tau^2). pool: average
-    pooling first, with smaller windows at the edge. See :func:`grouped_relation_loss` for the rest. Float32 or better.
-    Raises UserError on maps that do not fit each other or the pooling.
+    pooling first, with smaller windows at the edge. Raises UserError on maps that do not fit each other or the pooling.
     """
     check_maps("cirkd", student, teacher)
     height, width = student.shape[-2:]

@@ -10,10 +10,8 @@ from models.output import SegOutput
 
 
 class SegCrossEntropyLoss(nn.Module):
-    """Mean cross entropy over the pixels whose label is not ``ignore_index``, in groups of images (0 = all).
-
-    The published runs took the mean over the two images of a GPU, then over the GPUs.
-    """
+    """Mean cross entropy over the pixels whose label is not ``ignore_index``, in groups of images (0 = all). The
+    published runs took the mean over the two images of a GPU, then over the GPUs."""
 
     def __init__(self, ignore_index: int = -1, group_size: int = 0) -> None:
         super().__init__()
@@ -22,8 +20,7 @@ class SegCrossEntropyLoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Scalar in nats. logits: [B, K, h, w], resized bilinearly to the labels; target: integers [B, H, W].
 
-        A batch without a single labeled pixel gives 0 with a zero gradient (a mean over nothing would be NaN).
-        """
+        A batch without a single labeled pixel gives 0 with a zero gradient (a mean over nothing would be NaN)."""
         logits = F.interpolate(at_least_float32(logits), size=target.shape[-2:], mode="bilinear", align_corners=True)
         per_pixel = F.cross_entropy(logits, target.long(), ignore_index=self.ignore_index, reduction="none")
         labeled = (target != self.ignore_index).sum((1, 2))

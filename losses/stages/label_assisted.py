@@ -4,7 +4,7 @@ A step shows it the same images with two label channels, whose codes and noise a
 
     CE(z_1) + CE(z_2) + 0.4 (CE(aux_1) + CE(aux_2)) + 5 (CWD(z_1, z_2) + CWD(z_2, z_1))
 
-where CWD takes its second argument as constant. ``stage.py`` has the loop, the cache and the resume.
+where CWD takes its second argument as constant. See ``stage.py``.
 """
 from __future__ import annotations
 
@@ -24,15 +24,12 @@ from utils.distributed import rank_and_world
 from utils.randomness import seed_everything, step_generator
 
 NOISE, AUX_WEIGHT, CONSISTENCY_WEIGHT = 0.03, 0.4, 5.0
-#: size of a code of 1, in units of a pixel value 0..255
-PIXEL_SCALE = 100.0
+PIXEL_SCALE = 100.0  #: size of a code of 1, in units of a pixel value 0..255
 
 
 def fixed_codes(num_class: int) -> Tensor:
-    """[K + 1] evenly spaced codes, the last one for "ignored": (k - (K + 1) / 2) / 10, for 21 classes as released.
-
-    Where they would leave [-2, 2] they stand closer, as the codes that the teacher learns with do.
-    """
+    """[K + 1] evenly spaced codes, the last one for "ignored": (k - (K + 1) / 2) / 10, for 21 classes as released;
+    closer where they would leave [-2, 2], as the codes that the teacher learns with do."""
     count = num_class + 1
     return (torch.arange(count) - count / 2) * min(0.1, 4 / count)
 
@@ -49,11 +46,9 @@ def channel_scale(preprocess: Preprocess) -> float:
 
 def with_labels(images: Tensor, target: Tensor, codes: Tensor, noise: float, scale: float | Tensor,
                 ignore_label: int = -1, generator: torch.Generator | None = None) -> Tensor:
-    """Images and, as fourth channel, ``scale * (code of the pixel's class + noise * n)``: float [B, 4, H, W].
-
-    images: float [B, 3, H, W]. target: int64 [B, H, W], classes 0..K-1 or ``ignore_label``. codes: [K + 1] or, one row
-    per image, [B, K + 1]; the last one is for ignored pixels. n: a standard normal number per pixel, in float32.
-    """
+    """Images and, as fourth channel, ``scale * (code of the pixel's class + noise * n)``: float [B, 4, H, W]. images:
+    float [B, 3, H, W]. target: int64 [B, H, W], classes 0..K-1 or ``ignore_label``. codes: [K + 1] or, one row per
+    image, [B, K + 1]; the last one is for ignored pixels. n: a standard normal number per pixel, in float32."""
     ignored = codes.shape[-1] - 1
     index = torch.where(target == ignore_label, ignored, target).flatten(1)
     painted = codes.expand(len(target), -1).gather(1, index).view(target.shape)
@@ -63,10 +58,8 @@ def with_labels(images: Tensor, target: Tensor, codes: Tensor, noise: float, sca
 
 @dataclass(frozen=True)
 class TeacherRecipe:
-    """How the teacher learns beyond ``StageSettings``: SGD, the exponent of the learning rate's decay, the scale of the
-    label channel, the label of ignored pixels, the images over whose labeled pixels the cross entropies are averaged
-    (0 = all)."""
-
+    """How the teacher learns beyond ``StageSettings``. power: exponent of the decay of lr; scale: of the label
+    channel; group_size: images over whose labeled pixels the cross entropies are averaged (0 = all)."""
     momentum: float
     weight_decay: float
     power: float
@@ -77,8 +70,7 @@ class TeacherRecipe:
 
 def teacher_losses(one: SegOutput, two: SegOutput, target: Tensor, ignore_label: int = -1,
                    group_size: int = 0) -> dict[str, Tensor]:
-    """{"task", "aux", "consistency"}: the unweighted scalars of the two outputs for labels int64 [B, H, W]; "aux" only
-    where there is an auxiliary head."""
+    """{"task", "aux" where there is such a head, "consistency"}: unweighted scalars; target: int64 [B, H, W]."""
     criterion = SegCrossEntropyLoss(ignore_label, group_size)
     first, second = (task_loss(output, target, criterion) for output in (one, two))
     terms = {name: first[name] + second[name] for name in first}
@@ -101,8 +93,8 @@ class TeacherState(TrainedState):
         outputs = []
         for _ in range(2):
             codes = random_codes(len(images), network.num_class, generator, images.device)
-            outputs.append(network(with_labels(images, target, codes, NOISE, recipe.scale, recipe.ignore_label,
-                                               generator)))
+            labeled = with_labels(images, target, codes, NOISE, recipe.scale, recipe.ignore_label, generator)
+            outputs.append(network(labeled))
         terms = teacher_losses(*outputs, target, recipe.ignore_label, recipe.group_size)
         weights = {"aux": AUX_WEIGHT, "consistency": CONSISTENCY_WEIGHT}
         self.descend(sum(weights.get(name, 1.0) * value for name, value in terms.items()), done)

@@ -1,9 +1,7 @@
-"""A stage of its own before training (masks of MasKD and FreeKD, connectors of AttnFD, the teacher of LAD): the loop,
-its cache, its resume.
+"""A stage before training (masks of MasKD and FreeKD, connectors of AttnFD, teacher of LAD): loop, cache, resume.
 
 The result lies in ``<method>_<result>_<digest>.pth``, where the digest covers the network that the stage starts from
-and every setting that the result depends on; a stage that was cut off lies beside it as ``..._partial.pth`` and goes on
-from there.
+and every setting that the result depends on; a stage that was cut off goes on from ``..._partial.pth`` beside it.
 """
 from __future__ import annotations
 
@@ -23,19 +21,14 @@ from utils.errors import UserError
 from utils.schedule import poly_lr
 from utils.tensor_files import load_tensors, save_tensors
 
-#: to be raised when a stage computes something else from the same settings
-VERSION = 1
+VERSION = 1  #: to be raised when a stage computes something else from the same settings
 
 
 @dataclass(frozen=True)
 class StageSettings:
-    """What the result depends on besides the network, and how often to save (which it does not depend on).
-
-    steps, batch_size (all processes together), lr: of the stage. train_mode: a network normalizes by the statistics of
-    the batch (shared_norm: of all processes) and drops out. depends_on: whatever else the result depends on. method,
-    result: name files and messages. lr_setting: where lr comes from, if not from the setting <method>_lr.
-    """
-
+    """What the result depends on besides the network, and how often to save (which it does not depend on). batch_size:
+    of all processes together. train_mode: a network normalizes by the statistics of the batch (shared_norm: of all
+    processes) and drops out. method, result: name files and messages. lr_setting: of lr, if not <method>_lr."""
     steps: int
     batch_size: int
     lr: float
@@ -49,27 +42,24 @@ class StageSettings:
     lr_setting: str = ""
 
 
-def common_dependencies(run: RunFacts) -> tuple:
-    """What every stage depends on beside network, seed and data: the order of the samples, the ignored label, the
-    groups of images that are averaged together."""
-    return run.sampling, run.ignore_label, run.group_size
+def stage_settings(run: RunFacts, method: str, result: str, steps: int, batch_size: int, lr: float,
+                   *depends_on: object, **more) -> StageSettings:
+    """Settings that hold what every stage depends on beside ``depends_on``, network and data."""
+    depends_on = (*depends_on, run.sampling, run.ignore_label, run.group_size)
+    return StageSettings(steps, batch_size, lr, seed=run.seed, depends_on=depends_on, save_every=run.save_per_iters,
+                         method=method, result=result, **more)
 
 
 class StageState(nn.Module):
-    """Base of what a stage learns: parameters and buffers, which hold momentum and everything else of a resume too.
-
-    step: buffer, the number of steps done.
-    """
+    """Base of what a stage learns: parameters, buffers (step: steps done), with momentum and all else of a resume."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def learn(self, images: Tensor, target: Tensor, done: int) -> dict[str, Tensor]:
-        """Step number ``done`` (from 0) on this process's share of a batch, which adds 1 to the buffer ``step``.
-
-        images: as ``Preparation.batches`` gives them for the role. Returns {name: scalar} of the losses.
-        """
+        """Step number ``done`` (from 0) on this process's share of a batch of ``Preparation.batches``, which adds 1 to
+        ``step``. Returns {name: scalar} of the losses."""
         raise NotImplementedError
 
     def save_result(self, path: Path) -> None:
@@ -94,18 +84,14 @@ class StageState(nn.Module):
 
 
 class TrainedState(StageState):
-    """A module in training by SGD with momentum, on the module's device; the momentum is kept in buffers.
-
-    settings: learning rate and steps. power: exponent of its decay to 0.
-    """
+    """A module in training by SGD, on its device, with momentum in buffers. power: exponent of the decay of lr to 0."""
 
     def __init__(self, module: nn.Module, settings: StageSettings, momentum: float, weight_decay: float,
                  power: float) -> None:
         super().__init__()
         self.module, self._settings, self._power = module.requires_grad_(True), settings, power
         self.step = self.step.to(next(module.parameters()).device)
-        self._optimizer = torch.optim.SGD(module.parameters(), lr=settings.lr, momentum=momentum,
-                                          weight_decay=weight_decay)
+        self._optimizer = torch.optim.SGD(module.parameters(), settings.lr, momentum, weight_decay=weight_decay)
         for i, parameter in enumerate(module.parameters()):
             self.register_buffer(f"momentum_{i}", torch.zeros_like(parameter))
             # the optimizer adds to this very tensor, so that saving and restoring the buffers is enough
@@ -143,11 +129,8 @@ def train_mode(net: nn.Module) -> Iterator[None]:
 def run_stage(stage: Preparation, state: StageState, net: nn.Module, settings: StageSettings,
               role: str = "teacher") -> None:
     """Bring ``state`` (on ``stage.device``) to its last step: from the cache in ``stage.directory``, or by training.
-
     net: the network that the result depends on, as it is before the stage. role: whose images the batches hold. Called
-    by every process; only the main one reads and writes files. Raises UserError when the result becomes infinite or a
-    file is not readable.
-    """
+    by every process; the main one reads and writes files. UserError: an infinite result, an unreadable file."""
     partial = None
     if stage.is_main_process:
         name = f"{settings.method}_{settings.result}_{stage_digest(net, settings, stage.data)}"
@@ -174,26 +157,22 @@ def _train(stage: Preparation, state: StageState, settings: StageSettings, parti
     for images, target in stage.batches(settings.steps, settings.batch_size, done, role):
         values = state.learn(images, target, done)
         done += 1
-        if done % log_every == 0 or done == settings.steps:
+        logs = done % log_every == 0 or done == settings.steps
+        saves = settings.save_every and done % settings.save_every == 0 and done < settings.steps
+        if logs:
             mean = reduce_mean(torch.stack([v.detach() for v in values.values()])).tolist()
             shown = "  ".join(f"{name} {value:.4f}" for name, value in zip(values, mean, strict=True))
             stage.log(f"{settings.method}: {settings.result}, step {done}/{settings.steps}  {shown}")
-            _check_finite(state, settings, done)
-        if settings.save_every and done % settings.save_every == 0 and done < settings.steps:
-            _check_finite(state, settings, done)
-            if partial is not None:
-                state.save(partial)
+        if (logs or saves) and not all(t.isfinite().all() for t in (*state.parameters(), *state.buffers())):
+            raise UserError(f"{settings.method}: the {settings.result} became NaN or infinite by step {done} of the "
+                            "stage before training: try a lower learning rate",
+                            settings=[settings.lr_setting or f"{settings.method}_lr"])
+        if saves and partial is not None:
+            state.save(partial)
 
 
-def _check_finite(state: StageState, settings: StageSettings, done: int) -> None:
-    if not all(t.isfinite().all() for t in (*state.parameters(), *state.buffers())):
-        raise UserError(f"{settings.method}: the {settings.result} became NaN or infinite by step {done} of the stage "
-                        "before training: try a lower learning rate",
-                        settings=[settings.lr_setting or f"{settings.method}_lr"])
-
-
-def check_shares(settings: StageSettings) -> None:
-    """Raise UserError when the processes cannot share the stage's batches, or batch norm cannot train on a share."""
+def check_shares(settings: StageSettings) -> StageSettings:
+    """The settings. UserError when the processes cannot share the batches, or batch norm cannot train on a share."""
     world, batch = rank_and_world()[1], settings.batch_size
     where, setting = f"{settings.method}: the stage before training", [f"{settings.method}_batch_size"]
     if batch % world:
@@ -203,6 +182,7 @@ def check_shares(settings: StageSettings) -> None:
     if settings.train_mode and together < 2:
         raise UserError(f"{where}: a batch of {batch} leaves one image per batch norm: expected at least 2 per process",
                         settings=setting)
+    return settings
 
 
 def stage_digest(net: nn.Module, settings: StageSettings, data: str) -> str:

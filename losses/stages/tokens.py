@@ -1,7 +1,4 @@
-"""The stage before training of MasKD and FreeKD: learning the tokens of their masks on the frozen teacher.
-
-``stage.py`` has the loop, the cache and the resume.
-"""
+"""The stage before training (see ``stage.py``) of MasKD and FreeKD: tokens of masks, learned on the frozen teacher."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -22,17 +19,11 @@ from utils.schedule import poly_lr
 from utils.tensor_files import load_tensors
 
 MOMENTUM, WEIGHT_DECAY, POWER = 0.9, 1e-3, 0.9
-#: standard deviation of the tokens at the start
-INITIAL_STD = 0.01
-
 StageLoss = Callable[[SegOutput, Tensor, Tensor], dict[str, Tensor]]
 
 
 class TokenState(StageState):
-    """Tokens [..., K], their momentum [..., K] and the number of steps done, as buffers.
-
-    loss(teacher output, tokens, target) -> {name: scalar}, whose sum is minimised.
-    """
+    """Tokens and their momentum [..., K], as buffers. loss(teacher output, tokens, target): scalars, to be summed."""
 
     def __init__(self, tokens: Tensor, teacher: nn.Module, settings: StageSettings, loss: StageLoss) -> None:
         super().__init__()
@@ -43,8 +34,7 @@ class TokenState(StageState):
     def learn(self, images: Tensor, target: Tensor, done: int) -> dict[str, Tensor]:
         """One step of SGD with momentum and weight decay."""
         settings, (teacher, loss) = self._settings, self._others
-        if settings.train_mode:
-            # of the teacher's dropout
+        if settings.train_mode:  # the teacher's dropout
             seed_everything(settings.seed, f"{settings.method} stage", done, rank_and_world()[0])
         with torch.no_grad():
             output = teacher(images)
@@ -60,16 +50,13 @@ class TokenState(StageState):
 
 
 def initial_tokens(shape: tuple[int, ...], seed: int, method: str) -> Tensor:
-    """Small normal numbers of a shape [..., K], a function of the seed and the method alone."""
+    """Normal numbers of standard deviation 0.01 and a shape [..., K], a function of the seed and the method alone."""
     generator = step_generator(torch.device("cpu"), seed, f"{method} tokens")
-    return INITIAL_STD * torch.randn(*shape, generator=generator)
+    return 0.01 * torch.randn(*shape, generator=generator)
 
 
 def learn_tokens(stage: Preparation, tokens: Tensor, settings: StageSettings, loss: StageLoss) -> Tensor:
-    """The learned tokens [..., K]: from the cache in ``stage.directory``, or trained from ``tokens`` on.
-
-    loss: see :class:`TokenState`. Called by every process. Raises UserError as :func:`run_stage` does.
-    """
+    """The learned tokens [..., K]: from the cache, or trained from ``tokens`` on; see :func:`run_stage`."""
     settings = replace(settings, depends_on=(*settings.depends_on, *tokens.shape))
     state = TokenState(tokens, stage.teacher, settings, loss).to(stage.device)
     with train_mode(stage.teacher) if settings.train_mode else nullcontext():
@@ -79,10 +66,7 @@ def learn_tokens(stage: Preparation, tokens: Tensor, settings: StageSettings, lo
 
 def read_tokens(path: Path, shape: tuple[int | None, ...], setting: str) -> Tensor:
     """The tokens in a file of this stage (``tokens``) or of the reference (``mask_token``), of the default float type.
-
-    shape: what is expected, None for any number. setting: what the file was given by, for messages. Raises UserError
-    when there is no such tensor.
-    """
+    shape: what is expected, None for any number. setting: of the file. UserError without such a tensor."""
     content = load_tensors(path.expanduser(), "file of tokens")
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = [v for k, v in content.items() if str(k).split(".")[-1] in ("tokens", "mask_token")]

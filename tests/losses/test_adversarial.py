@@ -7,7 +7,7 @@ import io
 import pytest
 import torch
 from method_cases import batch as batch_of
-from method_cases import make, options_of_method
+from method_cases import facts, make, options_of_method
 from reference import fill, golden
 from torch import nn
 
@@ -44,7 +44,7 @@ def narrow(seed=0, dtype=torch.float32, **settings) -> Adversarial:
     """A narrow discriminator whose attention takes part."""
     torch.manual_seed(seed)
     options = options_of_method("adv", **{f"adv_{name}": value for name, value in settings.items()})
-    method = Adversarial(CLASSES, options, group_size=2, width=8).to(dtype)
+    method = Adversarial(options, facts(CLASSES, group_size=2), NET, NET, width=8).to(dtype)
     with torch.no_grad():
         method.discriminator.attn1.gamma.fill_(0.3)
         method.discriminator.attn2.gamma.fill_(-0.2)

@@ -110,7 +110,8 @@ def test_intermediates(name):
     assert float(keep.float().mean()) == pytest.approx(expect["kept_fraction"])
     for step, got in steps.items():
         assert fill.compare(fill.digest(got), expect[step]) < max(1e-4, 20 * case["f32_dev"]), step
-    ctr = contrast_rows(*rows, criterion.excluded, criterion.tau) / (len(student) * pooled[0][0, 0].numel())
+    excluded = excluded_pairs(criterion.groups, criterion.patch)
+    ctr = contrast_rows(*rows, excluded, criterion.tau) / (len(student) * pooled[0][0, 0].numel())
     torch.testing.assert_close(ctr, criterion(student, teacher, keep=keep)[1])
 
 

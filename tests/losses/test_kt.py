@@ -196,7 +196,7 @@ def test_what_does_not_fit_is_refused():
         bare = NetInfo("bare", {"logits": 4, "head": 6}, 4)
         build(student=bare, active=frozenset({"kt_aux"}))
     with pytest.raises(UserError, match=r"kt: .*\(1, 8, 4, 5\)"):
-        FeatureTailoring(6, 8, 10000, 4.0)(torch.zeros(1, 6, 4, 4), torch.zeros(1, 8, 4, 5), 0)
+        FeatureTailoring(6, 8, options_of_method("kt"))(torch.zeros(1, 6, 4, 4), torch.zeros(1, 8, 4, 5), 0)
     for name in ("kt_temperature", "kd_temperature"):
         with pytest.raises(UserError, match="temperature 0.0: expected a number above 0"):
             options_of_method("kt", **{name: 0.0})

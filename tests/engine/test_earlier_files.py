@@ -1,0 +1,58 @@
+"""Files written before the settings became typed: weights load, and a training state goes on as it would have.
+
+``reference/earlier_run``: step 2 of 4 of Af-DCD with FitNet and CIRKD's regions, a teacher, the student after step 4.
+"""
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from helpers import CLASSES, train_arguments, write_folder_dataset
+
+import train_kd
+from models import NetworkChoice
+from models.weights import read_state_dict
+
+FILES = Path(__file__).parent.parent / "reference" / "earlier_run"
+STEM = "kd_deeplab_mobile_mobilenetv2_w0.05_folder"
+
+
+NETWORK = ("deeplab_mobile", "mobilenetv2_w0.05")
+
+
+def arguments(data: Path, save: Path, *more: str) -> list[str]:
+    """The command of the earlier run."""
+    return train_arguments(
+        data, save, "--student-backbone", NETWORK[1], "--teacher-model", NETWORK[0], "--teacher-backbone", NETWORK[1],
+        "--teacher-pretrained", str(FILES / "teacher.pth"), "--method", "afdcd", "--m-ocd", "4", "--pool-size", "2",
+        "--lambda-fitnet", "0.5", "--lambda-cirkd-region", "0.1", "--cirkd-region-queue", "20",
+        "--cirkd-region-contrast", "50", "--max-iterations", "4", "--save-per-iters", "2", "--skip-val", *more)
+
+
+def test_an_earlier_state_goes_on_to_the_same_student(tmp_path, capsys) -> None:
+    data, save = write_folder_dataset(tmp_path / "set"), tmp_path / "run"
+    save.mkdir()
+    shutil.copy(FILES / "state.pth", save / f"{STEM}_state.pth")
+    assert train_kd.main(arguments(data, save, "--resume", "auto")) == 0
+    said = capsys.readouterr().out
+    assert "at step 2" in said and "will differ" not in said
+    student, expected = (read_state_dict(path) for path in (save / f"{STEM}.pth", FILES / "student.pth"))
+    assert student.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(student[name], value, rtol=1e-4, atol=1e-6, msg=name)  # other CPUs round otherwise
+
+
+def test_an_earlier_state_says_what_differs(tmp_path, capsys) -> None:
+    data = write_folder_dataset(tmp_path / "set", train=4)
+    changed = ("--lambda-fitnet", "0.25", "--max-iterations", "2", "--resume", str(FILES / "state.pth"))
+    assert train_kd.main(arguments(data, tmp_path / "run", *changed)) == 0
+    said = capsys.readouterr().out
+    assert "lambda_fitnet: 0.5 -> 0.25" in said and "max_iterations: 4 -> 2" in said
+
+
+def test_earlier_weights_load_strictly() -> None:
+    for name in ("teacher.pth", "student.pth"):
+        net = NetworkChoice(*NETWORK, pretrained=str(FILES / name)).build(CLASSES)
+        tensors = read_state_dict(FILES / name)
+        assert all(value.equal(tensors[key]) for key, value in net.state_dict().items())
