@@ -49,10 +49,7 @@ def load_state(path: Path) -> dict[str, Any]:
     """Read a training state written by :func:`save_run`. Raises :class:`UserError` for anything else."""
     if not path.is_file():
         raise UserError(f"--resume {path}: no such file (expected a training state '*_state.pth', or 'auto')")
-    try:
-        state = load_tensors(path, "training state")
-    except UserError as error:
-        raise UserError(f"--resume {error}") from error
+    state = load_tensors(path, "training state", ["resume"])
     if not isinstance(state, dict) or state.get("format") != FORMAT or "optimizer" not in state:
         raise UserError(f"--resume {path}: not a training state of this program (a plain weights file goes to "
                         "--student-pretrained)")

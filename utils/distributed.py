@@ -1,6 +1,7 @@
 """Processes, devices and the few collective operations that training and evaluation need."""
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce  # not later: it would keep the group of that moment as a default
 
 from utils.errors import UserError
 
@@ -45,13 +47,19 @@ def init_distributed(no_cuda: bool = False, gpu: int | None = None) -> Distribut
 
 
 def cleanup() -> None:
-    """Leave the process group, if there is one, when every process has come here.
+    """Leave the process group, if there is one, when every process has come here and nothing uses it any more.
 
-    Without the wait, gloo's threads may still hold a tensor of the last operation while Python shuts down, and abort.
+    gloo's threads let go of the tensors of an operation after the operation has ended, for which they need the
+    interpreter's lock: while Python shuts down, that aborts the process. They end with the group, so every reference to
+    it has to go: that of DDP, which hangs in a cycle, and ours last, since only Python's own wrapper waits for the
+    threads without holding the lock. A caller must not hold a DDP module.
     """
     barrier()
     if dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD
         dist.destroy_process_group()
+        gc.collect()
+        del group
 
 
 def is_distributed() -> bool:
@@ -128,8 +136,6 @@ class CrossProcessBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and is_distributed()):
             return super().forward(x)
-        from torch.distributed.nn.functional import all_reduce  # needs an initialised group
-
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         count = wide.new_full((1,), wide.numel() / wide.shape[1])
         mean = all_reduce(torch.cat([wide.sum((0, 2, 3)), count]))

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +27,25 @@ def save_tensors(path: Path, content: Any) -> None:
         raise UserError(f"{path}: cannot be written ({first_line(error)})") from error
 
 
-def load_tensors(path: Path, what: str = "file of tensors") -> Any:
+def load_tensors(path: Path, what: str, settings: Iterable[str] = ()) -> Any:
     """The content of a file of :func:`save_tensors`, or of any ``torch.save``, on the CPU.
 
-    what: the kind of file, for messages. Raises UserError for whatever holds anything but tensors and plain values.
+    what: the kind of file, settings: by which it was given, for messages. Raises UserError for whatever holds anything
+    but tensors and plain values.
     """
     if not path.exists():
-        raise UserError(f"{path}: no such {what}")
+        raise UserError(f"{path}: no such {what}", settings=settings)
     if not path.is_file():
-        raise UserError(f"{path}: expected a {what}, this is {'a folder' if path.is_dir() else 'no plain file'}")
+        raise UserError(f"{path}: expected a {what}, this is {'a folder' if path.is_dir() else 'no plain file'}",
+                        settings=settings)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
+        raise UserError(f"{path}: cannot be read ({first_line(error)})", settings=settings) from error
     except Exception as error:  # a damaged or hostile file can make the reader raise nearly anything
         refused = isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower()
         reason = ("it holds Python objects other than tensors, which are refused for safety" if refused else
                   "it is not readable (cut off, or not a PyTorch file)")
-        raise UserError(f"{path}: not a {what} that can be loaded: {reason}") from error
+        raise UserError(f"{path}: not a {what} that can be loaded: {reason}", settings=settings) from error

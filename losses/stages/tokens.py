@@ -67,7 +67,7 @@ def learn_tokens(stage: Preparation, tokens: Tensor, settings: StageSettings, lo
 def read_tokens(path: Path, shape: tuple[int | None, ...], setting: str) -> Tensor:
     """The tokens in a file of this stage (``tokens``) or of the reference (``mask_token``), of the default float type.
     shape: what is expected, None for any number. setting: of the file. UserError without such a tensor."""
-    content = load_tensors(path.expanduser(), "file of tokens")
+    content = load_tensors(path.expanduser(), "file of tokens", [setting])
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = [v for k, v in content.items() if str(k).split(".")[-1] in ("tokens", "mask_token")]
     expected = "x".join("T" if side is None else str(side) for side in shape)

@@ -10,11 +10,16 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.distributed import cleanup, init_distributed, synchronize_batch_norm
+from utils.distributed import Distributed, cleanup, init_distributed, synchronize_batch_norm
 
 
 def main() -> None:
     distributed = init_distributed(no_cuda=True)
+    compare(distributed)
+    cleanup()
+
+
+def compare(distributed: Distributed) -> None:
     torch.manual_seed(0)
     whole = torch.randn(4, 3, 5, 7, dtype=torch.float64)
     weight = torch.randn_like(whole)
@@ -38,7 +43,6 @@ def main() -> None:
         assert torch.allclose(parameter.grad, dict(plain.named_parameters())[name].grad, atol=1e-12), name
     for name, buffer in shared[0].named_buffers():
         assert torch.allclose(buffer.double(), dict(plain.named_buffers())[name].double(), atol=1e-12), name
-    cleanup()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from losses.core import NetInfo
 from losses.core.objective import Objective, build_distillers
 from losses.core.queues import FeatureQueue
 from models.output import SegOutput
-from utils.distributed import cleanup, init_distributed, reduce_mean
+from utils.distributed import Distributed, cleanup, init_distributed, reduce_mean
 from utils.randomness import seed_everything
 
 TERMS = ("cirkd_batch", "cirkd_pixel", "cirkd_region", "cirkdv2_batch", "cirkdv2_pixel", "cirkdv2_region",
@@ -45,6 +45,11 @@ class Student(nn.Module):
 def main() -> None:
     torch.set_default_dtype(torch.float64)
     processes = init_distributed(no_cuda=True)
+    train(processes)
+    cleanup()
+
+
+def train(processes: Distributed) -> None:
     options = {"cirkd": options_of_method("cirkd", **SMALL),
                "cirkdv2": options_of_method("cirkdv2", cirkdv2_channel_contrast=40, **SMALL)}
     run = facts(5, active=dict.fromkeys(TERMS, 1.0), crop_size=(64, 40), group_size=2)
@@ -75,7 +80,6 @@ def main() -> None:
     check_equal(objective, state)
     if processes.is_main_process:
         torch.save({"losses": torch.stack(losses), "state": state, "queues": objective.unsynchronized()}, sys.argv[1])
-    cleanup()
 
 
 def check_equal(objective: Objective, state: dict[str, torch.Tensor]) -> None:
