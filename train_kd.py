@@ -27,7 +27,7 @@ def train(run: Run) -> None:
     journal = Journal(run, resumed)
     if not resumed:
         run_stages(run)
-    journal.clock.restart()
+    journal.start()
     for batch in training_batches(run):
         journal.clock.got_batch()
         result = train_batch(run, batch)

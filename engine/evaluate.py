@@ -70,11 +70,11 @@ def predict(net: nn.Module, image: Tensor, valid: Tensor | None = None, *, size:
     sliding window, in pixels of the resized image, None = the whole image at once; stride: its step, default two thirds
     of it; logits are averaged where windows overlap. Returns [B,K,*size]. All resizing is bilinear, align_corners=True.
     """
-    normalised = net.preprocess(image, valid)
+    normalized = net.preprocess(image, valid)
     size = tuple(size or image.shape[-2:])
     total = None
     for scale in scales:
-        x = _resize(normalised, scaled_size(normalised.shape[-2:], scale))
+        x = _resize(normalized, scaled_size(normalized.shape[-2:], scale))
         logits = _forward(net, x, size, window, stride)
         if flip:
             logits = (logits + _forward(net, x.flip(-1), size, window, stride).flip(-1)) / 2
@@ -125,7 +125,7 @@ def _resize(x: Tensor, size: Size | torch.Size) -> Tensor:
 
 
 def _forward(net: nn.Module, x: Tensor, size: Size, window: Size | None, stride: Size | None) -> Tensor:
-    """Logits [B,K,*size] of a normalised image [B,3,h,w], whole or window by window."""
+    """Logits [B,K,*size] of a normalized image [B,3,h,w], whole or window by window."""
     if window is None or all(w >= side for w, side in zip(window, x.shape[-2:], strict=True)):
         return _resize(net(x).logits, size)
     return _resize(_slide(net, x, window, stride or tuple(max(side * 2 // 3, 1) for side in window)), size)

@@ -60,6 +60,11 @@ class Journal:
                  run.student.name, count, extra, ", ".join(run.objective.distillers) or "none", len(run.train_set),
                  run.distributed.world_size, run.distributed.device.type)
 
+    def start(self) -> None:
+        """The iterations start now, after the stages: speeds count from here."""
+        self.clock.restart()
+        self.progress.unpause()
+
     def finished_step(self, images: int) -> None:
         """One more iteration is done, over so many images of this process."""
         self.clock.count(images * self.run.distributed.world_size)

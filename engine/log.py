@@ -1,4 +1,4 @@
-"""What a run writes down: text log, JSON lines, TensorBoard scalars and panels, and the progress bar."""
+"""What a run writes down: text log, JSON lines, TensorBoard scalars and panels."""
 from __future__ import annotations
 
 import json

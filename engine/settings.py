@@ -95,8 +95,6 @@ class Data(OptionGroup):
         if len(self.crop_size) > 2:
             raise UserError(f"argument --crop-size: expected one or two numbers, got {len(self.crop_size)}")
         object.__setattr__(self, "crop_size", self.crop_size * (3 - len(self.crop_size)))
-        if min(self.crop_size) < 32:
-            raise UserError(f"--crop-size {self.crop_size[0]} {self.crop_size[1]}: expected at least 32 pixels a side")
 
 
 @dataclass(frozen=True)
@@ -279,3 +277,6 @@ def check_settings(settings: Settings) -> None:
         names = [name for name, cls in settings.methods.items() if cls.needs.teacher]
         raise UserError(f"--teacher-pretrained is missing: a trained teacher (a .pth file) for {', '.join(names)}; "
                         f"without one: {', '.join(f'--method {name}' for name in ('none', *without_teacher()))}")
+    height, width = settings.data.crop_size
+    if min(height, width) < 32:
+        raise UserError(f"--crop-size {height} {width}: expected at least 32 pixels a side")

@@ -73,7 +73,7 @@ class TrainStep:
     def check_finite(self, step: int) -> None:
         """Raise when a loss was NaN or infinite since the last check, or a weight is now.
 
-        Costs a synchronisation: not for every step.
+        Costs a synchronization: not for every step.
         """
         if self._finite is None:
             return

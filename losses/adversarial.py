@@ -183,7 +183,8 @@ class Adversarial(Distiller):
         if options.adv_upsample:
             return cls.needs
         return Needs.both("logits", same_classes=True, smallest_map=(SMALLEST, SMALLEST),
-                          why="the discriminator halves them four times", settings=("lambda_adv", "adv_upsample"))
+                          why="the discriminator halves them four times; use weight 0 or upsampled logits",
+                          settings=("lambda_adv", "adv_upsample"))
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         core.check_logits("adv", batch.student.logits, batch.teacher.logits)

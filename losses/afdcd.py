@@ -143,8 +143,9 @@ class OmniContrastiveFeatureLoss(nn.Module):
                  patch_size: Pair = (4, 4), dataset: str = "citys", contrast_chunk: int = 0,
                  feature: bool = True, contrast: bool = True) -> None:
         super().__init__()
-        options = AfDCDOptions(rand_mask, mask_ratio, enhance_projector, tau_ocd, M_ocd, pool_size, tuple(patch_size),
-                               contrast_chunk)  # refuses what is out of bounds
+        options = AfDCDOptions(rand_mask=rand_mask, mask_ratio=mask_ratio, enhance_projector=enhance_projector,
+                               tau_ocd=tau_ocd, m_ocd=M_ocd, pool_size=pool_size, patch_size=tuple(patch_size),
+                               contrast_chunk=contrast_chunk)  # refuses what is out of bounds
         if contrast and teacher_channels % M_ocd:
             raise UserError(f"afdcd: {M_ocd} channel groups: expected a number that divides the teacher's "
                             f"{teacher_channels} channels", settings=["m_ocd"])
@@ -232,8 +233,9 @@ class AfDCD(Distiller):
     def requires(cls, options: AfDCDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
         if "ctr" not in run.active:
             return cls.needs
-        return replace(cls.needs, smallest_map=smallest_map(options.patch_size, options.pool_size),
-                       why="one patch of the contrast, before pooling", settings=("pool_size", "patch_size"))
+        (height, width), pool = options.patch_size, options.pool_size
+        return replace(cls.needs, smallest_map=smallest_map((height, width), pool),
+                       why=f"patches of {height}x{width}, pooled by {pool}", settings=("pool_size", "patch_size"))
 
     @classmethod
     def build(cls, options: AfDCDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> AfDCD:

@@ -9,7 +9,7 @@ a 1x1 convolution and batch norm, each divided by its Frobenius norm over a grou
 
     L = sum over the maps of  1/N |A_S / |A_S| - A_T / |A_T||^2
 
-Kept from the released code: the teacher's CBAM is random, is never trained and normalises by the batch; the
+Kept from the released code: the teacher's CBAM is random, is never trained and normalizes by the batch; the
 convolutions towards the teacher's width (connectors) learn alone for one epoch, with ten times the learning rate and a
 student in train mode, and are frozen before the student learns. Not kept: a teacher in train mode and with gradients.
 """

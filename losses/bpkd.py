@@ -24,7 +24,7 @@ def _window_max(x: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def edge_mask(target: Tensor, num_class: int, size: tuple[int, int], kernel: int = 7, ignore_label: int = -1) -> Tensor:
+def edge_mask(target: Tensor, num_class: int, size: tuple[int, int], kernel: int, ignore_label: int = -1) -> Tensor:
     """Soft masks [B, num_class, h, w] in 0..1: the share of each cell's pixels that are on the edge of a class. target:
     int64 [B, H, W]. A pixel is on the edge of class c when c and another class are both in the kernel x kernel window
     around it: dilation minus erosion of the class. Ignored pixels are on no edge, and make none."""
@@ -52,7 +52,7 @@ def edge_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, temp
 
 
 def body_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
-    """:func:`losses.cwd.cwd_loss` of the logits [B, K, h, w] times (1 - mask): edges count as logit 0 in both."""
+    """``core.cwd_loss`` of the logits [B, K, h, w] times (1 - mask): edges count as logit 0 in both."""
     student, teacher = (core.at_least_float32(x) * (1.0 - mask) for x in (student_logits, teacher_logits))
     return cwd_loss(student, teacher, temperature, method="bpkd")
 
@@ -62,12 +62,6 @@ class BPKDOptions(OptionGroup):
     """Settings of BPKD."""
     bpkd_kernel: int = option(7, "window that makes the edges, in pixels of the crop; odd", at_least=3, metavar="N")
     bpkd_temperature: float = option(1.0, "softmax temperature of both terms", above=0, metavar="T")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.bpkd_kernel % 2 == 0:
-            raise UserError(f"bpkd kernel {self.bpkd_kernel}: expected an odd number of at least 3",
-                            settings=["bpkd_kernel"])
 
 
 @register("bpkd")
@@ -89,6 +83,13 @@ class BPKD(Distiller):
     def __init__(self, options: BPKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> None:
         super().__init__()
         self.options, self.run = options, run
+
+    @classmethod
+    def requires(cls, options: BPKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
+        if options.bpkd_kernel % 2 == 0:
+            raise UserError(f"bpkd kernel {options.bpkd_kernel}: expected an odd number of at least 3",
+                            settings=["bpkd_kernel"])
+        return cls.needs
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         student, teacher, o, run = batch.student.logits, batch.teacher.logits, self.options, self.run

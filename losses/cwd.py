@@ -23,9 +23,6 @@ class CWDOptions(OptionGroup):
     cwd_divide_by: str = option("student", "channels that the feature term is divided by; student: as in the published "
                                 "runs, although the sum runs over the teacher's", choices=("student", "teacher"))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_cwd(self.cwd_norm, self.cwd_divergence)
 
 
 @register("cwd")
@@ -58,6 +55,7 @@ class CWD(Distiller):
 
     @classmethod
     def requires(cls, options: CWDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
+        check_cwd(options.cwd_norm, options.cwd_divergence)
         taps = [tap for term, tap in TAPS.items() if term in run.active]
         return Needs.both(*taps, same_stride=True, same_classes="logits" in taps)
 

@@ -26,8 +26,8 @@ def pearson(a: Tensor, b: Tensor, dim: int | tuple[int, ...], eps: float = 1e-8)
     return (a * b).sum(dim) / (norms + eps)
 
 
-def dist_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, beta: float = 1.0,
-              gamma: float = 1.0, group_size: int = 0) -> Tensor:
+def dist_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float, beta: float,
+              gamma: float, group_size: int = 0) -> Tensor:
     """DIST of two logit maps [B, K, h, w]; every position counts, also where the label is ignored. beta, gamma: weights
     of the relation between the classes of a pixel and of that between the pixels of a class, where the pixels of
     ``group_size`` images go together. Gradients reach the student only. UserError when the shapes differ."""

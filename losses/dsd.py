@@ -90,8 +90,9 @@ class DSD(Distiller):
     @classmethod
     def requires(cls, options: OptionGroup, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
         if teacher is None or "dsd_psd" not in run.active:
-            return Needs.both("logits", same_stride=True)
-        return Needs(*psd_taps(student, teacher, run.as_released), same_stride=True)
+            return Needs.both("logits", same_classes=True)
+        return Needs(*psd_taps(student, teacher, run.as_released), same_stride=True,
+                     same_classes="dsd_csd" in run.active)
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         terms = {}

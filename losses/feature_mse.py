@@ -54,7 +54,7 @@ class FeatureMSE(Distiller):
 
     @classmethod
     def requires(cls, options: FeatureMSEOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
-        return Needs.both(options.mse_tap, same_stride=True)
+        return Needs.both(options.mse_tap, same_stride=True, tap_settings=("mse_tap",))
 
     def forward(self, batch: Batch, generator: Generator | None = None) -> dict[str, Tensor]:
         student, teacher = getattr(batch.student, self.tap), getattr(batch.teacher, self.tap)

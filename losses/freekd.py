@@ -98,7 +98,7 @@ def rest_of_network(teacher: nn.Module, tap: str, feature: Tensor) -> Tensor:
 
 def prompt_learning_losses(teacher: nn.Module, tap: str, feature: Tensor, tokens: Tensor, target: Tensor,
                            ignore_label: int = -1, group_size: int = 0) -> dict[str, Tensor]:
-    """{"ce", "dice"}: the two scalars whose sum the tokens [4, T, C] minimise. feature: the teacher's map [B, C, h, w]
+    """{"ce", "dice"}: the two scalars whose sum the tokens [4, T, C] minimize. feature: the teacher's map [B, C, h, w]
     at ``tap``; target: integers [B, H, W]. ce: of the logits from the prompted map on. dice: mean over levels."""
     with full_precision(feature):
         prompted, masks = prompted_map(at_least_float32(feature.detach()), tokens)
@@ -153,7 +153,7 @@ class FreeKD(Distiller):
 
     @classmethod
     def requires(cls, options: FreeKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
-        return Needs.both(options.freekd_tap, same_stride=True)
+        return Needs.both(options.freekd_tap, same_stride=True, tap_settings=("freekd_tap",))
 
     def prepare(self, stage: Preparation) -> None:
         """Learn the tokens, or take them from the cache (:func:`losses.stages.tokens.learn_tokens`)."""

@@ -38,7 +38,7 @@ def tailor_logits(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return raised * mask, clipped * ~mask
 
 
-def logit_tailoring_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 4.0,
+def logit_tailoring_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float,
                          ignore_label: int = -1) -> Tensor:
     """Sum of three CWD terms: student and tailored teacher, and both tailored inside and outside the masks.
     Logits [B, K, h, w] of equal shapes, or UserError; labels: int64 [B, h, w]; ignored pixels are outside of every

@@ -21,7 +21,7 @@ def standardize_logits(logits: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 def lskd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """:func:`losses.kd.kd_loss` of standardized logits [B, K, h, w]; UserError when the shapes differ."""
+    """``core.kd_loss`` of standardized logits [B, K, h, w]; UserError when the shapes differ."""
     return kd_loss(standardize_logits(student_logits), standardize_logits(teacher_logits.detach()), temperature, "lskd")
 
 

@@ -46,7 +46,7 @@ def maskd_loss(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor) -
 
 def mask_learning_losses(teacher_logits: Tensor, tokens: Tensor, target: Tensor, ignore_label: int = -1,
                          group_size: int = 0) -> dict[str, Tensor]:
-    """{"ce", "dice"}: scalars whose sum the tokens [T, K] minimise. teacher_logits: [B, K, h, w]; target: integers [B,
+    """{"ce", "dice"}: scalars whose sum the tokens [T, K] minimize. teacher_logits: [B, K, h, w]; target: integers [B,
     H, W]. ce: :class:`SegCrossEntropyLoss` of the logits times the sum of their masks. dice: :func:`dice_overlap`."""
     with full_precision(teacher_logits):
         logits = at_least_float32(teacher_logits.detach())

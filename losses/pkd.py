@@ -61,7 +61,7 @@ class PKD(Distiller):
 
     @classmethod
     def requires(cls, options: PKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
-        return Needs.both(options.pkd_tap)
+        return Needs.both(options.pkd_tap, tap_settings=("pkd_tap",))
 
     def forward(self, batch: Batch, generator: Generator | None = None) -> dict[str, Tensor]:
         aligned = self.align(getattr(batch.student, self.tap))

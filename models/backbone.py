@@ -11,8 +11,7 @@ Stages = tuple[Tensor, Tensor, Tensor, Tensor]  # c1..c4 of ``SegOutput``
 
 def scaled(channels: int, width: float) -> int:
     """A channel count times ``width``, rounded as in the MobileNet papers: to a multiple of 8, at least 8 and never
-    more than 10 % below. Width 1 leaves every count as it is.
-    """
+    more than 10 % below. Width 1 leaves every count as it is."""
     if width == 1.0:
         return channels
     exact = channels * width
@@ -31,8 +30,7 @@ class Backbone(nn.Module):
     """A feature extractor at output stride 8.
 
     channels: channel counts of c1..c4. key_prefix: what the tensor names of this module's state_dict start with, and
-    those of an ImageNet file do not ('' or 'net.').
-    """
+    those of an ImageNet file do not ('' or 'net.')."""
 
     key_prefix: str = ""
 

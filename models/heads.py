@@ -25,8 +25,7 @@ def resize(x: Tensor, size: torch.Size) -> Tensor:
 class ASPP(nn.Module):
     """Atrous spatial pyramid: 1x1, three dilated 3x3, image pooling; concatenated and projected to ``c_out``.
 
-    Train mode needs 2 images or more, because of the global mean.
-    """
+    Train mode needs 2 images or more, because of the global mean."""
 
     def __init__(self, c_in: int, c_out: int, norm_layer: NormLayer) -> None:
         super().__init__()
@@ -62,8 +61,7 @@ class DeepLabHead(nn.Module):
 class PyramidPooling(nn.Module):
     """The map beside four pooled versions of it (c_in // 4 channels each): ``c_out`` channels in total.
 
-    Train mode needs 2 images or more, because of the 1x1 pool.
-    """
+    Train mode needs 2 images or more, because of the 1x1 pool."""
 
     def __init__(self, c_in: int, norm_layer: NormLayer) -> None:
         super().__init__()

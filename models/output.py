@@ -9,8 +9,7 @@ from torch import Tensor
 class SegOutput(NamedTuple):
     """Tensors of one forward pass; the field names are the *taps* that distillation methods ask for.
 
-    The order keeps the index habits of the reference code: ``[0]`` logits, ``[-2]`` c4, ``[-1]`` head.
-    """
+    The order keeps the index habits of the reference code: ``[0]`` logits, ``[-2]`` c4, ``[-1]`` head."""
 
     logits: Tensor  # [B, K, h, w], not upsampled
     aux: Tensor | None  # [B, K, h, w] from c3; None when the network has no auxiliary head

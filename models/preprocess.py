@@ -27,8 +27,7 @@ class Preprocess:
     """What a network expects of its input: channel order, then ``(pixel / scale - mean) / std``.
 
     channel_order: 'bgr' or 'rgb'. mean, std: one value per channel *in that order*. scale: divides the pixel values
-    0..255 first. Raises ValueError for anything else.
-    """
+    0..255 first. Raises ValueError for anything else."""
 
     channel_order: str
     mean: Triple
@@ -51,8 +50,7 @@ class Preprocess:
         """Normalize uint8 images [B, 3, H, W], BGR, to float32; UserError for a wrong shape or type.
 
         valid: of the real pixels, as in :func:`inside`, or None when all are real; the others become 0.0, so that
-        padding is black *after* the mean was subtracted.
-        """
+        padding is black *after* the mean was subtracted."""
         if images.dim() != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
             raise UserError(f"preprocessing expects uint8 images [B, 3, H, W], got {images.dtype} {list(images.shape)}")
         x = (images.flip(1) if self.channel_order == "rgb" else images).to(torch.float32)

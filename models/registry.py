@@ -107,8 +107,7 @@ def get_segmentation_model(model: str = "deeplabv3", backbone: str = "resnet18",
     aux: auxiliary head; None = the habit of the model. pretrained: a whole segmentation network; pretrained_base: an
     ImageNet backbone (not read when ``pretrained`` is given, which holds the backbone too). Both, and preprocess, as
     in ``weights.load_weights``. norm_layer: called with a channel count. local_rank: for old callers, without effect.
-    Raises UserError for an unknown name, a class count below 1, or weights that do not fit.
-    """
+    Raises UserError for an unknown name, a class count below 1, or weights that do not fit."""
     architecture = _architecture(model)
     base, width = split_backbone(str(backbone))
     if base not in architecture.backbones:

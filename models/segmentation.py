@@ -23,8 +23,7 @@ class SegmentationNet(nn.Module):
         channels        {tap: channel count} of exactly the fields that ``forward`` fills, in their order
         preprocess      what the weights expect of the input; weight files change it, see ``weights.py``
 
-    Submodules are called as in the released checkpoints: ``pretrained`` (backbone), ``head``, ``auxlayer``.
-    """
+    Submodules are called as in the released checkpoints: ``pretrained`` (backbone), ``head``, ``auxlayer``."""
 
     output_stride = 8
 
@@ -60,8 +59,7 @@ class SegmentationNet(nn.Module):
 def add_input_channels(net: SegmentationNet, count: int) -> SegmentationNet:
     """Give a network ``count`` more input channels, in place: new random weights in its first convolution.
 
-    The weights of the other channels stay, so zeros in the new ones leave the output as it was. Returns the network.
-    """
+    The weights of the other channels stay, so zeros in the new ones leave the output as it was. Returns the network."""
     stem = next(m for m in net.pretrained.modules() if isinstance(m, nn.Conv2d))
     new = torch.empty_like(stem.weight[:, :1]).repeat(1, count, 1, 1)
     nn.init.kaiming_normal_(new, mode="fan_out", nonlinearity="relu")

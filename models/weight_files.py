@@ -89,8 +89,7 @@ def describe(net: nn.Module) -> dict[str, Any]:
 def save_state_dict(net: nn.Module, path: str | os.PathLike) -> None:
     """Write the weights of a network, wrapped or not, as a plain state dict, and ``<path>.json``, each atomically.
 
-    Folders are created. Raises UserError when a file cannot be written.
-    """
+    Folders are created. Raises UserError when a file cannot be written."""
     net, path = unwrap(net), Path(path).expanduser()
     save_tensors(path, OrderedDict((k, v.detach().cpu().contiguous()) for k, v in net.state_dict().items()))
     try:

@@ -56,8 +56,7 @@ def load_weights(net: nn.Module, source: str | os.PathLike | None, what: str = "
 
     source: None, '' and 'None' load nothing. what: 'model' = every tensor of the network must be in the file, and
     only harmless others; 'backbone' = at least nine tenths of the backbone's. Missing batch counters are no error.
-    preprocess: 'bgr', 'rgb' or a Preprocess. Raises UserError, before anything was changed, naming file and tensor.
-    """
+    preprocess: 'bgr', 'rgb' or a Preprocess. Raises UserError, before anything was changed, naming file and tensor."""
     if what not in ("model", "backbone"):
         raise ValueError(f"what must be 'model' or 'backbone', got {what!r}")
     net, wanted = unwrap(net), None if preprocess is None else get_preprocess(preprocess)
@@ -123,8 +122,7 @@ def flat_mobilenet_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of a newer torchvision MobileNetV2 to the older, flat layout.
 
     Newer: a block's convolutions with norm and activation are nested (conv.0.0, conv.0.1, conv.1.0, ...), its last
-    convolution and norm follow (conv.2, conv.3). Flat: each convolution, norm and activation counts by itself.
-    """
+    convolution and norm follow (conv.2, conv.3). Flat: each convolution, norm and activation counts by itself."""
     nested: dict[str, int] = {}
     for match in filter(None, map(NEW_MOBILENET.fullmatch, tensors)):
         nested[match[1]] = max(nested.get(match[1], 0), int(match[2]) + 1)

@@ -149,7 +149,7 @@ def measure_method(name: str, options: Options) -> dict[str, float]:
 
 
 def measure_form(name: str, which: int, options: Options) -> dict[str, float]:
-    """Seconds and memory beyond the inputs of forward and backward of one loss; which: 0 the slow form, 1 ours."""
+    """Seconds and memory beyond the inputs of forward and backward of one loss; which: 0 the slow form, 1 this form."""
     from tests.slow_forms import FORMS, make_maps
     device = torch.device(options.device)
     num_class = get_dataset_spec(options.dataset).num_class
@@ -210,7 +210,7 @@ def method_rows(results: Mapping[str, dict]) -> tuple[list[str], list[list[str]]
 
 def form_rows(results: Mapping[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of slow forms: forward and backward of one loss, memory beyond its inputs."""
-    header = ["loss", "slow form (s)", "ours (s)", "speed-up", "slow form (MB)", "ours (MB)"]
+    header = ["loss", "slow form (s)", "this form (s)", "speed-up", "slow form (MB)", "this form (MB)"]
     rows = []
     for name, pair in results.items():
         cells = ["-"] * 5
@@ -227,7 +227,7 @@ def parse(argv: list[str] | None) -> Options:
 
 
 def measure_job(job: list, options: Options) -> dict[str, float]:
-    """The figures of ["method", name] or ["form", name, 0 | 1] (slow form, ours), measured in this process."""
+    """The figures of ["method", name] or ["form", name, 0 | 1] (slow form, this), measured in this process."""
     return measure_method(job[1], options) if job[0] == "method" else measure_form(job[1], job[2], options)
 
 

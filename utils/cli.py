@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING
@@ -101,8 +102,7 @@ class HelpFormatter(argparse.HelpFormatter):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with both spellings of every option, working booleans and one-line errors (exit code 2).
 
-    Register options with dashes (``--rand-mask``); ``--rand_mask`` is then understood too.
-    """
+    Register options with dashes (``--rand-mask``); ``--rand_mask`` is then understood too."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", HelpFormatter)
@@ -188,8 +188,7 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
              prog: str | None = None) -> int:
     """Run a program and return its exit code, for ``sys.exit(run_main(main))``.
 
-    UserError becomes one line on stderr and code 2, Ctrl-C code 130; other exceptions are defects and pass through.
-    """
+    UserError becomes one line on stderr and code 2, Ctrl-C code 130; other exceptions are defects and pass through."""
     prog = prog or os.path.basename(sys.argv[0])
     try:
         return main(argv) or 0
@@ -216,8 +215,7 @@ def _is_first(line: str) -> bool:
     """True for the first of the processes that ``torchrun`` started on this machine with this line, and when in doubt.
 
     They count in the launcher's store, which outlives them and is there before any process group. Nobody waits, and a
-    line that only one process has is its first.
-    """
+    line that only one process has is its first."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     from torch.distributed import TCPStore  # the command line itself needs no torch
@@ -241,11 +239,10 @@ def _is_lost_connection(error: RuntimeError) -> bool:
 def describe_error(error: UserError) -> str:
     """The message in one line, with the flags of the settings that it speaks of and does not name.
 
-    That of a loading process comes wrapped in its traceback, of which the end counts.
-    """
+    That of a loading process comes wrapped in its traceback, of which the end counts."""
     text = str(error)
     if text.startswith("Caught UserError in "):
         text = text.rsplit("UserError: ", 1)[-1]
     text = " ".join(text.split())
-    flags = [flag(name) for name in error.settings if flag(name) not in text]
+    flags = [flag(name) for name in error.settings if not re.search(rf"{flag(name)}(?![\w-])", text)]
     return f"{text} ({', '.join(flags)})" if flags else text

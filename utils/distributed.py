@@ -52,8 +52,7 @@ def cleanup() -> None:
     gloo's threads let go of the tensors of an operation after the operation has ended, for which they need the
     interpreter's lock: while Python shuts down, that aborts the process. They end with the group, so every reference to
     it has to go: that of DDP, which hangs in a cycle, and ours last, since only Python's own wrapper waits for the
-    threads without holding the lock. A caller must not hold a DDP module.
-    """
+    threads without holding the lock. A caller must not hold a DDP module."""
     barrier()
     if dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD

@@ -26,8 +26,7 @@ class Option:
     kind: type of a value. nargs: None for a single value, a number or "+" for a tuple of them, "append" for a flag that
     may be repeated. default: MISSING for a setting that must be given. above, at_least, at_most: limits of numbers.
     choices: allowed values. metavar: stand-in for the value in the help. aliases: other names of the flag. hidden: not
-    in the help.
-    """
+    in the help."""
 
     name: str
     kind: type
@@ -83,8 +82,7 @@ def option(default: Any, help: str | Callable[[], str] = "", **more: Any) -> Any
     """A field of an :class:`OptionGroup`. more: fields of :class:`Option`.
 
     help and choices may be functions, asked when they are needed. nargs is needed only where the annotation does not
-    say it: ``tuple[int, int]`` takes two values, ``tuple[int, ...]`` one or more.
-    """
+    say it: ``tuple[int, int]`` takes two values, ``tuple[int, ...]`` one or more."""
     return field(default=default, metadata={"option": {"help": help, **more}})
 
 

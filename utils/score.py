@@ -21,8 +21,7 @@ class SegmentationMetric:
 
     num_class: number of classes K. reference_pixacc: also count what the reference prints as pixel accuracy, the arg
     max of the logits truncated towards 0, which ties small logits. ignore_label: one more value to ignore, for data
-    sets that mark ignored pixels with 255. device: where the counts start (they move to that of the first update).
-    """
+    sets that mark ignored pixels with 255. device: where the counts start (they move to that of the first update)."""
 
     def __init__(self, num_class: int, reference_pixacc: bool = False, *, ignore_label: int = -1,
                  device: torch.device | str = "cpu") -> None:
@@ -52,8 +51,7 @@ class SegmentationMetric:
         """Count one batch, or a list of batches with the list of their labels.
 
         pred_or_logits: logits [B,K,H,W] (or [K,H,W]), or class indices shaped like the label. label: [B,H,W] (or
-        [H,W]), any integer or float dtype holding whole numbers.
-        """
+        [H,W]), any integer or float dtype holding whole numbers."""
         if isinstance(pred_or_logits, (list, tuple)):
             for one, its_label in zip(pred_or_logits, label, strict=True):
                 self.update(one, its_label)
@@ -126,8 +124,7 @@ class SegmentationMetric:
         pixAcc: correct / labeled pixels. mIoU: mean IoU over all K classes, where one in neither labels nor
         predictions counts 0, as in the published tables; mIoU_present: over the classes that occur in the labels. mAcc:
         mean accuracy (recall) over those. iou_per_class, acc_per_class, total_inter, total_union, label_pixels: lists
-        of K. labelled_pixels: int. pixAcc_reference: the reference's figure, with ``reference_pixacc``.
-        """
+        of K. labelled_pixels: int. pixAcc_reference: the reference's figure, with ``reference_pixacc``."""
         matrix = self.confusion()
         inter, labels = matrix.diagonal(), matrix.sum(1)
         union = labels + matrix.sum(0) - inter

@@ -31,8 +31,7 @@ def load_tensors(path: Path, what: str, settings: Iterable[str] = ()) -> Any:
     """The content of a file of :func:`save_tensors`, or of any ``torch.save``, on the CPU.
 
     what: the kind of file, settings: by which it was given, for messages. Raises UserError for whatever holds anything
-    but tensors and plain values.
-    """
+    but tensors and plain values."""
     if not path.exists():
         raise UserError(f"{path}: no such {what}", settings=settings)
     if not path.is_file():

@@ -25,8 +25,7 @@ _EDGE = (173, 181, 189)
 def color_mask(index: np.ndarray | Tensor, palette: np.ndarray, ignore: Color = IGNORE_COLOR) -> np.ndarray:
     """Class indices [H,W] (any integer dtype) -> colors [H,W,3]; values outside 0..K-1 get ``ignore``.
 
-    palette: uint8 [K,3] RGB.
-    """
+    palette: uint8 [K,3] RGB."""
     index = np.asarray(index).astype(np.int64)
     count = len(palette)
     table = np.concatenate([np.asarray(palette, np.uint8), np.array([ignore], np.uint8)])
@@ -50,8 +49,7 @@ def save_index(path: Path, index: np.ndarray | Tensor, palette: np.ndarray | Non
     """Write class indices [H,W] as an 8-bit PNG, atomically; values outside 0..254 become 255.
 
     With a palette (uint8 [K,3] RGB) it is a palette file: programs read indices, viewers show colors. Without one it
-    is a grey file, which OpenCV too reads as indices.
-    """
+    is a grey file, which OpenCV too reads as indices."""
     index = np.asarray(index)
     index = np.where((index >= 0) & (index < IGNORE_INDEX), index, IGNORE_INDEX).astype(np.uint8)
     picture = Image.fromarray(index)
@@ -74,8 +72,7 @@ def panel(images: Sequence[np.ndarray], titles: Sequence[str] = (), *, columns: 
     images: RGB uint8 [h,w,3], in reading order; each is fitted into a tile of the shape of the first one. titles: one
     per column (shown above the first row) or one per image; a second line after "\\n" is smaller. columns: default all
     in one row. heading: a line above everything. classes, with ``palette`` [K,3]: a legend strip below.
-    Returns uint8 [H,W,3].
-    """
+    Returns uint8 [H,W,3]."""
     columns = columns or len(images)
     rows = math.ceil(len(images) / columns)
     if len(titles) not in (0, columns, len(images)):
@@ -110,8 +107,7 @@ def comparison(images: Sequence[np.ndarray], labels: Sequence[np.ndarray | Tenso
 
     images: RGB uint8 [H,W,3] each; labels: class indices [H,W] each. predictions: one sequence per model, of class
     indices [H,W] per sample. titles: one per model, such as "teacher\\nmIoU 61.2 %". classes: names for the legend,
-    which shows those that occur in labels or predictions (at most 48).
-    """
+    which shows those that occur in labels or predictions (at most 48)."""
     tiles: list[np.ndarray] = []
     occurring: set[int] = set()
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):

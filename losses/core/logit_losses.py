@@ -44,10 +44,13 @@ def _cwd_sum(student: Tensor, teacher: Tensor, norm: str, divergence: str) -> Te
 
 def check_cwd(norm: str, divergence: str) -> None:
     """Raise UserError for a combination that means nothing."""
-    if norm not in CWD_NORMS or divergence not in CWD_DIVERGENCES or (norm, divergence) == ("channel_mean", "kl"):
+    settings = ["cwd_norm", "cwd_divergence"]
+    if norm not in CWD_NORMS or divergence not in CWD_DIVERGENCES:
         raise UserError(f"cwd: norm {norm} with divergence {divergence}: expected one of {', '.join(CWD_NORMS)} with "
-                        "kl or mse; channel_mean compares means, not distributions: with mse only",
-                        settings=["cwd_norm", "cwd_divergence"])
+                        f"one of {', '.join(CWD_DIVERGENCES)}", settings=settings)
+    if (norm, divergence) == ("channel_mean", "kl"):
+        raise UserError("cwd: norm channel_mean compares means, not distributions: expected divergence mse",
+                        settings=settings)
 
 
 def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = CWD_TEMPERATURE, *, channels: int | None = None,

@@ -100,8 +100,8 @@ class MemoryRelations(nn.Module):
         super().__init__()
         s = settings
         if 0 < s.pixel_queue < s.pixel_update:
-            raise UserError(f"cirkd: a pixel queue of {s.pixel_queue}: expected at least the {s.pixel_update} pixels "
-                            "that an image adds", settings=["cirkd_pixel_queue", "cirkd_pixel_update"])
+            raise UserError(f"pixel queue of {s.pixel_queue}: expected at least the pixel update of {s.pixel_update}",
+                            settings=["cirkd_pixel_queue", "cirkd_pixel_update"])
         self.settings, self.num_class, self.ignore_label = s, num_class, ignore_label
         self.project_head = projection(student_channels, teacher_channels)
         self.pixel, self.region = (
@@ -114,7 +114,7 @@ class MemoryRelations(nn.Module):
 
         The batch enters the queues first and is then compared with them. draws: from ``generator`` (on the tensors'
         device, equally seeded on every process) when not given. A batch without labels gives 0 with a zero gradient."""
-        check_maps("cirkd", student, teacher)
+        check_maps("relations with queues", student, teacher)
         student_rows, teacher_rows = pixel_rows(self.project_head(student)), pixel_rows(teacher.detach())
         labels = position_labels(target, student.shape[-2:], self.num_class, self.ignore_label)
         draws = draws or self.draw(*labels.shape, labels.device, generator)

@@ -13,7 +13,7 @@ class Needs:
 
     student, teacher: fields of ``SegOutput`` that it reads; without any of the teacher it needs none. same_stride,
     same_classes (and stride): of both networks. least_classes: of the data set. smallest_map: (height, width) at the
-    output stride; why: the reason, in a few words; settings: those that would change it."""
+    output stride; why: the reason, in a few words. settings, tap_settings: those that change the map, the taps."""
     student: tuple[str, ...] = ()
     teacher: tuple[str, ...] = ()
     same_stride: bool = False
@@ -22,6 +22,7 @@ class Needs:
     smallest_map: tuple[int, int] = (1, 1)
     why: str = ""
     settings: tuple[str, ...] = ()
+    tap_settings: tuple[str, ...] = ()
 
     @classmethod
     def both(cls, *taps: str, **more) -> Needs:
@@ -37,7 +38,7 @@ def check_needs(method: str, needs: Needs, student: NetInfo, teacher: NetInfo | 
             raise UserError(f"method {method!r} needs a {role}: it reads {', '.join(taps)} of it, but there is none")
         if missing := [tap for tap in taps if tap not in net.channels]:
             raise UserError(f"method {method!r} needs {', '.join(missing)} of the {role}, "
-                            f"but {net.name} offers only {', '.join(net.channels)}")
+                            f"but {net.name} offers only {', '.join(net.channels)}", settings=needs.tap_settings)
     if needs.teacher and needs.same_classes:
         _check_equal(method, "logits", student, student.channels["logits"], teacher, teacher.channels["logits"])
     if needs.teacher and (needs.same_classes or needs.same_stride):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from engine.presets import preset, published
 from engine.settings import build_parser, parse_settings
 from losses.core import methods
 from models import list_models
+from utils.errors import UserError
 
 FLAGS = json.loads((Path(__file__).parent.parent / "reference" / "published_flags.json").read_text())["train_kd.py"]
 #: accepted and without effect, in the reference too
@@ -197,3 +199,11 @@ def test_a_state_of_another_method_is_refused(base, tmp_path, capsys) -> None:
     capsys.readouterr()
     assert_refused(capsys, train_kd.main, [*argv, *distil_arguments(base / "teacher.pth"), "--resume", "auto"],
                    "another model or method")
+
+
+def test_settings_of_other_methods_do_not_stop_a_run_nor_small_crops_the_list(capsys) -> None:
+    assert parse("--method", "kd", "--bpkd-kernel", "4", "--cwd-norm", "channel_mean").bpkd_kernel == 4
+    assert train_kd.main(["--list-methods", "--crop-size", "16", "--bpkd-kernel", "4"]) == 0
+    assert re.search(r"^kd  ", capsys.readouterr().out, re.MULTILINE)
+    with pytest.raises(UserError, match="--crop-size 16 16: expected at least 32 pixels"):
+        parse("--method", "kd", "--crop-size", "16")

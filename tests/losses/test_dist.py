@@ -1,6 +1,8 @@
 """DIST: recorded values, the formula in loops, groups of images, edge cases."""
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from method_cases import batch, make
@@ -12,6 +14,7 @@ from models.output import SegOutput
 from utils.errors import UserError
 
 DTYPES = (torch.float32, torch.float64)
+plain_loss = partial(dist_loss, temperature=1.0, beta=1.0, gamma=1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -53,9 +56,9 @@ def test_formula_in_loops(size, groups):
 
 def test_a_batch_in_groups_is_the_mean_of_small_batches():
     student, teacher = maps((6, 4, 3, 5))
-    parts = [dist_loss(s, t) for s, t in zip(student.split(2), teacher.split(2), strict=True)]
-    assert dist_loss(student, teacher, group_size=2).item() == pytest.approx(torch.stack(parts).mean().item())
-    assert dist_loss(student, teacher).item() != pytest.approx(torch.stack(parts).mean().item(), rel=1e-6)
+    parts = [plain_loss(s, t) for s, t in zip(student.split(2), teacher.split(2), strict=True)]
+    assert plain_loss(student, teacher, group_size=2).item() == pytest.approx(torch.stack(parts).mean().item())
+    assert plain_loss(student, teacher).item() != pytest.approx(torch.stack(parts).mean().item(), rel=1e-6)
 
 
 def test_groups_weigh_by_their_images():
@@ -65,10 +68,10 @@ def test_groups_weigh_by_their_images():
 
 def test_equal_and_constant_logits():
     student, teacher = maps()
-    assert dist_loss(teacher, teacher, group_size=2).item() == pytest.approx(0, abs=1e-5)
+    assert plain_loss(teacher, teacher, group_size=2).item() == pytest.approx(0, abs=1e-5)
     for flat in (torch.zeros(1, 4, 3, 3), torch.zeros(2, 1, 3, 3), torch.zeros(1, 4, 1, 1)):
         flat.requires_grad_()
-        loss = dist_loss(flat, torch.randn(flat.shape), group_size=2)
+        loss = plain_loss(flat, torch.randn(flat.shape), group_size=2)
         loss.backward()
         assert loss.item() == pytest.approx(2, abs=1e-5) and torch.isfinite(flat.grad).all()
 
@@ -76,16 +79,16 @@ def test_equal_and_constant_logits():
 def test_half_precision_is_computed_in_float32_and_the_teacher_gets_no_gradient():
     student, teacher = (x.bfloat16().requires_grad_() for x in maps())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = dist_loss(student, teacher)
+        loss = plain_loss(student, teacher)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(dist_loss(student.float(), teacher.float()).item(), rel=1e-6)
+    assert loss.item() == pytest.approx(plain_loss(student.float(), teacher.float()).item(), rel=1e-6)
     loss.backward()
     assert teacher.grad is None and student.grad is not None
 
 
 def test_shapes_must_agree():
     with pytest.raises(UserError, match=r"dist.*\(5, 4, 3, 5\).*\(5, 4, 3, 4\)"):
-        dist_loss(maps()[0], maps()[1][..., :4])
+        plain_loss(maps()[0], maps()[1][..., :4])
     with pytest.raises(UserError, match="dist temperature 0.0: expected a number above 0"):
         DISTOptions(dist_temperature=0.0)
 
@@ -99,7 +102,7 @@ def test_method_adds_the_auxiliary_logits_where_both_have_them():
     with_aux, without = (NetInfo("net", {"logits": 4, **more}, 4) for more in ({"aux": 4}, {}))
     logits, aux = maps(), maps((5, 4, 2, 3))
     student, teacher = (output(x, a) for x, a in zip(logits, aux, strict=True))
-    main, side = dist_loss(*logits, group_size=2), dist_loss(*aux, group_size=2)
+    main, side = plain_loss(*logits, group_size=2), plain_loss(*aux, group_size=2)
     for net, flags, want in ((with_aux, ["--group-size", "2"], main + 0.4 * side),
                              (with_aux, [], main + 0.4 * side),
                              (with_aux, ["--dist-aux-weight", "0"], main),

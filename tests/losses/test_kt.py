@@ -82,12 +82,12 @@ def test_logit_tailoring_loss():
     labels = labels_of(5, 3, 3)
     (s_in, s_out), (t_in, t_out) = slow_tailor(student, labels), slow_tailor(teacher, labels)
     want = cwd_loss(student, t_in + t_out, 4.0) + cwd_loss(s_in, t_in, 4.0) + cwd_loss(s_out, t_out, 4.0)
-    loss = logit_tailoring_loss(student, teacher, labels)
+    loss = logit_tailoring_loss(student, teacher, labels, 4.0)
     torch.testing.assert_close(loss, want)
     loss.backward()
     assert teacher.grad is None and student.grad.abs().sum() > 0
     other = torch.where(labels < 0, 255, labels)
-    torch.testing.assert_close(logit_tailoring_loss(student, teacher, other, ignore_label=255), want)
+    torch.testing.assert_close(logit_tailoring_loss(student, teacher, other, 4.0, ignore_label=255), want)
 
 
 def test_mixed_channels_loop_twin():
