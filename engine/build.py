@@ -64,7 +64,8 @@ def run_facts(settings: Settings, num_class: int, resumed: bool = False) -> RunF
         group_size=settings.distillation.group_size, compat=settings.distillation.compat, seed=o.seed,
         batch_size=o.batch_size, max_iterations=o.max_iterations, lr=o.lr, poly_power=o.poly_power,
         momentum=o.momentum, weight_decay=o.weight_decay, sync_bn=o.sync_bn, sampling=d.sampling,
-        save_per_iters=r.save_per_iters, student=settings.networks.student, resumed=resumed)
+        save_per_iters=r.save_per_iters, student=settings.networks.student, resumed=resumed,
+        fast=settings.speed.fast)
 
 
 def build_objective(settings: Settings, student: nn.Module, teacher: nn.Module | None,

@@ -126,6 +126,14 @@ class Distillation(OptionGroup):
 
 
 @dataclass(frozen=True)
+class Speed(OptionGroup):
+    """What makes a run faster or smaller, and changes nothing else but rounding unless its help says so."""
+
+    fast: bool = option(True, "the faster forms of losses and networks; off: their plain twins, with the same results "
+                              "up to rounding")
+
+
+@dataclass(frozen=True)
 class Running(OptionGroup):
     """Files, logging, device."""
 
@@ -163,6 +171,7 @@ class Settings:
     data: Data
     optimization: Optimization
     distillation: Distillation
+    speed: Speed
     running: Running
     weights: Mapping[str, float]
     options: Mapping[str, OptionGroup]
@@ -192,7 +201,8 @@ class Settings:
     def flat(self) -> dict[str, object]:
         """{setting: value}, sorted by name: the form of saved configurations and training states."""
         values = {f"lambda_{term}": weight for term, weight in self.weights.items()}
-        groups = (self.networks, self.data, self.optimization, self.distillation, self.running, *self.options.values())
+        groups = (self.networks, self.data, self.optimization, self.distillation, self.speed, self.running,
+                  *self.options.values())
         for group in groups:
             values.update(asdict(group))
         return dict(sorted(values.items()))
@@ -205,7 +215,7 @@ class Settings:
 
 GROUPS: tuple[tuple[str, type[OptionGroup]], ...] = (
     ("networks", Networks), ("data", Data), ("optimisation", Optimization), ("distillation", Distillation),
-    ("running", Running))
+    ("speed", Speed), ("running", Running))
 
 
 def build_parser() -> ArgumentParser:

@@ -36,7 +36,8 @@ class RunFacts:
     active: the terms with a non-zero weight, {name: weight}; a method neither builds nor computes what only others
     need. group_size: images whose statistics go together (0 = all of the process). compat: "fixed", or "reference" for
     released code with its known defects. resumed: a training state will be loaded over what is built, so weight files
-    need not be read. student: where it comes from, for a method that builds a network like it."""
+    need not be read. student: where it comes from, for a method that builds a network like it. fast: whether
+    the faster forms of a method are wanted, which equal their plain twins up to rounding."""
     num_class: int
     ignore_label: int
     crop_size: tuple[int, int]
@@ -55,6 +56,7 @@ class RunFacts:
     save_per_iters: int
     student: NetworkChoice
     resumed: bool = False
+    fast: bool = True
 
     @property
     def as_released(self) -> bool:

@@ -1,0 +1,1 @@
+"""Fused implementations of losses, each beside its plain-PyTorch twin."""
