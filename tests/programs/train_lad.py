@@ -15,6 +15,7 @@ import torch
 from train_in_float64 import run_main, train_kd
 
 import losses.stages.label_assisted as stage
+from utils.distributed import rank_and_world
 
 stage.NOISE = 0.0
 stage.random_codes = lambda batch, classes, generator, device: torch.linspace(
@@ -23,8 +24,10 @@ initial = stage.TeacherState.__init__
 
 
 def keep_start(self, network, settings, recipe) -> None:
-    save = Path(sys.argv[sys.argv.index("--save-dir") + 1])
-    torch.save({k: v.clone() for k, v in network.state_dict().items()}, save / "start.pth")
+    if rank_and_world()[0] == 0:
+        save = Path(sys.argv[sys.argv.index("--save-dir") + 1])
+        save.mkdir(parents=True, exist_ok=True)
+        torch.save({k: v.clone() for k, v in network.state_dict().items()}, save / "start.pth")
     initial(self, network, settings, recipe)
 
 
