@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, Term, feature_losses, option, register
 from losses.core.checks import at_least_float32
-from losses.core.feature_losses import conv3x3, masked_feature_loss, random_keep_mask
+from losses.core.feature_losses import PlainProjector, conv3x3, masked_feature_loss, random_keep_mask
+from losses.kernels.masked_error import error_and_pool
+from losses.kernels.projector import relu_conv
 from utils.errors import UserError
 
 Pair = tuple[int, int]
@@ -126,9 +128,21 @@ class EnhancedProjector(nn.Module):
         self.block_1, self.block_2 = (nn.Sequential(conv3x3(channels), nn.ReLU(inplace=True)) for _ in range(2))
         self.adpator_1, self.adpator_2 = conv3x3(channels), conv3x3(channels)
 
+    @property
+    def first(self) -> nn.Conv2d:
+        """The convolution that reads the map."""
+        return self.block_1[0]
+
     def forward(self, x: Tensor) -> Tensor:
         first = self.block_1(x)
         return (self.adpator_1(first) + self.adpator_2(self.block_2(first))) / 2
+
+    def rest(self, x: Tensor) -> Tensor:
+        """What follows the first convolution, with less memory in the backward pass."""
+        first = self.block_1[1](x)
+        total = self.adpator_1(first)  # first of the two: its backward pass then comes last, when less is kept
+        total.add_(relu_conv(self.block_2[0](first), self.adpator_2.weight, self.adpator_2.bias))
+        return total.div_(2)
 
 
 class OmniContrastiveFeatureLoss(nn.Module):
@@ -136,12 +150,13 @@ class OmniContrastiveFeatureLoss(nn.Module):
 
     student_channels, teacher_channels: widths of the maps; equal widths need no alignment. dataset: "camvid" is never
     pooled, as in the reference. feature, contrast: whether fd and ctr are computed; what only the contrast needs is not
-    checked without it. The rest: see :class:`AfDCDOptions`."""
+    checked without it. fast: the alignment folded into the projector where that pays, and less memory; off: the plain
+    forms. The rest: see :class:`AfDCDOptions`."""
 
     def __init__(self, student_channels: int, teacher_channels: int, rand_mask: bool = True, mask_ratio: float = 0.75,
                  enhance_projector: bool = False, tau_ocd: float = 0.07, M_ocd: int = 16, pool_size: int = 4,
                  patch_size: Pair = (4, 4), dataset: str = "citys", contrast_chunk: int = 0,
-                 feature: bool = True, contrast: bool = True) -> None:
+                 feature: bool = True, contrast: bool = True, fast: bool = True) -> None:
         super().__init__()
         options = AfDCDOptions(rand_mask=rand_mask, mask_ratio=mask_ratio, enhance_projector=enhance_projector,
                                tau_ocd=tau_ocd, m_ocd=M_ocd, pool_size=pool_size, patch_size=tuple(patch_size),
@@ -152,10 +167,10 @@ class OmniContrastiveFeatureLoss(nn.Module):
         self.widths, self.rand_mask, self.mask_ratio = (student_channels, teacher_channels), rand_mask, mask_ratio
         self.tau, self.groups, self.patch = tau_ocd, M_ocd, options.patch_size
         self.pool = 0 if dataset == "camvid" else pool_size
-        self.chunk, self.feature, self.contrast = contrast_chunk, feature, contrast
+        self.chunk, self.feature, self.contrast, self.fast = contrast_chunk, feature, contrast, fast
         # "projetor" is the reference's spelling, kept because the recorded weights are drawn by parameter name
         self.align = feature_losses.aligner(student_channels, teacher_channels)
-        self.projetor = (EnhancedProjector if enhance_projector else feature_losses.plain_projector)(teacher_channels)
+        self.projetor = (EnhancedProjector if enhance_projector else PlainProjector)(teacher_channels)
         excluded = excluded_pairs(self.groups, self.patch) if contrast else None
         self.register_buffer("excluded", excluded, persistent=False)
         self._contrasted: tuple[Tensor, Tensor] | None = None
@@ -172,15 +187,24 @@ class OmniContrastiveFeatureLoss(nn.Module):
             raise UserError(f"afdcd: a {height}x{width} map is too small to contrast: pooling by {self.pool} and "
                             f"patches of {self.patch[0]}x{self.patch[1]} need {least[0]}x{least[1]} or more",
                             settings=["crop_size", "pool_size", "patch_size"])
-        teacher_c4, aligned, ctr = teacher_c4.detach(), self.align(student_c4), None
+        teacher_c4, ctr = teacher_c4.detach(), None
         if keep is None:
             keep = self.keep_mask(student_c4, generator)
-        projected = self.projetor(aligned * keep.to(aligned.dtype))
+        projected = feature_losses.restore(student_c4, keep, self.align, self.projetor, self.fast)
+        fd, contrasted = self.feature_loss_and_contrast_map(projected, teacher_c4)
         if self.contrast:
-            maps = self.contrast_map(projected), self.contrast_map(teacher_c4)
+            maps = contrasted, self.contrast_map(teacher_c4)
             self._contrasted = tuple(x.detach() for x in maps)
             ctr = omni_contrastive_loss(*maps, self.tau, self.groups, self.patch, self.chunk, self.excluded)
-        return masked_feature_loss(projected, teacher_c4) if self.feature else None, ctr
+        return fd, ctr
+
+    def feature_loss_and_contrast_map(self, projected: Tensor, teacher: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(fd, :meth:`contrast_map` of ``projected``) of two maps [B, C_t, H, W]; None = switched off."""
+        if self.fast and self.feature:
+            fd, pooled = error_and_pool(projected, teacher, self.pool if self.contrast else 0)
+            return fd, projected if pooled is None else pooled
+        fd = masked_feature_loss(projected, teacher) if self.feature else None
+        return fd, self.contrast_map(projected) if self.contrast else None
 
     def keep_mask(self, feature: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Bool mask [B or 1, 1, H, W] for a map [B, C, H, W], on the map's device."""
@@ -244,7 +268,7 @@ class AfDCD(Distiller):
         return cls(OmniContrastiveFeatureLoss(
             student.channels["c4"], teacher.channels["c4"], o.rand_mask, o.mask_ratio, o.enhance_projector, o.tau_ocd,
             o.m_ocd, o.pool_size, o.patch_size, contrast_chunk=o.contrast_chunk, feature="fd" in run.active,
-            contrast="ctr" in run.active), o.clip_distiller)
+            contrast="ctr" in run.active, fast=run.fast), o.clip_distiller)
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         losses = self.criterion(batch.student.c4, batch.teacher.c4, generator=generator)

@@ -15,18 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, Term, option, register
-from losses.core.feature_losses import aligner, check_widths, masked_feature_loss, plain_projector, random_keep_mask
+from losses.core.feature_losses import (
+    PlainProjector,
+    aligner,
+    check_widths,
+    masked_feature_loss,
+    random_keep_mask,
+    restore,
+)
+from losses.kernels.masked_error import error_and_pool
 
 
 class MaskedGeneration(nn.Module):
     """Alignment, random mask, generator and squared error for maps of given widths. mask_ratio: share of the positions
-    that the mask zeroes, the same ones in every channel."""
+    that the mask zeroes, the same ones in every channel. fast: the alignment folded into the generator where that pays,
+    and less memory; off: the plain forms."""
 
-    def __init__(self, student_channels: int, teacher_channels: int, mask_ratio: float) -> None:
+    def __init__(self, student_channels: int, teacher_channels: int, mask_ratio: float, fast: bool = True) -> None:
         super().__init__()
-        self.widths, self.mask_ratio = (student_channels, teacher_channels), mask_ratio
+        self.widths, self.mask_ratio, self.fast = (student_channels, teacher_channels), mask_ratio, fast
         self.align = aligner(student_channels, teacher_channels)
-        self.generation = plain_projector(teacher_channels)
+        self.generation = PlainProjector(teacher_channels)
 
     def forward(self, student: Tensor, teacher: Tensor, *, keep: Tensor | None = None,
                 generator: torch.Generator | None = None) -> Tensor:
@@ -36,8 +45,10 @@ class MaskedGeneration(nn.Module):
         if keep is None:
             draw = torch.rand((len(student), 1, *student.shape[-2:]), generator=generator, device=student.device)
             keep = random_keep_mask(draw, self.mask_ratio)
-        aligned = self.align(student)
-        return masked_feature_loss(self.generation(aligned * keep.to(aligned.dtype)), teacher.detach())
+        restored = restore(student, keep, self.align, self.generation, self.fast)
+        if self.fast:
+            return error_and_pool(restored, teacher.detach())[0]
+        return masked_feature_loss(restored, teacher.detach())
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,8 @@ class MGD(Distiller):
 
     def __init__(self, options: MGDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> None:
         super().__init__()
-        self.criterion = MaskedGeneration(student.channels["c4"], teacher.channels["c4"], options.mgd_mask_ratio)
+        self.criterion = MaskedGeneration(student.channels["c4"], teacher.channels["c4"], options.mgd_mask_ratio,
+                                          run.fast)
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         return {"mgd": self.criterion(batch.student.c4, batch.teacher.c4, generator=generator)}

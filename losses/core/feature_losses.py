@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from losses.core.checks import at_least_float32, check_maps
+from losses.kernels.projector import fold_alignment, fold_pays, masked_conv
 from utils.errors import UserError
 
 FEATURE_NORMS = ("none", "l2", "channel", "position")
@@ -74,15 +75,40 @@ def conv3x3(channels: int) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
 
-def plain_projector(channels: int) -> nn.Sequential:
+class PlainProjector(nn.Sequential):
     """3x3 convolution, ReLU, 3x3 convolution: [B, C, H, W] -> the same shape (MGD's generator)."""
-    return nn.Sequential(conv3x3(channels), nn.ReLU(inplace=True), conv3x3(channels))
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(conv3x3(channels), nn.ReLU(inplace=True), conv3x3(channels))
+
+    @property
+    def first(self) -> nn.Conv2d:
+        """The convolution that reads the map."""
+        return self[0]
+
+    def rest(self, x: Tensor) -> Tensor:
+        """What follows the first convolution."""
+        return self[2](self[1](x))
 
 
 def aligner(student_channels: int, teacher_channels: int) -> nn.Module:
     """1x1 convolution to the teacher's width; nothing where the widths are equal."""
     same = student_channels == teacher_channels
     return nn.Identity() if same else nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
+
+
+def restore(student: Tensor, keep: Tensor, align: nn.Module, projector: nn.Module, fast: bool) -> Tensor:
+    """projector(keep * align(student)), [B, C_t, H, W], of a map [B, C_s, H, W]. keep: [B or 1, 1, H, W]; align: an
+    :func:`aligner`; projector: has a ``first`` convolution and a ``rest``; fast: fold the alignment into the first
+    where that pays."""
+    first, positions = projector.first, student[:, 0].numel()
+    if fast and isinstance(align, nn.Identity):
+        return projector.rest(masked_conv(student, keep, first.weight, first.bias))
+    if fast and fold_pays(align.in_channels, align.out_channels, positions):
+        weight = fold_alignment(align.weight, align.bias, first.weight)
+        return projector.rest(masked_conv(student, keep, weight, first.bias))
+    aligned = align(student)
+    return projector(aligned * keep.to(aligned.dtype))
 
 
 def check_widths(method: str, student: Tensor, teacher: Tensor, widths: tuple[int, int]) -> None:

@@ -75,8 +75,14 @@ def test_float32(name):
     check_float32(CASES[name], *setup(CASES[name], torch.float32))
 
 
+@pytest.fixture(params=["apart", "folded"])
+def alignment(request, monkeypatch) -> None:
+    """Aligned and projected one after the other, or in one convolution, whatever the size of the map would call for."""
+    monkeypatch.setattr("losses.core.feature_losses.fold_pays", lambda *_: request.param == "folded")
+
+
 @pytest.mark.parametrize("name", SMALL)
-def test_float64(name):
+def test_float64(name, alignment):
     check_float64(CASES[name], *setup(CASES[name], torch.float64))
 
 
@@ -139,7 +145,7 @@ def test_worked_example():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", golden.case_ids("afdcd/"))
-def test_method_golden(name, dtype):
+def test_method_golden(name, dtype, alignment):
     case = golden.load_case(name)
     c = case["config"]
     criterion = OmniContrastiveFeatureLoss(c["cs"], c["ct"], c["rand"], c["ratio"], c["enh"], c["tau"], c["M"],

@@ -18,7 +18,9 @@ DTYPES = (torch.float32, torch.float64)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", golden.case_ids("mgd/"))
-def test_golden(name, dtype):
+@pytest.mark.parametrize("fold", [False, True])
+def test_golden(name, dtype, fold, monkeypatch):
+    monkeypatch.setattr("losses.core.feature_losses.fold_pays", lambda *_: fold)
     case = golden.load_case(name)
     inputs, config = golden.make_inputs(case, dtype), case["config"]
     widths = [inputs[role].shape[1] for role in ("student", "teacher")]
@@ -89,6 +91,7 @@ def test_method():
     method = make("mgd", small, large, mgd_mask_ratio=0.25)
     assert method.criterion.mask_ratio == 0.25
     assert make("mgd", small, large).criterion.mask_ratio == 0.75
+    assert method.criterion.fast and not make("mgd", small, large, fast=False).criterion.fast
     s, t = maps(dtype=torch.float32)
     outputs = [SegOutput(logits=x, aux=None, c1=x, c2=x, c3=x, c4=x, head=x) for x in (s, t)]
     terms = method(batch(*outputs), torch.Generator().manual_seed(1))
