@@ -17,7 +17,7 @@ from losses.core import Batch, Distiller, Needs, NetInfo, RunFacts, Term, memory
 from losses.core.checks import at_least_float32, check_maps
 from losses.core.feature_losses import CriterionFitNet
 from losses.core.queues import FeatureQueue, gather_batch, queue_names
-from losses.core.relations import grouped_relation_loss, minibatch_pixel_loss, relation_divergence
+from losses.core.relations import grouped_relation_loss, minibatch_pixel_loss, queue_relation_loss
 from utils.distributed import rank_and_world
 from utils.errors import UserError
 from utils.randomness import step_generator
@@ -51,15 +51,17 @@ class ContextBlock(nn.Module):
 class ChannelRelations(nn.Module):
     """Relations of channels: in the batch, with a queue of the teacher's channels, and their squared error. size: of
     head maps, (h, w). queue: slots; contrast: those compared with in a step. terms: which of "batch", "memory", "mse"
-    to compute; the queue is there for "memory" only. generator: source of the first queue contents, on the CPU."""
+    to compute; the queue is there for "memory" only. generator: source of the first queue contents, on the CPU. fast:
+    the faster form of the relations."""
 
     def __init__(self, student_channels: int, teacher_channels: int, size: tuple[int, int], queue: int,
                  contrast: int, terms: frozenset[str], group_size: int, tau: float, kd_tau: float,
-                 dtype: torch.dtype = torch.float32, generator: torch.Generator | None = None) -> None:
+                 dtype: torch.dtype = torch.float32, generator: torch.Generator | None = None,
+                 fast: bool = True) -> None:
         super().__init__()
         self.project_head = memory.projection(student_channels, teacher_channels)
         self.size, self.contrast, self.terms = tuple(size), contrast, terms
-        self.group_size, self.tau, self.kd_tau = group_size, tau, kd_tau
+        self.group_size, self.tau, self.kd_tau, self.fast = group_size, tau, kd_tau, fast
         self.channel = None
         if "memory" in terms:
             self.channel = FeatureQueue(queue, math.prod(-(-side // POOL) for side in size), None, dtype, generator)
@@ -74,7 +76,9 @@ class ChannelRelations(nn.Module):
                             f"{student.shape[-2]}x{student.shape[-1]}", settings=["crop_size"])
         maps = [F.avg_pool2d(at_least_float32(x), POOL, ceil_mode=True) for x in (student, teacher.detach())]
         s, t = (F.normalize(at_least_float32(x).flatten(2), dim=2) for x in (self.project_head(maps[0]), maps[1]))
-        losses = {"batch": grouped_relation_loss(s, t, self.group_size, self.tau)} if "batch" in self.terms else {}
+        losses = {}
+        if "batch" in self.terms:
+            losses["batch"] = grouped_relation_loss(s, t, self.group_size, self.tau, self.fast)
         if "memory" in self.terms:
             losses["memory"] = self._memory(s, t, draws, generator)
         return losses | ({"mse": F.mse_loss(s, t)} if "mse" in self.terms else {})
@@ -87,10 +91,10 @@ class ChannelRelations(nn.Module):
             draws = tuple(torch.randperm(n, device=teacher.device, generator=generator) for n in counts)
         rows = gather_batch(teacher).flatten(0, 1)[draws[0][:UPDATE]]
         self.channel.push(rows[None, None], draws[0].new_full((1, 1), len(rows)))
-        keys = self.channel.sample(draws[1], self.contrast)[0].to(student.dtype)[None, None]
-        weight = student.new_full((1, batch * channels), self.kd_tau ** 2 / (batch * channels))
-        return relation_divergence(*(x.flatten(0, 1)[None] for x in (student, teacher)), keys, keys, weight,
-                                   self.tau * self.kd_tau)
+        keys = self.channel.sample(draws[1], self.contrast)[0].to(student.dtype)
+        weight = student.new_full((batch * channels,), self.kd_tau ** 2 / (batch * channels))
+        return queue_relation_loss(student.flatten(0, 1), teacher.flatten(0, 1), keys, weight, self.tau * self.kd_tau,
+                                   fast=self.fast)
 
 
 CHANNEL_TERMS = {"cirkdv2_channel": "batch", "cirkdv2_channel_memory": "memory", "cirkdv2_channel_mse": "mse"}
@@ -145,7 +149,8 @@ class CIRKDv2(Distiller):
             size = tuple(-(-side // student.stride) for side in run.crop_size)
             self.channels = ChannelRelations(
                 *widths, size, o.cirkdv2_channel_queue, o.cirkdv2_channel_contrast, kinds, run.group_size, o.cirkd_tau,
-                o.cirkd_kd_tau, o.queue_dtype, step_generator(torch.device("cpu"), run.seed, self.method, "channels"))
+                o.cirkd_kd_tau, o.queue_dtype, step_generator(torch.device("cpu"), run.seed, self.method, "channels"),
+                run.fast)
         self.batch_options, self.seed = memory.build_batch(self.method, o, run), run.seed
 
     @classmethod

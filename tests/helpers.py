@@ -20,6 +20,12 @@ CLASSES = 5
 TEACHER, STUDENT = "mobilenetv2_w0.5", "mobilenetv2_w0.25"
 
 
+def set_blocks(monkeypatch, size: int) -> None:
+    """Similarities that CIRKD's relations compute at a time and, in their faster form, keep."""
+    for name in ("relations.BLOCK", "relation_sums.TILE_CPU", "relation_sums.KEPT"):
+        monkeypatch.setattr(f"losses.core.{name}", size)
+
+
 def write_folder_dataset(root: Path, train: int = 8, val: int = 3, size: tuple[int, int] = (128, 128),
                          ignored: float = 0.0) -> Path:
     """A ``folder`` data set of blocky random pictures whose colours follow the class.

@@ -12,7 +12,7 @@ from losses.core.groups import image_weights
 from losses.core.labels import class_members, position_labels
 from losses.core.needs import Needs
 from losses.core.queues import FeatureQueue, class_means, gather_batch, pick_pixels, random_priorities, take_pixels
-from losses.core.relations import pixel_rows, relation_divergence
+from losses.core.relations import pixel_rows, queue_relation_loss
 from utils.errors import UserError
 from utils.options import OptionGroup, option
 from utils.randomness import step_generator
@@ -68,7 +68,7 @@ class MemorySettings:
     pixel_queue, region_queue: slots; 0 = that term is off. pixel_contrast, region_contrast: slots compared with in a
     step. pixel_update: most pixels that an image adds. tau, kd_tau: temperatures of the similarities and of the
     divergence. only_filled: compare with written slots only. as_released: enqueue the pixels that the published code
-    enqueues. group_size: images over whose labeled pixels the mean is taken."""
+    enqueues. group_size: images over whose labeled pixels the mean is taken. fast: the faster form of the relations."""
     pixel_queue: int
     region_queue: int
     pixel_contrast: int
@@ -80,6 +80,7 @@ class MemorySettings:
     only_filled: bool = False
     dtype: torch.dtype = torch.float32
     as_released: bool = False
+    fast: bool = True
 
 
 @dataclass(frozen=True)
@@ -122,14 +123,14 @@ class MemoryRelations(nn.Module):
         valid = labels >= 0
         weight = valid * image_weights(valid.sum(1), self.settings.group_size, student_rows.dtype)[:, None]
         s, losses = self.settings, {}
-        rows = [x.flatten(0, 1)[None] for x in (student_rows, teacher_rows)]
+        rows = [x.flatten(0, 1) for x in (student_rows, teacher_rows)]
         for name, queue, order, most in (("pixel", self.pixel, draws.pixel_order, s.pixel_contrast),
                                          ("region", self.region, draws.region_order, s.region_contrast)):
             if queue is not None:
                 vectors, usable = queue.sample(order, most, s.only_filled)
-                keys = vectors.to(student_rows.dtype)[None, None]
-                losses[name] = s.kd_tau ** 2 * relation_divergence(*rows, keys, keys, weight.flatten()[None],
-                                                                   s.tau * s.kd_tau, usable)
+                keys = vectors.to(student_rows.dtype)
+                losses[name] = s.kd_tau ** 2 * queue_relation_loss(*rows, keys, weight.flatten(), s.tau * s.kd_tau,
+                                                                   usable, s.fast)
         return losses
 
     def draw(self, batch: int, positions: int, device: torch.device, generator: torch.Generator | None = None) -> Draws:
@@ -154,7 +155,7 @@ def build_batch(method: str, options: RelationOptions, run: RunFacts) -> dict[st
     """Arguments of ``minibatch_pixel_loss``; None when its term does not count."""
     if f"{method}_batch" not in run.active:
         return None
-    return {"group_size": run.group_size, "tau": options.cirkd_tau, "pool": options.cirkd_pool}
+    return {"group_size": run.group_size, "tau": options.cirkd_tau, "pool": options.cirkd_pool, "fast": run.fast}
 
 
 def build_memory(method: str, options: RelationOptions, run: RunFacts, student: NetInfo,
@@ -168,7 +169,8 @@ def build_memory(method: str, options: RelationOptions, run: RunFacts, student: 
     settings = MemorySettings(
         o.cirkd_pixel_queue if pixel else 0, o.cirkd_region_queue if region else 0,
         o.cirkd_pixel_contrast // classes + 1, o.cirkd_region_contrast // classes + 1, o.cirkd_pixel_update,
-        o.cirkd_tau, o.cirkd_kd_tau, run.group_size, o.cirkd_only_filled, o.queue_dtype, run.as_released)
+        o.cirkd_tau, o.cirkd_kd_tau, run.group_size, o.cirkd_only_filled, o.queue_dtype, run.as_released,
+        run.fast)
     return MemoryRelations(student.channels["head"], teacher.channels["head"], classes, settings, run.ignore_label,
                            step_generator(torch.device("cpu"), run.seed, method, "queues"))
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from losses.core.checks import at_least_float32, check_maps, full_precision
 from losses.core.groups import split_groups
+from losses.core.relation_sums import key_relation_loss, pair_relation_loss, sums_suffice
 from utils.errors import UserError
 
 BLOCK = 2 ** 23  # similarities computed at a time, by either network; three blocks of that size exist
@@ -100,11 +101,14 @@ def pixel_rows(feature: Tensor) -> Tensor:
     return F.normalize(at_least_float32(feature), dim=1).flatten(2).transpose(1, 2).contiguous()
 
 
-def grouped_relation_loss(student: Tensor, teacher: Tensor, group_size: int, tau: float) -> Tensor:
+def grouped_relation_loss(student: Tensor, teacher: Tensor, group_size: int, tau: float, fast: bool = True) -> Tensor:
     """Mean over images i, their R rows and the images j of i's group of KL(teacher || student).
 
     student [B, R, C], teacher [B, R, D]: rows of unit length; one of image i gives a distribution over the R rows of
-    image j. Groups: see ``losses/core/groups.py``; every image has the same weight. The teacher gets no gradient."""
+    image j. Groups: see ``losses/core/groups.py``; every image has the same weight. The teacher gets no gradient.
+    fast: make each similarity once (``losses/core/relation_sums.py``), equal up to rounding."""
+    if fast and sums_suffice(tau):
+        return pair_relation_loss(student, teacher, group_size, tau)
     batch, rows, _ = student.shape
     total = student.new_zeros(())
     for keys in zip(split_groups(student, group_size), split_groups(teacher, group_size), strict=True):
@@ -114,14 +118,26 @@ def grouped_relation_loss(student: Tensor, teacher: Tensor, group_size: int, tau
     return total
 
 
-def minibatch_pixel_loss(student: Tensor, teacher: Tensor, group_size: int = 2, tau: float = 0.1,
-                         pool: int = 1) -> Tensor:
+def queue_relation_loss(student: Tensor, teacher: Tensor, keys: Tensor, weight: Tensor, tau: float,
+                        usable: Tensor | None = None, fast: bool = True) -> Tensor:
+    """Sum over r of ``weight[r]`` * KL(teacher || student) of the softmax over M keys.
+
+    student, teacher [R, C]: rows, of unit length, as are the keys [M, C], which get no gradient. weight: [R]. usable:
+    bool [M] or None = all. fast: in fewer passes (``losses/core/relation_sums.py``), equal up to rounding."""
+    if fast and sums_suffice(tau):
+        return key_relation_loss(student, teacher, keys, weight, tau, usable)
+    sets = keys[None, None]
+    return relation_divergence(student[None], teacher[None], sets, sets, weight[None], tau, usable)
+
+
+def minibatch_pixel_loss(student: Tensor, teacher: Tensor, group_size: int = 2, tau: float = 0.1, pool: int = 1,
+                         fast: bool = True) -> Tensor:
     """Mini-batch pixel-to-pixel relations of student [B, C, h, w] and teacher [B, D, h, w], in float32 or better.
 
     For each ordered pair (i, j) of images of a group, the mean over the pixels of i of the KL divergence between the
     softmaxes of their cosines to the pixels of j over ``tau``; then the mean over the pairs (no tau^2). pool: average
-    pooling first, with smaller windows at the edge. Raises UserError on maps that do not fit each other or the pooling.
-    """
+    pooling first, with smaller windows at the edge. fast: see :func:`grouped_relation_loss`. Raises UserError on maps
+    that do not fit each other or the pooling."""
     check_maps("cirkd", student, teacher)
     height, width = student.shape[-2:]
     if min(height, width) < pool:
@@ -129,4 +145,4 @@ def minibatch_pixel_loss(student: Tensor, teacher: Tensor, group_size: int = 2, 
     maps = [at_least_float32(x) for x in (student, teacher.detach())]
     if pool > 1:
         maps = [F.avg_pool2d(x, pool, ceil_mode=True) for x in maps]
-    return grouped_relation_loss(*map(pixel_rows, maps), group_size, tau)
+    return grouped_relation_loss(*map(pixel_rows, maps), group_size, tau, fast)

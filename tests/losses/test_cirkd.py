@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import set_blocks
 from method_cases import batch, make
 from torch.nn import functional as F
 
@@ -58,10 +59,11 @@ def slow_minibatch(student, teacher, groups, tau):
 @pytest.mark.parametrize("group_size, groups", [(0, [range(5)]), (2, [range(2), range(2, 4), [4]]), (9, [range(5)]),
                                                 (1, [[i] for i in range(5)])])
 @pytest.mark.parametrize("block", [2 ** 23, 1200])
-def test_minibatch_equals_the_loop_over_pairs(group_size, groups, block, monkeypatch):
-    monkeypatch.setattr("losses.core.relations.BLOCK", block)
+@pytest.mark.parametrize("fast", [True, False])
+def test_minibatch_equals_the_loop_over_pairs(group_size, groups, block, fast, monkeypatch):
+    set_blocks(monkeypatch, block)
     student, teacher, _ = maps(5)
-    got = minibatch_pixel_loss(student, teacher, group_size, 0.1)
+    got = minibatch_pixel_loss(student, teacher, group_size, 0.1, fast=fast)
     want = slow_minibatch(student, teacher, groups, 0.1)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (got, want)))
@@ -123,11 +125,12 @@ def memory_twin(memory, student, teacher, target, draws):
 
 @pytest.mark.parametrize("as_released", [False, True])
 @pytest.mark.parametrize("group_size, pixel_queue, block", [(2, 40, 2 ** 23), (0, 17, 440), (3, 16, 1)])
-def test_memory_equals_the_loops(as_released, group_size, pixel_queue, block, monkeypatch):
+@pytest.mark.parametrize("fast", [True, False])
+def test_memory_equals_the_loops(as_released, group_size, pixel_queue, block, fast, monkeypatch):
     """Several steps, so that the queues wrap around, also more than once in a step."""
-    monkeypatch.setattr("losses.core.relations.BLOCK", block)
+    set_blocks(monkeypatch, block)
     settings = MemorySettings(pixel_queue, 3, 10, 2, 16, 0.1, 2.0, group_size, dtype=torch.float64,
-                              as_released=as_released)
+                              as_released=as_released, fast=fast)
     memory = MemoryRelations(6, 9, 4, settings).double()
     generator = torch.Generator().manual_seed(3)
     for step in range(4):

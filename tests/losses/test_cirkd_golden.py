@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import set_blocks
 from reference import golden
 from torch import nn
 
@@ -13,10 +14,11 @@ from losses.core.feature_losses import CriterionFitNet
 DTYPES = (torch.float32, torch.float64)
 
 
-@pytest.fixture(params=[2 ** 23, 3000])
-def block(request, monkeypatch):
-    """Similarities computed at a time: all, a part."""
-    monkeypatch.setattr("losses.core.relations.BLOCK", request.param)
+@pytest.fixture(params=[(fast, size) for fast in (True, False) for size in (2 ** 23, 3000)])
+def fast(request, monkeypatch) -> bool:
+    """The faster form or its twin, with all similarities at a time or a part of them."""
+    set_blocks(monkeypatch, request.param[1])
+    return request.param[0]
 
 
 def widths(inputs: dict) -> tuple[int, int]:
@@ -29,12 +31,11 @@ def close(got: float, want: float, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", golden.case_ids("cirkd/minibatch"))
-@pytest.mark.usefixtures("block")
-def test_minibatch(name, dtype):
+def test_minibatch(name, dtype, fast):
     case = golden.load_case(name)
     inputs = golden.make_inputs(case, dtype)
     loss = minibatch_pixel_loss(inputs["student"], inputs["teacher"], group_size=0, tau=case["config"]["temperature"],
-                                pool=2 if case["config"]["avg_pool_2x2"] else 1)
+                                pool=2 if case["config"]["avg_pool_2x2"] else 1, fast=fast)
     golden.check_losses(case, {"minibatch_pixel": loss}, inputs)
 
 
@@ -44,13 +45,13 @@ MEMORY_NAMES = {"pixel.queue": "teacher_pixel_queue", "region.queue": "teacher_s
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", golden.case_ids("cirkd/memory"))
-@pytest.mark.usefixtures("block")
-def test_memory(name, dtype):
+def test_memory(name, dtype, fast):
     case = golden.load_case(name)
     c, inputs, labels = case["config"], golden.make_inputs(case, dtype), golden.make_labels(case)
     settings = MemorySettings(c["pixel_memory_size"], c["region_memory_size"], c["pixel_contrast_per_class"],
                               c["region_contrast_per_class"], c["pixel_update_freq"], c["contrast_temperature"],
-                              c["contrast_kd_temperature"], group_size=2, dtype=dtype, as_released=c["bug_compatible"])
+                              c["contrast_kd_temperature"], group_size=2, dtype=dtype, as_released=c["bug_compatible"],
+                              fast=fast)
     memory = MemoryRelations(*widths(inputs), c["num_classes"], settings).to(dtype)
     golden.fill_params(memory, case, MEMORY_NAMES)
     batch, _, height, width = inputs["student"].shape
@@ -73,14 +74,13 @@ CHANNEL_NAMES = {"channel.queue": "teacher_channel_queue"}
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", golden.case_ids("cirkdv2/channel"))
-@pytest.mark.usefixtures("block")
-def test_channels(name, dtype):
+def test_channels(name, dtype, fast):
     case = golden.load_case(name)
     c, inputs = case["config"], golden.make_inputs(case, dtype)
     batch, width = len(inputs["teacher"]), inputs["teacher"].shape[1]
     module = ChannelRelations(*widths(inputs), inputs["student"].shape[-2:], c["channel_memory_size"],
                               c["channel_contrast_size"], frozenset(CHANNEL_TERMS.values()), 2,
-                              c["contrast_temperature"], c["contrast_kd_temperature"], dtype).to(dtype)
+                              c["contrast_temperature"], c["contrast_kd_temperature"], dtype, fast=fast).to(dtype)
     golden.fill_params(module, case, CHANNEL_NAMES)
     draws = torch.arange(batch * width), torch.arange(c["channel_memory_size"])
     losses = module(inputs["student"], inputs["teacher"], draws=draws)

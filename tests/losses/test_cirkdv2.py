@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import set_blocks
 from method_cases import batch, make
 from torch.nn import functional as F
 
@@ -69,11 +70,12 @@ def slow_channels(module, student, teacher, groups, draws):
 
 
 @pytest.mark.parametrize("group_size, groups, block", [(2, [[0, 1], [2]], 2 ** 23), (0, [[0, 1, 2]], 120)])
-def test_channels_equal_the_loops(group_size, groups, block, monkeypatch):
-    monkeypatch.setattr("losses.core.relations.BLOCK", block)
+@pytest.mark.parametrize("fast", [True, False])
+def test_channels_equal_the_loops(group_size, groups, block, fast, monkeypatch):
+    set_blocks(monkeypatch, block)
     student, teacher, _ = maps()
     module = ChannelRelations(6, 10, (9, 6), 70, 12, frozenset(CHANNEL_TERMS.values()), group_size, 0.1, 2.0,
-                              torch.float64).double()
+                              torch.float64, fast=fast).double()
     for _ in range(3):
         draws = torch.randperm(30), torch.randperm(70)
         want = slow_channels(module, student, teacher, groups, draws)
