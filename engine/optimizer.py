@@ -17,7 +17,12 @@ def build_optimizer(settings: Settings, objective: Objective) -> torch.optim.SGD
         groups.append({"params": own})
     o, parameters = settings.optimization, [p for group in groups for p in group["params"]]
     fused = settings.speed.fast and all(p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay, fused=fused or None)
+    optimizer = torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay, fused=fused or None)
+    if fused and o.momentum:
+        # torch allocates them in the first step, and leaves them as they are if that one is skipped (fp16)
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -16,7 +16,9 @@ def get_ready(run: Run) -> None:
     """Prepare the teacher, and compile both networks where that was asked for. Raises UserError without a compiler."""
     speed = run.settings.speed
     if run.teacher is not None:
-        teacher = PreparedTeacher(run.teacher, teacher_taps(run), speed.teacher_dtype, fold=speed.fast).eval()
+        # a half that the losses are not used to (outside of autocast, a convolution refuses it) goes no further
+        output_dtype = None if speed.amp_dtype or not speed.teacher_dtype else torch.get_default_dtype()
+        teacher = PreparedTeacher(run.teacher, teacher_taps(run), speed.teacher_dtype, output_dtype, speed.fast).eval()
         run.teacher = run.step_fn.teacher = teacher
     if speed.compile:
         check_compiler(run.distributed.device)
