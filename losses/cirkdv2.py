@@ -147,6 +147,7 @@ class CIRKDv2(Distiller):
                 *widths, size, o.cirkdv2_channel_queue, o.cirkdv2_channel_contrast, kinds, run.group_size, o.cirkd_tau,
                 o.cirkd_kd_tau, o.queue_dtype, step_generator(torch.device("cpu"), run.seed, self.method, "channels"))
         self.batch_options, self.seed = memory.build_batch(self.method, o, run), run.seed
+        self.whole_batch = bool(queue_names(self))
 
     @classmethod
     def requires(cls, options: CIRKDv2Options, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
