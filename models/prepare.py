@@ -9,9 +9,22 @@ from torch import Tensor, nn
 from models.output import SegOutput
 
 
+class PlainOrderDropout(nn.Dropout):
+    """Dropout that draws the same mask for a map [B, C, h, w] however it is laid out. torch draws in the order of
+    memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or x.is_contiguous():
+            return super().forward(x)
+        kept = 1 - self.p
+        return x * torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(kept).div_(kept)
+
+
 def to_channels_last(module: nn.Module) -> nn.Module:
     """Lay out the weights of every convolution as [out, height, width, in], in place; shapes and values stay."""
     for child in module.modules():
+        if type(child) is nn.Dropout:
+            child.__class__ = PlainOrderDropout
         if isinstance(child, nn.Conv2d) and "weight" in child._parameters:  # not one whose weight is computed
             child.weight.data = child.weight.data.contiguous(memory_format=torch.channels_last)
     return module
