@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 import dataset as data
 from engine.optimizer import build_optimizer
@@ -16,7 +15,7 @@ from engine.step import TrainStep
 from losses.core.facts import NetInfo, RunFacts
 from losses.core.objective import Objective, build_distillers
 from models.prepare import to_channels_last
-from utils.distributed import Distributed, synchronize_batch_norm
+from utils.distributed import Distributed, send_in_bf16, synchronize_batch_norm
 from utils.errors import UserError
 from utils.files import check_target
 from utils.randomness import seed_everything
@@ -105,7 +104,7 @@ def wrap_for_processes(objective: Objective, distributed: Distributed, sync_bn: 
     model = nn.parallel.DistributedDataParallel(objective, device_ids=gpu, gradient_as_bucket_view=True,
                                                 static_graph=fixed_graph)
     if compression == "bf16":
-        model.register_comm_hook(None, bf16_compress_hook)
+        model.register_comm_hook(None, send_in_bf16)
     return model
 
 
