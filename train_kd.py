@@ -13,6 +13,7 @@ from engine.checkpoint import resume, save_run
 from engine.journal import Journal
 from engine.log import setup_logging
 from engine.method_list import method_table
+from engine.ready import get_ready
 from engine.run import Run, run_stages, train_batch, training_batches
 from engine.settings import parse_settings
 from engine.validation import report, validate
@@ -27,6 +28,7 @@ def train(run: Run) -> None:
     journal = Journal(run, resumed)
     if not resumed:
         run_stages(run)
+    get_ready(run)
     journal.start()
     for batch in training_batches(run):
         journal.clock.got_batch()

@@ -8,13 +8,15 @@ import torch
 from torch import nn
 
 import dataset as data
+from engine.optimizer import build_optimizer
 from engine.run import Run
 from engine.run_files import RunFiles
 from engine.settings import Data, Settings
 from engine.step import TrainStep
 from losses.core.facts import NetInfo, RunFacts
 from losses.core.objective import Objective, build_distillers
-from utils.distributed import Distributed, synchronize_batch_norm
+from models.prepare import to_channels_last
+from utils.distributed import Distributed, send_in_bf16, synchronize_batch_norm
 from utils.errors import UserError
 from utils.files import check_target
 from utils.randomness import seed_everything
@@ -23,6 +25,7 @@ from utils.randomness import seed_everything
 def build_run(settings: Settings, distributed: Distributed) -> Run:
     """Build and check everything that training needs. Raises UserError for whatever does not fit."""
     check_batch(settings, distributed)
+    check_precision(settings, distributed)
     spec = data.get_dataset_spec(settings.data.dataset, settings.data.data)
     train_set = build_dataset(settings, spec, spec.train_split, train=True, list_file=settings.data.train_list)
     val_set, report_sets = build_evaluation_sets(settings, spec)
@@ -30,13 +33,20 @@ def build_run(settings: Settings, distributed: Distributed) -> Run:
     settings = replace(settings, networks=replace(settings.networks, aux=student.aux))
     files = RunFiles(settings)
     objective = build_objective(settings, student, teacher, resumed=files.resume_from is not None)
-    model = wrap_for_processes(objective, distributed, settings.optimization.sync_bn)
+    speed, o = settings.speed, settings.optimization
+    check_parts(settings, objective, distributed)
+    if speed.uses_channels_last:
+        to_channels_last(objective)
+    # a graph that is known to stay the same: torch allows that neither in parts nor for compiled networks
+    fixed_graph = speed.fast and speed.grad_accumulation == 1 and not speed.compile
+    model = wrap_for_processes(objective, distributed, o.sync_bn, fixed_graph, speed.ddp_compression)
     if teacher is not None:
         teacher.to(distributed.device)
+        if speed.uses_channels_last:
+            to_channels_last(teacher)
     optimizer = build_optimizer(settings, objective)
-    o = settings.optimization
     step_fn = TrainStep(model, teacher, optimizer, lr=o.lr, max_iterations=o.max_iterations, power=o.poly_power,
-                        seed=o.seed, rank=distributed.rank)
+                        seed=o.seed, rank=distributed.rank, amp=speed.amp_dtype, parts=speed.grad_accumulation)
     for name, folder in (("--save-dir", files.directory), ("--log-dir", files.log_directory)):
         check_target(Path(folder), name, is_folder=True)
     return Run(settings, distributed, spec, train_set, val_set, report_sets, student, teacher, objective, model,
@@ -80,18 +90,11 @@ def build_objective(settings: Settings, student: nn.Module, teacher: nn.Module |
                      settings.distillation.group_size)
 
 
-def build_optimizer(settings: Settings, objective: Objective) -> torch.optim.SGD:
-    """SGD over student and distillers with one learning rate and one weight decay, as in the reference."""
-    groups = [{"params": list(objective.student.parameters())}]
-    own = [p for d in objective.distillers.values() for p in d.trained_parameters()]
-    if own:
-        groups.append({"params": own})
-    o = settings.optimization
-    return torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+def wrap_for_processes(objective: Objective, distributed: Distributed, sync_bn: bool, fixed_graph: bool = False,
+                       compression: str = "none") -> nn.Module:
+    """The objective on its device, with synchronized batch norm and DDP when there are several processes.
 
-
-def wrap_for_processes(objective: Objective, distributed: Distributed, sync_bn: bool) -> nn.Module:
-    """The objective on its device, with synchronized batch norm and DDP when there are several processes."""
+    fixed_graph: every step computes the same. compression: of the gradients that are sent, "none" or "bf16"."""
     objective.to(distributed.device)
     if distributed.world_size == 1:
         return objective
@@ -100,7 +103,11 @@ def wrap_for_processes(objective: Objective, distributed: Distributed, sync_bn: 
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         objective, objective.unsynchronized())
     gpu = [distributed.device.index] if distributed.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(objective, device_ids=gpu)
+    model = nn.parallel.DistributedDataParallel(objective, device_ids=gpu, gradient_as_bucket_view=True,
+                                                static_graph=fixed_graph)
+    if compression == "bf16":
+        model.register_comm_hook(None, send_in_bf16)
+    return model
 
 
 def check_batch(settings: Settings, distributed: Distributed) -> None:
@@ -108,10 +115,38 @@ def check_batch(settings: Settings, distributed: Distributed) -> None:
     world, batch = distributed.world_size, settings.optimization.batch_size
     if batch % world:
         raise UserError(f"--batch-size {batch} does not divide by {world} processes: use a multiple of {world}")
+    parts = settings.speed.grad_accumulation
+    if batch // world % parts:
+        raise UserError(f"--grad-accumulation {parts} does not divide the {batch // world} images of a process "
+                        f"(--batch-size {batch}, {world} processes)")
     shared = world > 1 and settings.optimization.sync_bn
-    if batch // (1 if shared else world) < 2:
+    if batch // parts // (1 if shared else world) < 2:
         raise UserError(f"--batch-size {batch} leaves one image per batch norm: the pooled branches of "
-                        "the heads need at least 2 (more images, or --sync-bn with several processes)")
+                        "the heads need at least 2 (more images, fewer parts by --grad-accumulation, or --sync-bn with "
+                        "several processes)")
+
+
+def check_precision(settings: Settings, distributed: Distributed) -> None:
+    """Refuse bfloat16 on a GPU that has none."""
+    speed = settings.speed
+    if torch.bfloat16 in (speed.amp_dtype, speed.teacher_dtype) and distributed.device.type == "cuda" \
+            and not torch.cuda.is_bf16_supported():
+        raise UserError(f"{torch.cuda.get_device_name(distributed.device)} does not compute in bfloat16: use fp16 for "
+                        "--amp and --teacher-precision")
+
+
+def check_parts(settings: Settings, objective: Objective, distributed: Distributed) -> None:
+    """Refuse parts of a batch whose gradients do not add up to those of the whole."""
+    parts, group = settings.speed.grad_accumulation, settings.distillation.group_size
+    if parts == 1:
+        return
+    if whole := [name for name, distiller in objective.distillers.items() if distiller.whole_batch]:
+        raise UserError(f"--grad-accumulation {parts}: {', '.join(whole)} needs all images of a step at once: drop its "
+                        "--lambda-*, or use more processes")
+    images = settings.optimization.batch_size // distributed.world_size // parts
+    if not group or images % group:
+        raise UserError(f"--grad-accumulation {parts} makes parts of {images} images: expected a multiple of "
+                        f"--group-size {group or '0 (all images of the process)'}, whose images go together")
 
 
 def build_dataset(settings: Settings, spec: data.DatasetSpec, split: str, *, train: bool,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from engine.log import LOG
+from engine.optimizer import load_optimizer
 from engine.run import Run
 from engine.run_files import plain
 from engine.settings import Settings
@@ -17,7 +18,7 @@ from models.preprocess import Preprocess
 from models.weights import describe, save_state_dict
 from utils.distributed import same_everywhere
 from utils.errors import UserError
-from utils.tensor_files import first_line, load_tensors, save_tensors
+from utils.tensor_files import first_line, in_plain_order, load_tensors, save_tensors
 
 FORMAT = 1
 #: settings that may differ between a run and its continuation without changing the result
@@ -39,10 +40,11 @@ def save_run(run: Run) -> None:
     if not run.distributed.is_main_process:
         return
     save_state_dict(run.student, run.files.student)
-    save_tensors(run.files.state, {
+    save_tensors(run.files.state, in_plain_order({
         "format": FORMAT, "versions": versions(), "model": run.student.state_dict(), "net_info": describe(run.student),
         "distillers": run.objective.distillers.state_dict(), "optimizer": run.optimizer.state_dict(),
-        "step": run.step, "best": run.best, "config": plain(run.settings), "processes": run.distributed.world_size})
+        "scaler": run.step_fn.scaler.state_dict(), "step": run.step, "best": run.best, "config": plain(run.settings),
+        "processes": run.distributed.world_size}))
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -65,7 +67,9 @@ def resume(run: Run) -> bool:
     try:
         run.student.load_state_dict(state["model"])
         run.objective.distillers.load_state_dict(state["distillers"])
-        run.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(run.optimizer, state["optimizer"])
+        if state.get("scaler"):  # only --amp fp16 has one
+            run.step_fn.scaler.load_state_dict(state["scaler"])
         run.student.preprocess = Preprocess.from_dict(state["net_info"]["preprocess"])
         run.step, run.best = int(state["step"]), float(state["best"])
         stage_options = {name for d in run.objective.distillers.values() for name in d.stage_options}

@@ -17,7 +17,10 @@ from engine.settings import DEAD_OPTIONS, given_teacher_flags
 from engine.step import StepResult
 from utils.distributed import reduce_mean
 from utils.files import write_json
+from utils.flops import peak_flops
 from utils.options import flag
+
+LONG_RUN = 100  # iterations
 
 
 class Journal:
@@ -29,7 +32,7 @@ class Journal:
 
     def __init__(self, run: Run, resumed: bool) -> None:
         self.run, self.logger = run, None
-        self.clock = Stopwatch()
+        self.clock, self._peak = Stopwatch(), None  # FLOP/s of a device
         running, distributed = run.settings.running, run.distributed
         if distributed.is_main_process:
             if not (resumed and run.files.goes_on_here):
@@ -62,6 +65,11 @@ class Journal:
 
     def start(self) -> None:
         """The iterations start now, after the stages: speeds count from here."""
+        settings, device = self.run.settings, self.run.distributed.device
+        # measuring a CPU takes a moment, so not in a run that takes no longer itself
+        if self.logger is not None and (device.type == "cuda" or settings.optimization.max_iterations >= LONG_RUN):
+            dtype = settings.speed.amp_dtype or settings.speed.teacher_dtype or torch.get_default_dtype()
+            self._peak = peak_flops(device, dtype)
         self.clock.restart()
         self.progress.unpause()
 
@@ -82,15 +90,31 @@ class Journal:
         speed, waiting = self.clock.read()
         o = run.settings.optimization
         left = timedelta(seconds=int((o.max_iterations - run.step) * o.batch_size / speed))
+        flops, said = self._utilization(speed)
         diagnostics = {k: float(v) for k, v in run.objective.diagnostics().items()}
+        if run.step_fn.scaler.is_enabled():
+            diagnostics["loss_scale"] = run.step_fn.scaler.get_scale()
         self.logger.record("train", run.step, lr=result.lr, loss=values[-1].item(), raw=raw, weighted=weighted,
-                           grad_norm={k: float(v) for k, v in result.grad_norms.items()}, diagnostics=diagnostics,
-                           images_per_second=round(speed, 3), waiting_for_data=round(waiting, 4))
+                           grad_norm={k: float(v) if v.isfinite() else None for k, v in result.grad_norms.items()},
+                           diagnostics=diagnostics,
+                           images_per_second=round(speed, 3), waiting_for_data=round(waiting, 4), **flops)
         terms = "  ".join(f"{k} {weighted[k]:.4g} ({raw[k]:.4g})" for k in names)
         short = " ".join(f"{k} {weighted[k]:.3g}" for k in names)
         self.progress.set_postfix_str(f"{short} lr {result.lr:.4f} {speed:.1f} img/s", refresh=False)
-        LOG.info("step %d/%d  lr %.5f  loss %.4f = %s  %.1f img/s  data %.0f%%  ETA %s", run.step, o.max_iterations,
-                 result.lr, values[-1].item(), terms, speed, 100 * waiting, left)
+        LOG.info("step %d/%d  lr %.5f  loss %.4f = %s  %.1f img/s%s  data %.0f%%  ETA %s", run.step, o.max_iterations,
+                 result.lr, values[-1].item(), terms, speed, said, 100 * waiting, left)
+
+    def _utilization(self, speed: float) -> tuple[dict[str, float], str]:
+        """TFLOP/s of all processes, and their share of the devices' peak where that is known, for the record and for
+        the line; nothing where operations were not counted (``--compile``)."""
+        if self.run.step_fn.flops is None:
+            return {}, ""
+        reached = speed * self.run.step_fn.flops
+        record, said = {"tflops": round(reached / 1e12, 4)}, f"  {reached / 1e12:.3g} TFLOP/s"
+        if self._peak:
+            share = reached / (self._peak * self.run.distributed.world_size)
+            record["utilization"], said = round(share, 4), f"{said} ({100 * share:.0f}% of peak)"
+        return record, said
 
     def close(self) -> None:
         """Close the progress bar and the files."""

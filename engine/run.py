@@ -71,6 +71,8 @@ def to_device(run: Run, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
     """(images uint8 [B, 3, H, W], valid int [B, 4], target int64 [B, H, W]) of a batch of the loader."""
     images, valid, target = (batch[k].to(run.distributed.device, non_blocking=True)
                              for k in ("image", "valid", "label"))
+    if run.settings.speed.uses_channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
     return images, valid, target.long()
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
+
 from dataset.spec import list_datasets
 from engine.presets import preset
 from losses.core import methods
@@ -24,6 +26,7 @@ BASE_HELP = ("ImageNet weights of its backbone: a file, or a name such as torchv
 PREPROCESS_HELP = "its input: BGR minus mean, or RGB mean/std (default: what its weights say)"
 #: accepted so that old command lines still start; they do nothing in the reference either
 DEAD_OPTIONS = ("start_epoch", "save_epoch", "val_epoch")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def without_teacher() -> list[str]:
@@ -129,8 +132,37 @@ class Distillation(OptionGroup):
 class Speed(OptionGroup):
     """What makes a run faster or smaller, and changes nothing else but rounding unless its help says so."""
 
-    fast: bool = option(True, "the faster forms of losses and networks; off: their plain twins, with the same results "
-                              "up to rounding")
+    fast: bool = option(True, "the faster forms of losses, networks and optimizer; off: their plain twins, with the "
+                              "same results up to rounding")
+    amp: str = option("off", "half precision of both networks and of what methods train; weights, losses and updates "
+                             "stay in float32. fp16 scales the loss and skips steps that overflow",
+                      choices=("off", "bf16", "fp16"))
+    teacher_precision: str | None = option(None, "of the teacher alone (default: that of --amp)",
+                                           choices=("float32", "bf16", "fp16"))
+    channels_last: bool | None = option(None, "images and weights in the order of memory [B, H, W, C] (default: with "
+                                              "--fast); files are written as always")
+    compile: bool = option(False, "compile both networks (torch.compile): the first steps take minutes, and numbers "
+                                  "differ by rounding and dropout masks")
+    grad_accumulation: int = option(
+        1, "parts that a process works through one after the other in a step: less memory, the same gradients, but "
+           "for the statistics of batch norm and dropout masks", at_least=1, metavar="N")
+    ddp_compression: str = option("none", "what several processes send each other of the gradients; bf16 halves it and "
+                                          "rounds them", choices=("none", "bf16"))
+
+    @property
+    def amp_dtype(self) -> torch.dtype | None:
+        """The half precision of the training step, None in full precision."""
+        return DTYPES.get(self.amp)
+
+    @property
+    def teacher_dtype(self) -> torch.dtype | None:
+        """The half precision of the teacher, None in full precision."""
+        return DTYPES.get(self.teacher_precision or self.amp)
+
+    @property
+    def uses_channels_last(self) -> bool:
+        """Whether images and weights are laid out as [B, H, W, C]."""
+        return self.fast if self.channels_last is None else self.channels_last
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """One training iteration."""
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from losses.core.objective import Objective
 from utils.distributed import is_distributed
 from utils.errors import UserError
+from utils.flops import FlopCounter
 from utils.randomness import seed_everything, step_generator
 from utils.schedule import poly_lr
 
@@ -25,41 +28,78 @@ class StepResult:
 
 
 class TrainStep:
-    """Teacher and student forward, weighted sum, learning rate, backward, clip of the distillers, SGD step.
+    """Teacher and student forward, weighted sum, backward, for each part of the batch; then learning rate, clip of the
+    distillers, SGD step.
 
     model: the :class:`Objective`, or DDP around it. Randomness (dropout, masks) is a function of (seed, step, rank).
+    amp: half precision of the forward pass, None for none; float16 scales the loss, and a step whose gradients overflow
+    leaves the weights as they are. parts: a batch is worked through in so many equal parts. flops: operations per image
+    of the first step, None before it and where they cannot be counted (``counts_flops`` False).
     """
 
     def __init__(self, model: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer, *, lr: float,
-                 max_iterations: int, power: float = 0.9, seed: int = 0, rank: int = 0) -> None:
+                 max_iterations: int, power: float = 0.9, seed: int = 0, rank: int = 0,
+                 amp: torch.dtype | None = None, parts: int = 1) -> None:
         self.model, self.teacher, self.optimizer = model, teacher, optimizer
         self.objective: Objective = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self.lr, self.max_iterations, self.power = lr, max_iterations, power
-        self.seed, self.rank = seed, rank
+        self.seed, self.rank, self.amp, self.parts = seed, rank, amp, parts
+        device = next(self.objective.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=amp is torch.float16)
+        self.flops: float | None = None
+        self.counts_flops = True
         self._finite: Tensor | None = None
 
     def __call__(self, images: Tensor, teacher_images: Tensor | None, target: Tensor, step: int) -> StepResult:
         """Train on one batch. images, teacher_images: float [B, 3, H, W]; target: int64 [B, H, W]; step from 0."""
+        if self.flops is not None or not self.counts_flops:
+            return self._train(images, teacher_images, target, step)
+        with FlopCounter() as counter:
+            result = self._train(images, teacher_images, target, step)
+        self.flops = counter.total / len(images)
+        return result
+
+    def _train(self, images: Tensor, teacher_images: Tensor | None, target: Tensor, step: int) -> StepResult:
         seed_everything(self.seed, "step", step, self.rank)
         generator = step_generator(target.device, self.seed, "distiller", step, self.rank)
-        teacher_output = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                teacher_output = self.teacher(teacher_images)
-        terms = self.model(images, teacher_output, target, step, generator)
-        weighted = self.objective.weighted(terms, step)
-        total = sum(weighted.values())
         lr = poly_lr(self.lr, step, self.max_iterations, self.power)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        done = []
+        for part, gradients in self._parts(images, teacher_images, target):
+            with gradients:
+                done.append(self._backward(*part, step, generator))
+        self.scaler.unscale_(self.optimizer)
         norms = self._clip()
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.objective.after_step(step)
-        self._remember_finite(total.detach())
-        detached = [{k: v.detach() for k, v in d.items()} for d in (terms, weighted)]
-        return StepResult(*detached, total.detach(), lr, norms)
+        terms, weighted = ({k: sum(d[k] for d in dicts) for k in dicts[0]} for dicts in zip(*done, strict=True))
+        total = sum(weighted.values())
+        self._remember_finite(total)
+        return StepResult(terms, weighted, total, lr, norms)
+
+    def _parts(self, *tensors: Tensor | None) -> Iterator[tuple[list[Tensor | None], AbstractContextManager]]:
+        """Each part of the batch, and the context for it: processes exchange gradients in the last one only."""
+        split = [[None] * self.parts if x is None else x.chunk(self.parts) for x in tensors]
+        for i, part in enumerate(zip(*split, strict=True)):
+            waits = i < self.parts - 1 and self.model is not self.objective
+            yield part, self.model.no_sync() if waits else nullcontext()
+
+    def _backward(self, images: Tensor, teacher_images: Tensor | None, target: Tensor, step: int,
+                  generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Add the gradient of one part. Returns its share of the terms and of the weighted terms."""
+        with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
+            teacher_output = None
+            if self.teacher is not None:
+                with torch.no_grad():
+                    teacher_output = self.teacher(teacher_images)
+            terms = self.model(images, teacher_output, target, step, generator)
+        terms = {name: value / self.parts for name, value in terms.items()}
+        weighted = self.objective.weighted(terms, step)
+        self.scaler.scale(sum(weighted.values())).backward()
+        return {k: v.detach() for k, v in terms.items()}, {k: v.detach() for k, v in weighted.items()}
 
     def _clip(self) -> dict[str, Tensor]:
         """Clip the gradient of every distiller that asks for it; {method: norm before clipping}."""

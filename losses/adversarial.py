@@ -167,6 +167,7 @@ class Adversarial(Distiller):
     needs = Needs.both("logits", same_classes=True)
     preset = {"*": {"lambda_kd": 1.0, "lambda_adv": 0.001}}
     cost = "discriminator of the logits, three passes of it"
+    whole_batch = True  # every pass is a step of the power iteration
     trial = {"adv_upsample": True}
 
     def __init__(self, options: AdversarialOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None,
@@ -188,7 +189,8 @@ class Adversarial(Distiller):
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         core.check_logits("adv", batch.student.logits, batch.teacher.logits)
-        student, teacher = self._sized(batch.student.logits), self._sized(batch.teacher.logits.detach())
+        student, teacher = (self._sized(core.at_least_float32(logits))
+                            for logits in (batch.student.logits, batch.teacher.logits.detach()))
         if self.training:
             share = None
             if self.options.adv_loss == "wgan-gp":  # where the gradient penalty is taken

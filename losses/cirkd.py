@@ -45,6 +45,7 @@ class CIRKD(Distiller):
         super().__init__()
         self.memory = memory.build_memory(self.method, options, run, student, teacher)
         self.batch_options, self.seed = memory.build_batch(self.method, options, run), run.seed
+        self.whole_batch = bool(queue_names(self))
 
     @classmethod
     def requires(cls, options: RelationOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:

@@ -152,6 +152,7 @@ class CIRKDv2(Distiller):
                 o.cirkd_kd_tau, o.queue_dtype, step_generator(torch.device("cpu"), run.seed, self.method, "channels"),
                 run.fast)
         self.batch_options, self.seed = memory.build_batch(self.method, o, run), run.seed
+        self.whole_batch = bool(queue_names(self))
 
     @classmethod
     def requires(cls, options: CIRKDv2Options, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:

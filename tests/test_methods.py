@@ -31,7 +31,7 @@ from method_cases import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.settings import build_parser
-from losses.core import Distiller, NetInfo, methods
+from losses.core import Batch, Distiller, NetInfo, methods
 from models.output import SegOutput
 from utils.errors import UserError
 from utils.options import options_of
@@ -159,6 +159,28 @@ class TestForward:
         for term, value in whole.items():
             assert value == pytest.approx((first[term] + second[term]) / 2, rel=1e-9), term
 
+    def test_parts_of_a_batch_give_what_the_whole_gives(self, name) -> None:
+        """As gradient accumulation needs it, batch norm aside, of every term that is not said to need it whole."""
+        for term in methods()[name].terms:
+            alone = frozenset([term.name])
+            crop = smallest_crop(name, alone)
+            if term.scales_task or build(name, crop, terms=alone).whole_batch:
+                continue
+            maps = [outputs(i, crop, 4, n, torch.float64) for n, i in enumerate((STUDENT, TEACHER))]
+            target, found = labels(crop, 4), []
+            for count in (1, 2):
+                distiller, generator = build(name, crop, terms=alone).double(), torch.Generator().manual_seed(0)
+                for module in distiller.modules():
+                    if isinstance(module, torch.nn.BatchNorm2d):
+                        module.eval()
+                total = 0.0
+                for rows in torch.arange(4).chunk(count):
+                    student, teacher = (SegOutput(*(t[rows] for t in of)) for of in maps)
+                    images = images_like(maps[0], target)[rows]
+                    total += distiller(Batch(student, teacher, target[rows], images, 5), generator)[term.name].item()
+                found.append(total / count)
+            assert found[1] == pytest.approx(found[0], rel=1e-9), term.name
+
     def test_odd_sizes(self, name, crop) -> None:
         odd = (crop[0] + 11, crop[1] + 37)
         distiller = build(name, odd)
@@ -195,9 +217,11 @@ class TestForward:
 
 
 class TestPrecision:
-    def test_autocast_gives_finite_float32(self, name, crop) -> None:
+    @pytest.mark.parametrize("of_teacher", [torch.bfloat16, torch.float32], ids=str)
+    def test_autocast_gives_finite_float32(self, name, crop, of_teacher) -> None:
         distiller = build(name, crop)
-        student, teacher = (outputs(i, crop, seed=n, dtype=torch.bfloat16) for n, i in enumerate((STUDENT, TEACHER)))
+        student, teacher = (outputs(i, crop, seed=n, dtype=dtype) for n, (i, dtype) in
+                            enumerate(((STUDENT, torch.bfloat16), (TEACHER, of_teacher))))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             terms = run(distiller, student, teacher, labels(crop))
         assert all(v.dtype == torch.float32 for v in terms.values())

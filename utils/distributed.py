@@ -111,6 +111,14 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
             gradient.copy_(mean.view_as(gradient))
 
 
+def send_in_bf16(_, bucket):  # no annotations: DDP refuses them as text
+    """Hook of DDP: from a ``GradBucket`` to a future of the mean over the processes, rounded to bfloat16 on the way.
+    (torch's own works with NCCL only.)"""
+    sent = bucket.buffer().to(torch.bfloat16).div_(dist.get_world_size())
+    future = dist.all_reduce(sent, async_op=True).get_future()
+    return future.then(lambda done: bucket.buffer().copy_(done.value()[0]))
+
+
 def broadcast_buffers(module: nn.Module) -> None:
     """Give every process rank 0's buffers (batch-norm statistics that were not synchronized)."""
     if is_distributed():

@@ -1,6 +1,7 @@
 """Files of tensors: one reader that loads nothing but tensors and plain values, one atomic writer."""
 from __future__ import annotations
 
+import copy
 import pickle
 import warnings
 from collections.abc import Iterable
@@ -17,6 +18,18 @@ def first_line(error: BaseException) -> str:
     """The first line of an exception's text, at most 160 characters; its class name when there is none."""
     lines = str(error).strip().splitlines()
     return lines[0][:160] if lines else type(error).__name__
+
+
+def in_plain_order(content: Any) -> Any:
+    """Dicts and lists of tensors with every tensor laid out in the order of its dimensions; one that is so is shared,
+    the containers are new."""
+    if isinstance(content, torch.Tensor):
+        return content.contiguous()
+    if isinstance(content, dict):
+        ordered = copy.copy(content)  # of the same class, with the versions that modules note down
+        ordered.update((key, in_plain_order(value)) for key, value in content.items())
+        return ordered
+    return [in_plain_order(value) for value in content] if isinstance(content, list) else content
 
 
 def save_tensors(path: Path, content: Any) -> None:

@@ -51,6 +51,7 @@ class Distiller(nn.Module):
         dataset_options   own options that hold on a data set whatever was asked for, {data set: {option: value}}
         clip_norm  largest L2 norm of the gradient of the method's own parameters, None = not clipped
         trial    settings that make a trial of a few steps cheap (a short stage before training), for tests, benchmark
+        whole_batch  it needs all images of a step in one call: a step cannot go through the batch part by part
         stage_options  settings that only ``prepare`` and the reading of files depend on, not the steps after it
     """
     method: str = ""
@@ -67,6 +68,7 @@ class Distiller(nn.Module):
     cost: str = ""
     trial: Mapping[str, object] = {}
     stage_options: tuple[str, ...] = ()
+    whole_batch: bool = False
 
     def __init__(self, options: OptionGroup | None = None, run: RunFacts | None = None,
                  student: NetInfo | None = None, teacher: NetInfo | None = None) -> None:

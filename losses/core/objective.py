@@ -28,6 +28,12 @@ def build_distillers(options: Mapping[str, OptionGroup], run: RunFacts, student:
     return nn.ModuleDict({name: cls.build(options[name], run, student, teacher) for name, cls in active.items()})
 
 
+def taps_of_teacher(options: Mapping[str, OptionGroup], run: RunFacts, student: NetInfo, teacher: NetInfo) -> set[str]:
+    """The fields of the teacher's ``SegOutput`` that any method of the run reads."""
+    return {tap for name, cls in active_methods(run.active).items()
+            for tap in cls.requires(options[name], run, student, teacher).teacher}
+
+
 class Objective(nn.Module):
     """Student and distillers together: the one module that DDP wraps and that the optimizer trains.
 
@@ -46,11 +52,15 @@ class Objective(nn.Module):
     def forward(self, images: Tensor, teacher: SegOutput | None, target: Tensor, step: int,
                 generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """{term: unweighted scalar}: task, aux (if the student has that head), methods'. See :class:`Batch`."""
-        batch = Batch(self.student(images), teacher, target, images, step)
+        batch = Batch(self.run_student(images), teacher, target, images, step)
         terms = task_loss(batch.student, target, self.criterion)
         for distiller in self.distillers.values():
             terms.update({name: value for name, value in distiller(batch, generator).items() if self.weights.get(name)})
         return terms
+
+    def run_student(self, images: Tensor) -> SegOutput:
+        """The student's forward pass. It may be replaced by a compiled one."""
+        return self.student(images)
 
     def unsynchronized(self) -> list[str]:
         """Names of the parameters and buffers that DDP leaves alone."""

@@ -1,0 +1,47 @@
+"""What happens to the networks between the stages before training, which need them as they are, and the first step."""
+from __future__ import annotations
+
+import torch
+
+from engine.build import run_facts
+from engine.run import Run
+from losses.core.facts import NetInfo
+from losses.core.objective import taps_of_teacher
+from models.prepare import PreparedTeacher
+from utils.errors import UserError
+from utils.tensor_files import first_line
+
+
+def get_ready(run: Run) -> None:
+    """Prepare the teacher, and compile both networks where that was asked for. Raises UserError without a compiler."""
+    speed = run.settings.speed
+    if run.teacher is not None:
+        # a half that the losses are not used to (outside of autocast, a convolution refuses it) goes no further
+        output_dtype = None if speed.amp_dtype or not speed.teacher_dtype else torch.get_default_dtype()
+        teacher = PreparedTeacher(run.teacher, teacher_taps(run), speed.teacher_dtype, output_dtype, speed.fast).eval()
+        run.teacher = run.step_fn.teacher = teacher
+    if speed.compile:
+        check_compiler(run.distributed.device)
+        run.step_fn.counts_flops = False
+        # functions, not modules: a compiled module would stand in the names of the weights
+        run.objective.run_student = torch.compile(run.objective.run_student)
+        if run.teacher is not None:
+            run.step_fn.teacher = torch.compile(run.teacher.forward)
+
+
+def teacher_taps(run: Run) -> set[str]:
+    """What the teacher has to put out: what methods read under --fast, otherwise everything."""
+    if not run.settings.speed.fast:
+        return set(run.teacher.channels)
+    student, teacher = NetInfo.of(run.student), NetInfo.of(run.teacher)
+    return taps_of_teacher(run.settings.method_options, run_facts(run.settings, student.num_class), student, teacher)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError unless torch.compile works on the device."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # a missing compiler shows in many ways
+        needed = "Triton" if device.type == "cuda" else "a C++ compiler such as g++"
+        raise UserError(f"--compile: torch.compile does not work here, it needs {needed} "
+                        f"({first_line(error)})") from error

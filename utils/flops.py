@@ -1,0 +1,59 @@
+"""Counting floating-point operations, and the peak of a device to compare them with."""
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+#: dense peaks in TFLOP/s by a part of the device's name: half precision, float32 through TF32, plain float32. Of two
+#: that fit, the first counts
+GPU_PEAKS = {"H200": (989, 495, 67), "H100 PCIe": (756, 378, 51), "H100 NVL": (835, 418, 60), "H100": (989, 495, 67),
+             "A100": (312, 156, 19.5), "V100": (125, 15.7, 15.7)}
+MEASURING = 0.15  # seconds
+
+
+class FlopCounter(TorchDispatchMode):
+    """Context that adds up the operations of convolutions and matrix products, forward and backward, in ``total``: a
+    multiplication and an addition are two. Changes nothing else. Code that ``torch.compile`` has made is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **kwargs, out_val=result)
+        return result
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s that the device reaches at most in convolutions of ``dtype``: of a GPU from a table, None for one that is
+    not in it; of a CPU measured within a second, with the threads of this process."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        peaks = next((peaks for part, peaks in GPU_PEAKS.items() if part in name), None)
+        kind = 0 if dtype in (torch.bfloat16, torch.float16) else 1 if torch.backends.cudnn.allow_tf32 else 2
+        return None if peaks is None else peaks[kind] * 1e12
+    return _measured_peak(dtype) if device.type == "cpu" else None
+
+
+@torch.no_grad()
+def _measured_peak(dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of several 3x3 convolutions of 256 channels."""
+    channels, side = 256, 64
+    conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False).to(dtype, memory_format=torch.channels_last)
+    x = torch.ones(1, channels, side, side, dtype=dtype).to(memory_format=torch.channels_last)
+    conv(x)
+    best, end = float("inf"), time.perf_counter() + MEASURING
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        conv(x)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 9 * (channels * side) ** 2 / best
