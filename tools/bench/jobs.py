@@ -1,7 +1,8 @@
 """The work that a benchmark measures, built from a description that travels as JSON.
 
-Runs in the child process, with the code of any checkout since the release of ``benchmark_methods.py``. Networks have
-random weights, images are noise: neither matters to the cost.
+Runs in the child process, with the code of this checkout or of an older one: it uses what the programs themselves use,
+and asks before it uses what was added later. Networks have random weights, images are noise: neither matters to the
+cost.
 """
 from __future__ import annotations
 
@@ -190,7 +191,10 @@ def build_eval(job: Mapping[str, Any]) -> Work:
         return evaluate(*args, **more)
 
     evaluation.evaluate = remember
-    evaluation.run(settings, init_distributed(job["device"] == "cpu"))
+    try:
+        evaluation.run(settings, init_distributed(job["device"] == "cpu"))
+    finally:
+        evaluation.evaluate = evaluate
     ((args, more),) = calls
     return Work(lambda: evaluate(*args, **more), job["images"])
 

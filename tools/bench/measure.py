@@ -40,16 +40,19 @@ def synchronize(device: str) -> None:
 def timed(run: Callable[[], object], steps: int, warm: int, device: str) -> dict[str, float]:
     """Mean seconds of ``run()`` over ``steps`` calls, after ``warm`` that do not count, and the peak of memory.
 
+    cpu_seconds: of all threads, without what other programs took; on a CPU the steadier figure on a busy machine.
+
     The device is waited for at the end of the turn, not at every step: so does a training run."""
     for _ in range(warm):
         run()
     synchronize(device)
     reset_peak(device)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     for _ in range(steps):
         run()
     synchronize(device)
-    costs = {"seconds": (time.perf_counter() - start) / steps, "peak": peak_memory(device)}
+    costs = {"seconds": (time.perf_counter() - start) / steps, "cpu_seconds": (time.process_time() - cpu_start) / steps,
+             "peak": peak_memory(device)}
     if device == "cuda":
         torch.cuda.empty_cache()  # room for the processes that have their turn next
     return costs

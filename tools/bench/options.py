@@ -13,12 +13,9 @@ from utils.options import OptionGroup, option
 
 @dataclass(frozen=True)
 class Common(OptionGroup):
-    """What every benchmark has. VARIANTS: {name: flags} that it knows, USUAL: those that are measured unless others are
-    asked for."""
+    """What every benchmark has."""
 
     SHORT: ClassVar[Mapping[str, Any]] = {"repeats": 2}
-    VARIANTS: ClassVar[Mapping[str, str]] = {}
-    USUAL: ClassVar[tuple[str, ...]] = ()
 
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda", choices=("cpu", "cuda"))
     threads: int | None = option(None, "threads of the measured processes (default: torch's)", at_least=1)
@@ -31,7 +28,11 @@ class Common(OptionGroup):
 
 @dataclass(frozen=True)
 class Compared(Common):
-    """What benchmarks of variants have."""
+    """What benchmarks of variants have. VARIANTS: {name: flags} that it knows; USUAL: those that are measured unless
+    others are asked for."""
+
+    VARIANTS: ClassVar[Mapping[str, str]] = {}
+    USUAL: ClassVar[tuple[str, ...]] = ()
 
     variants: tuple[str, ...] | None = option(None, "which ones, the first is what the others are compared with",
                                               metavar="NAME")

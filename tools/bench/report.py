@@ -33,15 +33,17 @@ def best_rates(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def figures(one: Measured, base: Measured, peak: Mapping[str, float]) -> dict[str, Any]:
     """What is reported of a variant. base: the one it is compared with; peak: FLOP/s of the machine by precision.
 
-    speedup: ratio of the medians, above 1 where this one is faster. memory: bytes, the most at any time; work_memory:
-    what came on top of that before the first step; the ratios are below 1 where this one needs less."""
+    speedup: ratio of the medians, above 1 where this one is faster; cpu_speedup: of the medians of CPU time. memory:
+    bytes, the most at any time; work_memory: what came on top of what was held before the first step; the ratios are
+    below 1 where this one needs less."""
     median = statistics.median(one.seconds)
     work_memory, base_memory = one.peak - one.idle, base.peak - base.idle
     rate = one.flops / median if one.flops else None
     limit = peak.get(one.precision)
     return {
         "seconds": one.seconds, "median": median, "min": min(one.seconds), "max": max(one.seconds),
-        "speedup": statistics.median(base.seconds) / median,
+        "speedup": statistics.median(base.seconds) / median, "cpu_seconds": one.cpu_seconds,
+        "cpu_speedup": statistics.median(base.cpu_seconds) / statistics.median(one.cpu_seconds),
         "images_per_second": one.images / median if one.images else None,
         "memory": one.peak, "work_memory": work_memory, "memory_ratio": one.peak / base.peak,
         "work_memory_ratio": work_memory / base_memory if base_memory > 0 else None, "flops": one.flops or None,
@@ -58,21 +60,21 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([f"| {head} |", f"|{rule}|", *(f"| {line} |" for line in body)])
 
 
+#: header, key of :func:`figures`, how it is shown, factor
+COLUMNS = (("s/step", "median", ".3g", 1), ("least", "min", ".3g", 1), ("most", "max", ".3g", 1),
+           ("speed-up", "speedup", ".2f", 1), ("of CPU time", "cpu_speedup", ".2f", 1),
+           ("img/s", "images_per_second", ".3g", 1), ("memory (MB)", "memory", ".0f", 1e-6),
+           ("beyond start (MB)", "work_memory", ".0f", 1e-6), ("ratio", "work_memory_ratio", ".2f", 1),
+           ("GFLOP", "flops", ".4g", 1e-9), ("GFLOP/s", "flops_per_second", ".4g", 1e-9),
+           ("of peak", "share_of_peak", ".0%", 1))
+
+
 def variant_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The table of one case; columns without any figure are left out."""
-    header = ["variant", "s/step", "min - max", "speed-up", "img/s", "memory (MB)", "beyond start (MB)", "of it",
-              "GFLOP", "GFLOP/s", "of peak"]
-
-    def shown(value: float | None, form: str, scale: float = 1.0) -> str:
-        return "-" if value is None else format(value * scale, form)
-
-    rows = [[name, f"{r['median']:.3g}", f"{r['min']:.3g} - {r['max']:.3g}", f"{r['speedup']:.2f}x",
-             shown(r["images_per_second"], ".3g"), f"{r['memory'] / 1e6:.0f}", f"{r['work_memory'] / 1e6:.0f}",
-             shown(r["work_memory_ratio"], ".2f"), shown(r["flops"], ".4g", 1e-9),
-             shown(r["flops_per_second"], ".4g", 1e-9), shown(r["share_of_peak"], ".0%")]
+    columns = [column for column in COLUMNS if any(r[column[1]] is not None for r in results.values())]
+    rows = [[name, *("-" if r[key] is None else format(r[key] * factor, form) for _, key, form, factor in columns)]
             for name, r in results.items()]
-    kept = [i for i in range(len(header)) if any(row[i] != "-" for row in rows)]
-    return table([header[i] for i in kept], [[row[i] for i in kept] for row in rows])
+    return table(["variant", *(column[0] for column in columns)], rows)
 
 
 def method_table(results: Mapping[str, Measured | Exception], baselines: Sequence[str]) -> str:

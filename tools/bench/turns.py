@@ -23,8 +23,8 @@ class Refused(Exception):
 
 @dataclass
 class Measured:
-    """What one piece of work cost. seconds: one value per turn. peak, idle: bytes, the most in a turn, and before the
-    work was done for the first time. flops: of one piece of work, None where they were not counted."""
+    """What one piece of work cost. seconds, cpu_seconds: one value per turn. peak, idle: bytes, the most in a turn, and
+    before the work was done for the first time. flops: of one piece of work, None where they were not counted."""
 
     images: int = 1
     precision: str = "float32"
@@ -32,12 +32,14 @@ class Measured:
     threads: int = 0
     idle: int = 0
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     peak: int = 0
     flops: int | None = None
 
     def add(self, turn: Mapping[str, float]) -> None:
         """Take in the figures of one turn."""
         self.seconds.append(turn["seconds"])
+        self.cpu_seconds.append(turn["cpu_seconds"])
         self.peak = max(self.peak, turn["peak"])
 
 
