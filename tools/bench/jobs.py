@@ -155,10 +155,12 @@ def build_contrast(job: Mapping[str, Any]) -> Work:
     student, teacher = (torch.randn(1, job["channels"], height, width * job["patches"], device=device)
                         for _ in range(2))
     student.requires_grad_()
-    switch = {"fast": settings.speed.fast} if "fast" in inspect.signature(omni_contrastive_loss).parameters else {}
+    form = {}
+    if "implementation" in inspect.signature(omni_contrastive_loss).parameters:  # an older version has only one
+        form = {"implementation": "auto" if settings.speed.fast else "plain"}
 
     def step() -> None:
-        omni_contrastive_loss(student, teacher, options.tau_ocd, options.m_ocd, (height, width), **switch).backward()
+        omni_contrastive_loss(student, teacher, options.tau_ocd, options.m_ocd, (height, width), **form).backward()
         student.grad = None
 
     return Work(step, images=0)
