@@ -21,7 +21,7 @@ from utils.errors import UserError
 QUICK = ["--short", "--device", "cpu", "--threads", "1", "--repeats", "1"]
 
 
-OTHER_LOADER = """
+OTHER_RUN = """
 class Samples:
     def __len__(self):
         return 1
@@ -30,8 +30,12 @@ class Samples:
         print("what is printed is no answer")
 
 
-def build_dataset(*args, **more):
-    return Samples()
+class OtherRun:
+    train_set = Samples()
+
+
+def build_run(*args):
+    return OtherRun()
 """
 
 
@@ -89,6 +93,8 @@ class Scripted(InThisProcess):
 
 @pytest.fixture
 def here(monkeypatch) -> None:
+    """Without processes, and without the programs' setting of the allocator: it would stay with the other tests."""
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
     for module in (turns, benchmark):
         monkeypatch.setattr(module, "Worker", InThisProcess)
 
@@ -230,7 +236,7 @@ def test_another_checkout_is_measured_in_a_process_of_its_own(tmp_path) -> None:
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "eval.py", tmp_path)
     with open(tmp_path / "engine" / "build.py", "a") as file:
-        file.write(OTHER_LOADER)
+        file.write(OTHER_RUN)
     job = {"kind": "loader", "code": str(tmp_path), "device": "cpu", "threads": 1, "samples": 2,
            "flags": ["--method", "none", "--dataset", "camvid"]}
     with Worker(job) as worker:  # there are no images: only the changed copy does without

@@ -156,7 +156,8 @@ def contrast_cases(options: Contrast, folder: Path) -> list[Case]:
 def loader_cases(options: Loader, folder: Path) -> list[Case]:
     """Samples of the training split."""
     data = options.data or noise(options.dataset, folder, "train_split", 8, options.size)
-    flags = ["--method", "none", "--dataset", options.dataset, "--data", data, "--crop-size", *map(str, options.crop)]
+    flags = ["--method", "none", "--dataset", options.dataset, "--data", data, "--crop-size", *map(str, options.crop),
+             "--student-backbone", "resnet18_w0.125", "--skip-val"]  # the network is built and takes no part
     what = options.data or "noise of {}x{}".format(*options.size)
     title = f"samples of {options.crop[0]}x{options.crop[1]} from {options.dataset}, {what}, one process"
     return [Case(title, compared(options, folder, "loader", flags, samples=options.samples))]

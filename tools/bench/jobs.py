@@ -21,7 +21,7 @@ from torch import nn
 
 import dataset as data
 import eval as evaluation
-from engine.build import build_dataset, build_run, run_facts
+from engine.build import build_run, run_facts
 from engine.run import run_stages, train_batch, training_batches
 from engine.settings import Settings, from_flat, parse_settings
 from losses.afdcd import omni_contrastive_loss
@@ -29,7 +29,7 @@ from losses.core.facts import Batch, NetInfo
 from losses.core.objective import build_distillers
 from models import SegOutput, get_segmentation_model
 from tools.bench.peak import rates
-from utils.distributed import init_distributed
+from utils.distributed import Distributed, init_distributed
 from utils.errors import UserError
 from utils.randomness import step_generator
 
@@ -72,26 +72,38 @@ def added_since(name: str) -> Callable[..., Any] | None:
     return getattr(importlib.import_module(module), function) if importlib.util.find_spec(module) else None
 
 
-def half_precision(settings: Settings) -> torch.dtype | None:
+def start(settings: Settings | evaluation.EvalSettings, device: str) -> Distributed:
+    """What a program does before it builds anything."""
+    keep_freed_memory = added_since("utils.allocator.keep_freed_memory")
+    if keep_freed_memory and speed_setting(settings, "fast") and device == "cpu":
+        keep_freed_memory()
+    return init_distributed(no_cuda=device == "cpu")
+
+
+def speed_setting(settings: Settings | evaluation.EvalSettings, name: str) -> Any:
+    """A setting of the group ``speed``, None in a version that does not have it."""
+    return getattr(getattr(settings, "speed", None), name, None)
+
+
+def half_precision(settings: Settings | evaluation.EvalSettings) -> torch.dtype | None:
     """What autocast is asked for; None in float32."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(settings.flat().get("amp")))
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(speed_setting(settings, "amp"))
 
 
-def precision(settings: Settings) -> str:
+def precision(settings: Settings | evaluation.EvalSettings) -> str:
     """Which of the machine's peaks the work can reach at most."""
     return "float32" if half_precision(settings) is None else "bf16"
 
 
 def memory_format(settings: Settings) -> torch.memory_format:
     """How maps and weights are laid out."""
-    last = getattr(getattr(settings, "speed", None), "uses_channels_last", False)  # neither is in older versions
-    return torch.channels_last if last else torch.contiguous_format
+    return torch.channels_last if speed_setting(settings, "uses_channels_last") else torch.contiguous_format
 
 
 def build_step(job: Mapping[str, Any]) -> Work:
     """A step of ``train_kd.py`` on a batch of its loader. without_terms: nothing is made of the teacher's pass."""
     settings = train_settings(job["flags"], job.get("trial", False))
-    run = build_run(settings, init_distributed(no_cuda=job["device"] == "cpu"))
+    run = build_run(settings, start(settings, job["device"]))
     if job.get("without_terms"):
         run.objective.distillers.clear()
     run_stages(run)
@@ -123,6 +135,7 @@ def random_maps(net: NetInfo, images: int, crop: tuple[int, int], device: str,
 def build_criterion(job: Mapping[str, Any]) -> Work:
     """Forward and backward of the methods alone, on random maps of both networks."""
     settings, device = train_settings(job["flags"]), job["device"]
+    start(settings, device)
     crop, images = settings.data.crop_size, settings.optimization.batch_size
     classes = data.get_dataset_spec(settings.data.dataset).num_class
     with torch.device("meta"):
@@ -150,6 +163,7 @@ def build_criterion(job: Mapping[str, Any]) -> Work:
 def build_contrast(job: Mapping[str, Any]) -> Work:
     """Af-DCD's contrast alone, forward and backward, of maps that make up so many patches."""
     settings, device = train_settings(job["flags"]), job["device"]
+    start(settings, device)
     options = settings.options["afdcd"]
     height, width = options.patch_size
     student, teacher = (torch.randn(1, job["channels"], height, width * job["patches"], device=device)
@@ -157,7 +171,7 @@ def build_contrast(job: Mapping[str, Any]) -> Work:
     student.requires_grad_()
     form = {}
     if "implementation" in inspect.signature(omni_contrastive_loss).parameters:  # an older version has only one
-        form = {"implementation": "auto" if settings.speed.fast else "plain"}
+        form = {"implementation": "auto" if speed_setting(settings, "fast") else "plain"}
 
     def step() -> None:
         omni_contrastive_loss(student, teacher, options.tau_ocd, options.m_ocd, (height, width), **form).backward()
@@ -170,8 +184,7 @@ def build_loader(job: Mapping[str, Any]) -> Work:
     """Training samples of the data set, one by one in this process; other ones at every turn."""
     cv2.setNumThreads(0)  # as in a loading process
     settings = train_settings(job["flags"])
-    spec = data.get_dataset_spec(settings.data.dataset, settings.data.data)
-    samples = build_dataset(settings, spec, spec.train_split, train=True, list_file=settings.data.train_list)
+    samples = build_run(settings, start(settings, "cpu")).train_set
     done = 0
 
     def load() -> None:
@@ -194,11 +207,11 @@ def build_eval(job: Mapping[str, Any]) -> Work:
 
     evaluation.evaluate = remember
     try:
-        evaluation.run(settings, init_distributed(job["device"] == "cpu"))
+        evaluation.run(settings, start(settings, job["device"]))
     finally:
         evaluation.evaluate = evaluate
     ((args, more),) = calls
-    return Work(lambda: evaluate(*args, **more), job["images"])
+    return Work(lambda: evaluate(*args, **more), job["images"], precision(settings))
 
 
 def build_form(job: Mapping[str, Any]) -> Work:
