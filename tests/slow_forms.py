@@ -2,7 +2,7 @@
 
 Each makes every intermediate that the formula names: P x P maps, one full-size tensor per class, a loop over pairs of
 images or layers, a 5-D product. ``test_slow_forms.py`` shows that the ones in ``losses/`` equal them, and
-``tools/benchmark_methods.py --slow-forms`` what that saves.
+``tools/benchmark.py slow-forms`` what that saves.
 """
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from utils.options import OptionGroup, flag, options_of
 
 PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")), "data/README.md",
          "pretrained_ckpt/README.md")
-TOOLS = ("tools.benchmark_methods", "tools.check_data", "tools.make_scripts", "tools.quickstart", "tools.smoke_methods",
+TOOLS = ("tools.benchmark", "tools.check_data", "tools.make_scripts", "tools.quickstart", "tools.smoke_methods",
          "dataset.toy_streets.__main__")
 #: of torchrun and sbatch, and of the README's example of a method
 OTHER_FLAGS = {"--nproc_per_node", "--nodes", "--lambda-cosine", "--cosine-margin"}

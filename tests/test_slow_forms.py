@@ -1,4 +1,4 @@
-"""The losses equal the slow forms that ``tools/benchmark_methods.py`` sets beside them."""
+"""The losses equal the slow forms that ``tools/benchmark.py slow-forms`` sets beside them."""
 from __future__ import annotations
 
 import pytest

@@ -1,0 +1,1 @@
+"""What ``tools/benchmark.py`` is made of: options, work, child processes that do it in turn, tables."""

@@ -1,0 +1,104 @@
+"""From measured turns to figures, tables and the JSON file."""
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools.bench.turns import Measured
+from utils.distributed import available_cpus
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures are figures of."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {"cpu": models[0] if models else platform.processor(), "cores": available_cpus(),
+            "cores_of_machine": os.cpu_count(), "instructions": torch.backends.cpu.get_cpu_capability(),
+            "gpu": torch.cuda.get_device_name() if device == "cuda" else None, "torch": torch.__version__,
+            "python": platform.python_version(), "system": platform.platform()}
+
+
+def best_rates(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """{precision: FLOP/s} of the machine: the best of all rounds."""
+    return {name: max(r[name] for r in rounds) for name in rounds[0]} if rounds else {}
+
+
+def figures(one: Measured, base: Measured, peak: Mapping[str, float]) -> dict[str, Any]:
+    """What is reported of a variant. base: the one it is compared with; peak: FLOP/s of the machine by precision.
+
+    speedup: ratio of the medians, above 1 where this one is faster; cpu_speedup: of the medians of CPU time. memory:
+    bytes, the most at any time; work_memory: what came on top of what was held before the first step; the ratios are
+    below 1 where this one needs less."""
+    median = statistics.median(one.seconds)
+    work_memory, base_memory = one.peak - one.idle, base.peak - base.idle
+    rate = one.flops / median if one.flops else None
+    limit = peak.get(one.precision)
+    return {
+        "seconds": one.seconds, "median": median, "min": min(one.seconds), "max": max(one.seconds),
+        "speedup": statistics.median(base.seconds) / median, "cpu_seconds": one.cpu_seconds,
+        "cpu_speedup": statistics.median(base.cpu_seconds) / statistics.median(one.cpu_seconds),
+        "images_per_second": one.images / median if one.images else None,
+        "memory": one.peak, "work_memory": work_memory, "memory_ratio": one.peak / base.peak,
+        "work_memory_ratio": work_memory / base_memory if base_memory > 0 else None, "flops": one.flops or None,
+        "flops_per_second": rate, "precision": one.precision, "threads": one.threads,
+        "share_of_peak": rate / limit if rate and limit else None}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    head, *body = (" | ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
+                   for first, *cells in (header, *rows))
+    rule = "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])])
+    return "\n".join([f"| {head} |", f"|{rule}|", *(f"| {line} |" for line in body)])
+
+
+#: header, key of :func:`figures`, how it is shown, factor
+COLUMNS = (("s/step", "median", ".3g", 1), ("least", "min", ".3g", 1), ("most", "max", ".3g", 1),
+           ("speed-up", "speedup", ".2f", 1), ("of CPU time", "cpu_speedup", ".2f", 1),
+           ("img/s", "images_per_second", ".3g", 1), ("memory (MB)", "memory", ".0f", 1e-6),
+           ("beyond start (MB)", "work_memory", ".0f", 1e-6), ("ratio", "work_memory_ratio", ".2f", 1),
+           ("GFLOP", "flops", ".4g", 1e-9), ("GFLOP/s", "flops_per_second", ".4g", 1e-9),
+           ("of peak", "share_of_peak", ".0%", 1))
+
+
+def variant_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of one case; columns without any figure are left out."""
+    columns = [column for column in COLUMNS if any(r[column[1]] is not None for r in results.values())]
+    rows = [[name, *("-" if r[key] is None else format(r[key] * factor, form) for _, key, form, factor in columns)]
+            for name, r in results.items()]
+    return table(["variant", *(column[0] for column in columns)], rows)
+
+
+def method_table(results: Mapping[str, Measured | Exception], baselines: Sequence[str]) -> str:
+    """The methods relative to the two baselines; a row of dashes for one that was refused."""
+    header = ["method", "parameters (M)", "state (MB)", "memory (MB)", *(f"beyond {x}" for x in baselines), "s/step",
+              *(f"x {x}" for x in baselines)]
+    bases, rows = [results[name] for name in baselines], []
+    for name, one in results.items():
+        if isinstance(one, Exception):
+            rows.append([name, *["-"] * (len(header) - 1)])
+            continue
+        memory = (one.facts["state"], one.peak, *(one.peak - base.peak for base in bases))
+        median = statistics.median(one.seconds)
+        rows.append([name, f"{one.facts['parameters'] / 1e6:.2f}", *(f"{size / 1e6:.0f}" for size in memory),
+                     f"{median:.3g}", *(f"{median / statistics.median(base.seconds):.2f}" for base in bases)])
+    return table(header, rows)
+
+
+def form_table(results: Mapping[str, Sequence[Measured]]) -> str:
+    """The losses and their slow forms: forward and backward of one loss, memory beyond its inputs."""
+    header = ["loss", "slow form (s)", "this form (s)", "speed-up", "slow form (MB)", "this form (MB)"]
+    rows = []
+    for name, pair in results.items():
+        slow, fast = (statistics.median(one.seconds) for one in pair)
+        rows.append([name, f"{slow:.3g}", f"{fast:.3g}", f"{slow / fast:.1f}x",
+                     *(f"{(one.peak - one.idle) / 1e6:.0f}" for one in pair)])
+    return table(header, rows)
