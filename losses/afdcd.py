@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, Term, feature_losses, option, register
 from losses.core.checks import at_least_float32
 from losses.core.feature_losses import conv3x3, masked_feature_loss, random_keep_mask
+from losses.kernels.contrast import contrast, l1_distances, patches_at_once
 from utils.errors import UserError
 
 Pair = tuple[int, int]
@@ -78,43 +79,50 @@ def pairwise_similarity(student_rows: Tensor, teacher_rows: Tensor) -> Tensor:
     return -torch.cdist(student_rows, teacher_rows, p=1.0)
 
 
-def contrast_rows(student_rows: Tensor, teacher_rows: Tensor, excluded: Tensor, tau: float) -> Tensor:
-    """Sum over all rows of -log softmax of the positive among positive and negatives, at temperature ``tau``."""
+def contrast_rows(student_rows: Tensor, teacher_rows: Tensor, excluded: Tensor, tau: float, chunk: int = 0) -> Tensor:
+    """Sum over all rows of -log softmax of the positive among positive and negatives, at temperature ``tau``: the plain
+    twin of ``losses/kernels/contrast.py``. chunk: patches at a time, each chunk once more in the backward pass."""
+    if chunk:
+        # the backward of cdist expands to [patches, Q, Q, D] on some devices: recomputing chunk by chunk avoids that
+        pieces = zip(student_rows.split(chunk), teacher_rows.split(chunk), strict=True)
+        return torch.stack([checkpoint(contrast_rows, s, t, excluded, tau, use_reentrant=False,
+                                       preserve_rng_state=False) for s, t in pieces]).sum()
     logits = (pairwise_similarity(student_rows, teacher_rows) / tau).masked_fill(excluded, float("-inf"))
     return -logits.log_softmax(dim=-1).diagonal(dim1=-2, dim2=-1).sum()
 
 
-def omni_contrastive_loss(student: Tensor, teacher: Tensor, tau: float, groups: int, patch: Pair,
-                          chunk: int = 0, excluded: Tensor | None = None) -> Tensor:
+def omni_contrastive_loss(student: Tensor, teacher: Tensor, tau: float, groups: int, patch: Pair, chunk: int = 0,
+                          excluded: Tensor | None = None, implementation: str = "auto") -> Tensor:
     """Omni-contrastive loss of two maps [B, C, H, W]: summed over groups, averaged over positions and images. H and W
-    are cut to multiples of ``patch``, and the average is over what remains. chunk: patches computed at a time, each
-    chunk once more in the backward pass; it bounds the memory at chunk * Q * Q * C / groups numbers. 0 = all at once.
-    excluded: :func:`excluded_pairs`, when at hand. Gradients reach the student only."""
+    are cut to multiples of ``patch``, and the average is over what remains. chunk: patches computed at a time, which
+    bounds the memory; 0 = as many as suits the implementation, all for the plain one. excluded: :func:`excluded_pairs`,
+    when at hand. implementation: "plain" (:func:`contrast_rows`), or one of ``losses.kernels.contrast.contrast``, equal
+    up to rounding; "auto" = the device's fastest. Gradients reach the student only."""
     student, teacher = (crop_to_patches(at_least_float32(x), patch) for x in (student, teacher.detach()))
     excluded = excluded_pairs(groups, patch, student.device) if excluded is None else excluded
-    student_rows, teacher_rows = (patch_rows(x, groups, patch) for x in (student, teacher))
-    if chunk > 0:
-        # the backward of cdist expands to [patches, Q, Q, D] on some devices: recomputing chunk by chunk avoids that
-        pieces = zip(student_rows.split(chunk), teacher_rows.split(chunk), strict=True)
-        total = torch.stack([checkpoint(contrast_rows, s, t, excluded, tau, use_reentrant=False,
-                                        preserve_rng_state=False) for s, t in pieces]).sum()
+    rows = [patch_rows(x, groups, patch) for x in (student, teacher)]
+    if implementation == "plain":
+        total = contrast_rows(*rows, excluded, tau, chunk)
     else:
-        total = contrast_rows(student_rows, teacher_rows, excluded, tau)
+        total = contrast(*rows, excluded, tau, implementation, chunk)
     return total / student[:, 0].numel()
 
 
 @torch.no_grad()
-def positive_rank(student: Tensor, teacher: Tensor, groups: int, patch: Pair, chunk: int = 0) -> Tensor:
+def positive_rank(student: Tensor, teacher: Tensor, groups: int, patch: Pair, chunk: int = 0,
+                  implementation: str = "auto") -> Tensor:
     """Mean share of the negatives that beat the positive, for two maps [B, C, H, W]: 0 solved, 0.5 chance. Where it
-    stays at 0 the contrastive term is close to 0 as well and teaches nothing more."""
+    stays at 0 the contrastive term is close to 0 as well and teaches nothing more. chunk and implementation: as for
+    :func:`omni_contrastive_loss`."""
     rows = [patch_rows(crop_to_patches(at_least_float32(x), patch), groups, patch) for x in (student, teacher)]
     excluded = excluded_pairs(groups, patch, student.device)
     count, size = rows[0].shape[:2]
-    beaten = rows[0].new_zeros(())
-    for s, t in zip(*(r.split(chunk or count) for r in rows), strict=True):
-        similarity = pairwise_similarity(s, t)
-        beaten += ((similarity > similarity.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)) & ~excluded).sum()
-    return beaten / (count * size * patch[0] * patch[1] * (groups - 1))
+    block = patches_at_once(rows[0], chunk) if implementation != "plain" else chunk or count
+    beaten = torch.zeros((), dtype=torch.int64, device=student.device)
+    for s, t in zip(*(r.split(block) for r in rows), strict=True):
+        distances = -pairwise_similarity(s, t) if implementation == "plain" else l1_distances(s, t, implementation)
+        beaten += ((distances < distances.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)) & ~excluded).sum()
+    return beaten.to(rows[0].dtype) / (count * size * patch[0] * patch[1] * (groups - 1))
 
 
 class EnhancedProjector(nn.Module):
@@ -136,12 +144,12 @@ class OmniContrastiveFeatureLoss(nn.Module):
 
     student_channels, teacher_channels: widths of the maps; equal widths need no alignment. dataset: "camvid" is never
     pooled, as in the reference. feature, contrast: whether fd and ctr are computed; what only the contrast needs is not
-    checked without it. The rest: see :class:`AfDCDOptions`."""
+    checked without it. fast: the fused contrast, otherwise its plain twin. The rest: see :class:`AfDCDOptions`."""
 
     def __init__(self, student_channels: int, teacher_channels: int, rand_mask: bool = True, mask_ratio: float = 0.75,
                  enhance_projector: bool = False, tau_ocd: float = 0.07, M_ocd: int = 16, pool_size: int = 4,
                  patch_size: Pair = (4, 4), dataset: str = "citys", contrast_chunk: int = 0,
-                 feature: bool = True, contrast: bool = True) -> None:
+                 feature: bool = True, contrast: bool = True, fast: bool = True) -> None:
         super().__init__()
         options = AfDCDOptions(rand_mask=rand_mask, mask_ratio=mask_ratio, enhance_projector=enhance_projector,
                                tau_ocd=tau_ocd, m_ocd=M_ocd, pool_size=pool_size, patch_size=tuple(patch_size),
@@ -153,6 +161,7 @@ class OmniContrastiveFeatureLoss(nn.Module):
         self.tau, self.groups, self.patch = tau_ocd, M_ocd, options.patch_size
         self.pool = 0 if dataset == "camvid" else pool_size
         self.chunk, self.feature, self.contrast = contrast_chunk, feature, contrast
+        self.implementation = "auto" if fast else "plain"
         # "projetor" is the reference's spelling, kept because the recorded weights are drawn by parameter name
         self.align = feature_losses.aligner(student_channels, teacher_channels)
         self.projetor = (EnhancedProjector if enhance_projector else feature_losses.plain_projector)(teacher_channels)
@@ -179,7 +188,8 @@ class OmniContrastiveFeatureLoss(nn.Module):
         if self.contrast:
             maps = self.contrast_map(projected), self.contrast_map(teacher_c4)
             self._contrasted = tuple(x.detach() for x in maps)
-            ctr = omni_contrastive_loss(*maps, self.tau, self.groups, self.patch, self.chunk, self.excluded)
+            ctr = omni_contrastive_loss(*maps, self.tau, self.groups, self.patch, self.chunk, self.excluded,
+                                        self.implementation)
         return masked_feature_loss(projected, teacher_c4) if self.feature else None, ctr
 
     def keep_mask(self, feature: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -198,7 +208,7 @@ class OmniContrastiveFeatureLoss(nn.Module):
         """:func:`positive_rank` of the last forward pass, None before the first and without contrast."""
         if self._contrasted is None:
             return None
-        return positive_rank(*self._contrasted, self.groups, self.patch, self.chunk)
+        return positive_rank(*self._contrasted, self.groups, self.patch, self.chunk, self.implementation)
 
 
 def _published(kd: float, fd: float, ctr: float) -> dict[str, float]:
@@ -244,7 +254,7 @@ class AfDCD(Distiller):
         return cls(OmniContrastiveFeatureLoss(
             student.channels["c4"], teacher.channels["c4"], o.rand_mask, o.mask_ratio, o.enhance_projector, o.tau_ocd,
             o.m_ocd, o.pool_size, o.patch_size, contrast_chunk=o.contrast_chunk, feature="fd" in run.active,
-            contrast="ctr" in run.active), o.clip_distiller)
+            contrast="ctr" in run.active, fast=run.fast), o.clip_distiller)
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         losses = self.criterion(batch.student.c4, batch.teacher.c4, generator=generator)
