@@ -25,9 +25,9 @@ PATIENCE = 120.0  # seconds for one call of the compiler
 
 def find_compiler() -> list[str] | None:
     """The command of a C++ compiler: the environment's ``CXX``, else the first of the usual names that is there."""
-    for command in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
-        words = shlex.split(command)
-        if words and shutil.which(words[0]):
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    for words in [chosen] if chosen else (["c++"], ["g++"], ["clang++"]):
+        if shutil.which(words[0]):
             return words
     return None
 
@@ -61,7 +61,7 @@ def compile_library(source: Path) -> ctypes.CDLL:
     Raises OSError, RuntimeError or TimeoutExpired where it cannot be made."""
     compiler = find_compiler()
     if compiler is None:
-        raise OSError("there is no C++ compiler (c++, g++, clang++, or the environment's CXX)")
+        raise OSError("no C++ compiler found (the environment's CXX, else c++, g++ or clang++)")
     command, target = native_command(compiler)
     text = source.read_text(encoding="utf-8")
     key = hashlib.sha256("\0".join((text, *command, target)).encode()).hexdigest()[:16]

@@ -182,8 +182,8 @@ def contrast(student: Tensor, teacher: Tensor, excluded: Tensor, tau: float, imp
                         "expected the same shape")
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     with_gradient = torch.is_grad_enabled() and student.requires_grad
-    losses, _ = torch.ops.afdcd.contrast(student.to(dtype), teacher.to(dtype), excluded, tau, implementation, chunk,
-                                         with_gradient)
+    losses, _ = torch.ops.afdcd.contrast(student.to(dtype), teacher.detach().to(dtype), excluded, tau, implementation,
+                                         chunk, with_gradient)
     return losses.sum()
 
 
