@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, Term, feature_losses, option, register
 from losses.core.checks import at_least_float32
 from losses.core.feature_losses import PlainProjector, conv3x3, masked_feature_loss, random_keep_mask
+from losses.kernels.contrast import contrast, l1_distances, patches_at_once
 from losses.kernels.masked_error import error_and_pool
 from losses.kernels.projector import relu_conv
 from utils.errors import UserError
@@ -80,43 +81,50 @@ def pairwise_similarity(student_rows: Tensor, teacher_rows: Tensor) -> Tensor:
     return -torch.cdist(student_rows, teacher_rows, p=1.0)
 
 
-def contrast_rows(student_rows: Tensor, teacher_rows: Tensor, excluded: Tensor, tau: float) -> Tensor:
-    """Sum over all rows of -log softmax of the positive among positive and negatives, at temperature ``tau``."""
+def contrast_rows(student_rows: Tensor, teacher_rows: Tensor, excluded: Tensor, tau: float, chunk: int = 0) -> Tensor:
+    """Sum over all rows of -log softmax of the positive among positive and negatives, at temperature ``tau``: the plain
+    twin of ``losses/kernels/contrast.py``. chunk: patches at a time, each chunk once more in the backward pass."""
+    if chunk:
+        # the backward of cdist expands to [patches, Q, Q, D] on some devices: recomputing chunk by chunk avoids that
+        pieces = zip(student_rows.split(chunk), teacher_rows.split(chunk), strict=True)
+        return torch.stack([checkpoint(contrast_rows, s, t, excluded, tau, use_reentrant=False,
+                                       preserve_rng_state=False) for s, t in pieces]).sum()
     logits = (pairwise_similarity(student_rows, teacher_rows) / tau).masked_fill(excluded, float("-inf"))
     return -logits.log_softmax(dim=-1).diagonal(dim1=-2, dim2=-1).sum()
 
 
-def omni_contrastive_loss(student: Tensor, teacher: Tensor, tau: float, groups: int, patch: Pair,
-                          chunk: int = 0, excluded: Tensor | None = None) -> Tensor:
+def omni_contrastive_loss(student: Tensor, teacher: Tensor, tau: float, groups: int, patch: Pair, chunk: int = 0,
+                          excluded: Tensor | None = None, implementation: str = "auto") -> Tensor:
     """Omni-contrastive loss of two maps [B, C, H, W]: summed over groups, averaged over positions and images. H and W
-    are cut to multiples of ``patch``, and the average is over what remains. chunk: patches computed at a time, each
-    chunk once more in the backward pass; it bounds the memory at chunk * Q * Q * C / groups numbers. 0 = all at once.
-    excluded: :func:`excluded_pairs`, when at hand. Gradients reach the student only."""
+    are cut to multiples of ``patch``, and the average is over what remains. chunk: patches computed at a time, which
+    bounds the memory; 0 = as many as suits the implementation, all for the plain one. excluded: :func:`excluded_pairs`,
+    when at hand. implementation: "plain" (:func:`contrast_rows`), or one of ``losses.kernels.contrast.contrast``, equal
+    up to rounding; "auto" = the device's fastest. Gradients reach the student only."""
     student, teacher = (crop_to_patches(at_least_float32(x), patch) for x in (student, teacher.detach()))
     excluded = excluded_pairs(groups, patch, student.device) if excluded is None else excluded
-    student_rows, teacher_rows = (patch_rows(x, groups, patch) for x in (student, teacher))
-    if chunk > 0:
-        # the backward of cdist expands to [patches, Q, Q, D] on some devices: recomputing chunk by chunk avoids that
-        pieces = zip(student_rows.split(chunk), teacher_rows.split(chunk), strict=True)
-        total = torch.stack([checkpoint(contrast_rows, s, t, excluded, tau, use_reentrant=False,
-                                        preserve_rng_state=False) for s, t in pieces]).sum()
+    rows = [patch_rows(x, groups, patch) for x in (student, teacher)]
+    if implementation == "plain":
+        total = contrast_rows(*rows, excluded, tau, chunk)
     else:
-        total = contrast_rows(student_rows, teacher_rows, excluded, tau)
+        total = contrast(*rows, excluded, tau, implementation, chunk)
     return total / student[:, 0].numel()
 
 
 @torch.no_grad()
-def positive_rank(student: Tensor, teacher: Tensor, groups: int, patch: Pair, chunk: int = 0) -> Tensor:
+def positive_rank(student: Tensor, teacher: Tensor, groups: int, patch: Pair, chunk: int = 0,
+                  implementation: str = "auto") -> Tensor:
     """Mean share of the negatives that beat the positive, for two maps [B, C, H, W]: 0 solved, 0.5 chance. Where it
-    stays at 0 the contrastive term is close to 0 as well and teaches nothing more."""
+    stays at 0 the contrastive term is close to 0 as well and teaches nothing more. chunk and implementation: as for
+    :func:`omni_contrastive_loss`."""
     rows = [patch_rows(crop_to_patches(at_least_float32(x), patch), groups, patch) for x in (student, teacher)]
     excluded = excluded_pairs(groups, patch, student.device)
     count, size = rows[0].shape[:2]
-    beaten = rows[0].new_zeros(())
-    for s, t in zip(*(r.split(chunk or count) for r in rows), strict=True):
-        similarity = pairwise_similarity(s, t)
-        beaten += ((similarity > similarity.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)) & ~excluded).sum()
-    return beaten / (count * size * patch[0] * patch[1] * (groups - 1))
+    block = patches_at_once(rows[0], chunk) if implementation != "plain" else chunk or count
+    beaten = torch.zeros((), dtype=torch.int64, device=student.device)
+    for s, t in zip(*(r.split(block) for r in rows), strict=True):
+        distances = -pairwise_similarity(s, t) if implementation == "plain" else l1_distances(s, t, implementation)
+        beaten += ((distances < distances.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)) & ~excluded).sum()
+    return beaten.to(rows[0].dtype) / (count * size * patch[0] * patch[1] * (groups - 1))
 
 
 class EnhancedProjector(nn.Module):
@@ -150,8 +158,8 @@ class OmniContrastiveFeatureLoss(nn.Module):
 
     student_channels, teacher_channels: widths of the maps; equal widths need no alignment. dataset: "camvid" is never
     pooled, as in the reference. feature, contrast: whether fd and ctr are computed; what only the contrast needs is not
-    checked without it. fast: the alignment folded into the projector where that pays, and less memory; off: the plain
-    forms. The rest: see :class:`AfDCDOptions`."""
+    checked without it. fast: the alignment folded into the projector where that pays, the fused contrast, less memory;
+    off: the plain forms. The rest: see :class:`AfDCDOptions`."""
 
     def __init__(self, student_channels: int, teacher_channels: int, rand_mask: bool = True, mask_ratio: float = 0.75,
                  enhance_projector: bool = False, tau_ocd: float = 0.07, M_ocd: int = 16, pool_size: int = 4,
@@ -195,7 +203,8 @@ class OmniContrastiveFeatureLoss(nn.Module):
         if self.contrast:
             maps = contrasted, self.contrast_map(teacher_c4)
             self._contrasted = tuple(x.detach() for x in maps)
-            ctr = omni_contrastive_loss(*maps, self.tau, self.groups, self.patch, self.chunk, self.excluded)
+            ctr = omni_contrastive_loss(*maps, self.tau, self.groups, self.patch, self.chunk, self.excluded,
+                                        "auto" if self.fast else "plain")
         return fd, ctr
 
     def feature_loss_and_contrast_map(self, projected: Tensor, teacher: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -222,7 +231,7 @@ class OmniContrastiveFeatureLoss(nn.Module):
         """:func:`positive_rank` of the last forward pass, None before the first and without contrast."""
         if self._contrasted is None:
             return None
-        return positive_rank(*self._contrasted, self.groups, self.patch, self.chunk)
+        return positive_rank(*self._contrasted, self.groups, self.patch, self.chunk, self.implementation)
 
 
 def _published(kd: float, fd: float, ctr: float) -> dict[str, float]:
