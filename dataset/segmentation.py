@@ -15,6 +15,7 @@ from dataset import transforms
 from dataset.discovery import Sample, find_samples
 from dataset.io import read_image, read_label
 from dataset.spec import IGNORE, DatasetSpec
+from dataset.window import windowed_crop, windows_are_exact
 from utils.errors import UserError
 
 UNKNOWN = np.iinfo(np.int16).min
@@ -36,6 +37,7 @@ class SegmentationDataset(Dataset):
     train: offer training samples. crop_size: (height, width), default ``spec.train_crop``. seed: of the augmentation,
     not negative. ignore_label: stands for "ignored" in the items, outside of 0..K-1. root, list_file: see
     :func:`find_samples`. limit: keep only the first samples. scale, mirror: switch one kind of augmentation off.
+    fast: resize only the window of the crop; off: its plain twin, which gives the same items.
     Raises UserError at construction for missing files and bad arguments, on access for files that cannot be decoded,
     sizes that differ and label values that the data set does not have.
     """
@@ -43,7 +45,7 @@ class SegmentationDataset(Dataset):
     def __init__(self, spec: DatasetSpec, root: str | os.PathLike, split: str, *, train: bool,
                  crop_size: tuple[int, int] | None = None, seed: int = 0, ignore_label: int = IGNORE,
                  list_file: str | os.PathLike | None = None, limit: int | None = None, scale: bool = True,
-                 mirror: bool = True) -> None:
+                 mirror: bool = True, fast: bool = True) -> None:
         self.spec, self.split, self.train, self.seed = spec, split, train, int(seed)
         self.ignore_label, self.scale, self.mirror = int(ignore_label), scale, mirror
         self.crop_size = tuple(int(side) for side in (crop_size or spec.train_crop))
@@ -55,6 +57,7 @@ class SegmentationDataset(Dataset):
         table = np.where(spec.id_to_train < 0, np.int16(self.ignore_label), spec.id_to_train)
         self._table = np.where(spec.known_ids, table, np.int16(UNKNOWN))
         self._unknown = (~spec.known_ids).astype(np.uint8)
+        self._windows = fast and train and windows_are_exact()
 
     def _check_arguments(self, limit: int | None) -> None:
         if len(self.crop_size) != 2 or min(self.crop_size) < 1:
@@ -83,7 +86,7 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         if not isinstance(key, tuple):
             image, label = self.read(key)
-            label = None if label is None else self._table[label]
+            label = None if label is None else cv2.LUT(label, self._table)
             return self._item(int(key), image, label, (0, image.shape[0], 0, image.shape[1]))
         if not self.train:
             raise TypeError("training samples need train=True")
@@ -111,19 +114,21 @@ class SegmentationDataset(Dataset):
     def augmented(self, index: int, image: np.ndarray, label: np.ndarray,
                   augmentation: transforms.Augmentation) -> dict[str, Any]:
         """The training sample of a stored pair for given augmentation parameters."""
-        scale, offset, mirrored = augmentation
-        image, label = transforms.scale_pair(image, label, scale)
-        image, label = (transforms.crop(array, offset, self.crop_size, mirrored) for array in (image, label))
+        cut, mirrored = windowed_crop if self._windows else transforms.scaled_crop, augmentation.mirrored
+        image, label = cut(image, label, augmentation, self.crop_size)
         valid = transforms.valid_rectangle(image.shape[:2], self.crop_size, mirrored)
+        label = cv2.LUT(label, self._table)
         return self._item(index, transforms.pad(image, self.crop_size, 0, mirrored),
-                          transforms.pad(self._table[label], self.crop_size, self.ignore_label, mirrored), valid)
+                          transforms.pad(label, self.crop_size, self.ignore_label, mirrored), valid)
 
     def _item(self, index: int, image: np.ndarray, label: np.ndarray | None,
               valid: tuple[int, int, int, int]) -> dict[str, Any]:
         if label is None:
             label = np.full(image.shape[:2], self.ignore_label, dtype=np.int16)
+        planes = np.empty((3, *image.shape[:2]), dtype=np.uint8)
+        cv2.split(image, list(planes))  # written in place
         return {
-            "image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+            "image": torch.from_numpy(planes),
             "label": torch.from_numpy(label),
             "valid": torch.tensor(valid, dtype=torch.int16), "name": self.samples[index].name, "index": index}
 
