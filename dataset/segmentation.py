@@ -9,11 +9,12 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from dataset import transforms
+from dataset.cache import Cache
 from dataset.discovery import Sample, find_samples
-from dataset.io import read_image, read_label
+from dataset.io import decode_pair, read_files
 from dataset.spec import IGNORE, DatasetSpec
 from dataset.window import windowed_crop, windows_are_exact
 from utils.errors import UserError
@@ -50,6 +51,8 @@ class SegmentationDataset(Dataset):
         self.ignore_label, self.scale, self.mirror = int(ignore_label), scale, mirror
         self.crop_size = tuple(int(side) for side in (crop_size or spec.train_crop))
         self._check_arguments(limit)
+        self.root = os.fspath(root)
+        self.cache: Cache | None = None  # set by dataset.cache.use_cache
         self.samples: list[Sample] = find_samples(spec, root, split, list_file)[:limit]
         if train and self.samples[0].label is None:
             raise UserError(f"split '{split}' of {spec.title} has no labels; expected one of "
@@ -99,16 +102,13 @@ class SegmentationDataset(Dataset):
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         """The stored pair: uint8 [H, W, 3] BGR, and uint8 [H, W] stored label values (None without labels)."""
         sample = self.samples[index]
-        image = read_image(sample.image)
-        if sample.label is None:
-            return image, None
-        label = read_label(sample.label)
-        if label.shape != image.shape[:2]:
-            raise UserError(f"{sample.label}: label of {label.shape[0]}x{label.shape[1]} pixels; expected "
-                            f"{image.shape[0]}x{image.shape[1]} (height x width), the size of {sample.image}")
-        if self._unknown.any() and cv2.LUT(label, self._unknown).any():
-            value = int(label[~self.spec.known_ids[label]][0])
-            raise UserError(f"{sample.label}: label value {value}; {self.spec.title} expects {self.spec.allowed_ids()}")
+        image, label = self.cache.read(index) if self.cache else decode_pair(sample, *read_files(sample))
+        if label is not None and self._unknown.any():
+            values = self.cache.values(index) if self.cache else label
+            if cv2.LUT(values, self._unknown).any():
+                value = int(label[~self.spec.known_ids[label]][0])
+                raise UserError(f"{sample.label}: label value {value}; {self.spec.title} expects "
+                                f"{self.spec.allowed_ids()}")
         return image, label
 
     def augmented(self, index: int, image: np.ndarray, label: np.ndarray,
@@ -141,7 +141,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     sizes = {tuple(item["label"].shape) for item in items}
     if len(sizes) > 1:
         raise UserError(f"images of different sizes in a batch ({sorted(sizes)}); expected equal sizes or batch size 1")
-    return {**{key: torch.stack([item[key] for item in items]) for key in ("image", "label", "valid")},
+    # in a loading process, into the memory that the training process reads
+    return {**{key: default_collate([item[key] for item in items]) for key in ("image", "label", "valid")},
             "name": [item["name"] for item in items],
             "index": torch.tensor([item["index"] for item in items], dtype=torch.int64)}
 

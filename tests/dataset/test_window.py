@@ -18,7 +18,8 @@ def noise(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("scale", transforms.SCALES)
 @pytest.mark.parametrize(("size", "crop"), [((1024, 2048), (512, 1024)), ((333, 501), (97, 120)), ((75, 45), (40, 33)),
-                                            ((30, 2049), (64, 64)), ((3, 1), (2, 2))])
+                                            ((30, 2049), (64, 64)), ((4, 3), (2, 2)),
+                                            ((70, 4), (3, 40)), ((70, 90), (3, 3))])
 def test_the_same_bytes_at_every_border_and_in_between(size, crop, scale):
     image, label = noise(size)
     whole = transforms.scale_pair(image, label, scale)
@@ -34,13 +35,15 @@ def test_the_same_bytes_at_every_border_and_in_between(size, crop, scale):
         assert np.array_equal(got[0], whole[0][part]) and np.array_equal(got[1], whole[1][part])
 
 
-def test_both_ways_to_begin_a_part_occur():
+@pytest.mark.parametrize(("kind", "exceptions"), [(cv2.INTER_LINEAR, {7, 11, 13, 14, 17, 19}),
+                                                  (cv2.INTER_NEAREST, {13})])
+def test_both_ways_to_begin_a_part_occur(kind, exceptions):
     """Near the origin parts begin at the window; far from it some scales need the origin."""
-    near = [window.source_span(480, scale, 100, 140) for scale in transforms.SCALES]
+    near = [window.source_span(kind, 480, scale, slice(100, 110)) for scale in transforms.SCALES]
     assert all(span.start > 0 for span in near)
-    far = {round(10 * scale) for scale in transforms.SCALES
-           if window.source_span(2048, scale, round(2040 * scale) - 500, round(2040 * scale)).start == 0}
-    assert far == {7, 11, 13, 14, 17, 19}
+    far = {round(10 * scale) for scale in transforms.SCALES if window.source_span(
+        kind, 2048, scale, slice(round(2040 * scale) - 500, round(2040 * scale))).start == 0}
+    assert far == exceptions
 
 
 @pytest.mark.parametrize("scale", [0.37, 1.234567, 2.9])
@@ -80,13 +83,17 @@ class TestTrial:
                                    fast=False)
         assert all(torch.equal(data[0, n][key], twin[0, n][key]) for n in range(10) for key in ("image", "label"))
 
-    def test_rounding_far_from_the_origin_is_part_of_it(self, monkeypatch):
-        monkeypatch.setattr(window, "source_span", lambda length, scale, start, stop: window.Span(0, length, 0))
-        assert window.windows_are_exact()
-        window.windows_are_exact.cache_clear()
-        taps = window.bilinear_taps
-        monkeypatch.undo()
-        monkeypatch.setattr(window, "bilinear_taps", lambda *a: (taps(*a)[0], np.zeros(1)))  # weights never compared
+    @pytest.mark.parametrize("kind", [cv2.INTER_LINEAR, cv2.INTER_NEAREST])
+    def test_rounding_far_from_the_origin_is_part_of_it(self, monkeypatch, kind):
+        """Parts that always begin at the window would be noticed."""
+        exact = window.source_span
+
+        def short(of, length, scale, part):
+            span, (resized, source) = exact(of, length, scale, part), window._period(scale)
+            periods = max(part.start - 1, 0) // resized
+            return span if of != kind else window.Span(periods * source, span.stop, periods * resized)
+
+        monkeypatch.setattr(window, "source_span", short)
         with pytest.warns(UserWarning, match="resizes a part"):
             assert not window.windows_are_exact()
 
