@@ -35,13 +35,18 @@ except ImportError:  # Windows
     fcntl = None
 
 MOST_THREADS = 32
+#: what a cache keeps of an entry; an array, which processes share as long as nobody writes to it
+ROW = np.dtype([("offset", np.int64), ("height", np.int32), ("width", np.int32), ("checksum", np.uint32),
+                ("labelled", bool), ("content", "S65"), ("values", "S64")])
 
 
 class Cache:
     """The decoded pictures of the samples of one split; :func:`use_cache` makes it. Processes may share it."""
 
     def __init__(self, store: Store, samples: Sequence[Sample], entries: Sequence[Entry]) -> None:
-        self.store, self.samples, self.entries = store, samples, entries
+        self.store, self.samples = store, samples
+        self.rows = np.array([(e.offset, e.height, e.width, e.checksum, e.label is not None, e.content, e.values)
+                              for e in entries], dtype=ROW)
         self._identity = store.identity()
         self._open()
 
@@ -54,7 +59,7 @@ class Cache:
 
     def _open(self) -> None:
         self._file = self.store.map(self._identity)
-        self._checked = mmap.mmap(-1, len(self.entries))  # shared with the processes that are forked from this one
+        self._checked = mmap.mmap(-1, len(self.rows))  # shared with the processes that are forked from this one
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         """The stored pair, read-only: uint8 [H, W, 3] BGR, and uint8 [H, W] label values (None without labels).
@@ -62,33 +67,35 @@ class Cache:
         The first time the checksum is compared; what is damaged is decoded again and mended, with a warning. UserError
         when that cannot be done.
         """
-        entry = self.entries[index]
-        pixels = np.frombuffer(self._file, np.uint8, entry.size, entry.offset)
+        offset, height, width, checksum, labelled, *_ = self.rows[index].item()
+        count = height * width
+        pixels = np.frombuffer(self._file, np.uint8, count * (4 if labelled else 3), offset)
         if not self._checked[index]:
-            if zlib.crc32(pixels) != entry.checksum:
+            if zlib.crc32(pixels) != checksum:
                 self._mend(index, pixels)
             self._checked[index] = 1
-        count = entry.height * entry.width
-        image = pixels[:3 * count].reshape(entry.height, entry.width, 3)
-        return image, None if entry.label is None else pixels[3 * count:].reshape(entry.height, entry.width)
+        image = pixels[:3 * count].reshape(height, width, 3)
+        return image, pixels[3 * count:].reshape(height, width) if labelled else None
 
     def values(self, index: int) -> np.ndarray:
         """uint8 [N]: the different stored values of the label."""
-        return np.frombuffer(bytes.fromhex(self.entries[index].values), np.uint8)
+        mask = np.frombuffer(bytes.fromhex(self.rows[index]["values"].decode()), np.uint8)
+        return np.flatnonzero(np.unpackbits(mask)).astype(np.uint8)
 
     def _mend(self, index: int, pixels: np.ndarray) -> None:
-        entry, sample = self.entries[index], self.samples[index]
+        row, sample = self.rows[index], self.samples[index]
         files = read_files(sample)
         where = f"{self.store.pixels}: the picture of {sample.image} is damaged"
-        decoded = pixel_bytes(*decode_pair(sample, *files)) if _content(*files) == entry.content else b""
-        if zlib.crc32(decoded) != entry.checksum:
+        unchanged = _content(*files) == row["content"].decode()
+        decoded = pixel_bytes(*decode_pair(sample, *files)) if unchanged else b""
+        if zlib.crc32(decoded) != row["checksum"]:
             raise UserError(f"{where}, and the file has changed since; start again", settings=["cache"])
         try:
-            self.store.mend(entry, self._identity, decoded)
+            self.store.mend(self._identity, int(row["offset"]), decoded)
         except OSError as error:
             raise UserError(f"{where} and cannot be written again: {error.strerror or error}",
                             settings=["cache"]) from None
-        if zlib.crc32(pixels) != entry.checksum:
+        if zlib.crc32(pixels) != row["checksum"]:
             raise UserError(f"{where} again after it was written; expected a disk that keeps it", settings=["cache"])
         warnings.warn(f"{where}; decoded again and written anew", stacklevel=3)
 
@@ -186,9 +193,10 @@ class _Split:
             return
         image, label = decode_pair(sample, *files)
         pixels = pixel_bytes(image, label)
-        values = b"" if label is None else np.flatnonzero(np.bincount(label.ravel(), minlength=256)).astype(np.uint8)
+        present = np.zeros(256) if label is None else np.bincount(label.ravel(), minlength=256)
         decoder = "" if files[0].startswith(PNG_START) else cv2.__version__
-        writer.add(Entry(image_path, label_path, stamp, content, decoder, *image.shape[:2], bytes(values).hex(),
+        values = np.packbits(present > 0).tobytes().hex()
+        writer.add(Entry(image_path, label_path, stamp, content, decoder, *image.shape[:2], values,
                          zlib.crc32(pixels)), pixels)
 
 

@@ -82,11 +82,11 @@ class Store:
         with open(self.pixels, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
-    def mend(self, entry: Entry, identity: bytes, pixels: bytes) -> None:
+    def mend(self, identity: bytes, offset: int, pixels: bytes) -> None:
         """Write the pixels of a picture again where they were, in the file of this identity."""
         self.map(identity).close()
         with open(self.pixels, "rb+") as file:
-            _write(file.fileno(), pixels, entry.offset)
+            _write(file.fileno(), pixels, offset)
 
 
 class StoreWriter:

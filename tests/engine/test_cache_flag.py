@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import pytest
-from helpers import assert_refused, records, train_arguments, write_folder_dataset
+from helpers import TEACHER, assert_refused, records, train_arguments, write_folder_dataset, write_teacher
 
+import eval as evaluation
 import train_kd
 from dataset import cache, segmentation
 from tools import cache_data
@@ -45,3 +46,14 @@ def test_filled_beforehand_by_the_tool(data, tmp_path, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert ["decoding 6 of 6 images of train:" in lines[0], "decoding 2 of 2 images of val:" in lines[2]] == [True] * 2
     assert lines[3:] == [f"train: 6 images are in {tmp_path}", f"val: 2 images are in {tmp_path}"]
+
+
+def test_evaluation_reads_it_too(data, tmp_path, monkeypatch):
+    weights = write_teacher(tmp_path / "n.pth")
+    network = ["--model", "deeplab_mobile", "--backbone", TEACHER, "--pretrained", str(weights), "--dataset",
+               "folder", "--data", str(data), "--workers", "0", "--no-cuda", "--limit", "1"]
+    assert evaluation.main([*network, "--json", str(tmp_path / "plain.json")]) == 0
+    for name in ("first", "second"):
+        assert evaluation.main([*network, "--json", str(tmp_path / f"{name}.json"), "--cache", str(tmp_path)]) == 0
+        assert (tmp_path / f"{name}.json").read_text() == (tmp_path / "plain.json").read_text()
+        monkeypatch.setattr(cache, "decode_pair", None)
