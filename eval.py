@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import dataset as data
 from engine.evaluate import check_options, evaluate
-from engine.log import setup_logging
+from engine.log import LOG, setup_logging
 from models import NetworkChoice
 from utils.cli import ArgumentParser, read_options, run_main
 from utils.distributed import Distributed, cleanup, init_distributed
@@ -48,6 +48,7 @@ class Data(OptionGroup):
     dataset: str = option("citys", lambda: ", ".join(data.list_datasets()))
     data: str = option("./dataset/cityscapes/", "root folder of the data set", metavar="DIR")
     data_list: str | None = option(None, "list file of the split (default: the split's own files)", metavar="FILE")
+    cache: str | None = option(None, "folder that keeps the decoded images, as in train_kd.py", metavar="DIR")
     split: str | None = option(None, "train, val, test, ... (default: the data set's validation split)")
     limit: int | None = option(None, "only the first N images", at_least=1, metavar="N")
     ignore_label: int = option(-1, "label value of pixels that do not count")
@@ -179,6 +180,8 @@ def build(settings: EvalSettings, distributed: Distributed) -> tuple[data.Segmen
     spec = data.get_dataset_spec(d.dataset, d.data)
     dataset = data.SegmentationDataset(spec, d.data, d.split or spec.selection_split, train=False,
                                        ignore_label=d.ignore_label, list_file=d.data_list, limit=d.limit)
+    if d.cache is not None:
+        data.use_cache([dataset], d.cache, LOG.info)
     choice = NetworkChoice(n.model, n.backbone, n.pretrained, preprocess=n.preprocess, aux=n.aux)
     return dataset, choice.build(spec.num_class).to(distributed.device).eval()
 

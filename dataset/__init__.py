@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
+from dataset.cache import use_cache
 from dataset.sampler import EvalSampler, TrainSampler
 from dataset.segmentation import SegmentationDataset, collate, worker_init
 from dataset.spec import DatasetSpec, SplitSpec, get_dataset_spec, list_datasets, register_builder, register_dataset
@@ -17,5 +18,5 @@ for _module in pkgutil.iter_modules(__path__):
 
 __all__ = [
     "DatasetSpec", "EvalSampler", "SegmentationDataset", "SplitSpec", "TrainSampler", "collate", "get_dataset_spec",
-    "list_datasets", "register_builder", "register_dataset", "worker_init",
+    "list_datasets", "register_builder", "register_dataset", "use_cache", "worker_init",
 ]

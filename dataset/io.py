@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from dataset.discovery import Sample
 from utils.errors import UserError
 
 JPEG_START, JPEG_SCAN, JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
@@ -34,7 +35,38 @@ def _is_cut_off(data: bytes) -> bool:
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
     """A color picture: uint8 [H, W, 3], BGR. UserError when it is missing, empty, truncated or not a picture."""
-    data = _read_bytes(path, "image")
+    return _decode_image(_read_bytes(path, "image"), path)
+
+
+def read_label(path: str | os.PathLike) -> np.ndarray:
+    """A label file by index, uint8 [H, W]: the stored values of a gray file, the palette indices of a palette one.
+
+    Raises UserError when it is missing, truncated, not a picture, or has no single 8-bit value per pixel.
+    """
+    return _decode_label(_read_bytes(path, "label"), path)
+
+
+def read_files(sample: Sample) -> tuple[bytes, bytes | None]:
+    """The bytes of the image and of the label (None: the sample has none)."""
+    return _read_bytes(sample.image, "image"), _read_bytes(sample.label, "label") if sample.label is not None else None
+
+
+def decode_pair(sample: Sample, image_data: bytes, label_data: bytes | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """The stored pair of :func:`read_files`: uint8 [H, W, 3] BGR, and uint8 [H, W] label values (None without label).
+
+    Raises UserError as :func:`read_image` and :func:`read_label`, and for sizes that differ.
+    """
+    image = _decode_image(image_data, sample.image)
+    if label_data is None:
+        return image, None
+    label = _decode_label(label_data, sample.label)
+    if label.shape != image.shape[:2]:
+        raise UserError(f"{sample.label}: label of {label.shape[0]}x{label.shape[1]} pixels; expected "
+                        f"{image.shape[0]}x{image.shape[1]} (height x width), the size of {sample.image}")
+    return image, label
+
+
+def _decode_image(data: bytes, path: str | os.PathLike) -> np.ndarray:
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error:
@@ -44,12 +76,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     return image
 
 
-def read_label(path: str | os.PathLike) -> np.ndarray:
-    """A label file by index, uint8 [H, W]: the stored values of a gray file, the palette indices of a palette one.
-
-    Raises UserError when it is missing, truncated, not a picture, or has no single 8-bit value per pixel.
-    """
-    data = _read_bytes(path, "label")
+def _decode_label(data: bytes, path: str | os.PathLike) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as picture:
             mode = picture.mode

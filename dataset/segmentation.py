@@ -9,12 +9,14 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from dataset import transforms
+from dataset.cache import Cache
 from dataset.discovery import Sample, find_samples
-from dataset.io import read_image, read_label
+from dataset.io import decode_pair, read_files
 from dataset.spec import IGNORE, DatasetSpec
+from dataset.window import windowed_crop, windows_are_exact
 from utils.errors import UserError
 
 UNKNOWN = np.iinfo(np.int16).min
@@ -36,6 +38,7 @@ class SegmentationDataset(Dataset):
     train: offer training samples. crop_size: (height, width), default ``spec.train_crop``. seed: of the augmentation,
     not negative. ignore_label: stands for "ignored" in the items, outside of 0..K-1. root, list_file: see
     :func:`find_samples`. limit: keep only the first samples. scale, mirror: switch one kind of augmentation off.
+    fast: resize only the window of the crop; off: its plain twin, which gives the same items.
     Raises UserError at construction for missing files and bad arguments, on access for files that cannot be decoded,
     sizes that differ and label values that the data set does not have.
     """
@@ -43,11 +46,13 @@ class SegmentationDataset(Dataset):
     def __init__(self, spec: DatasetSpec, root: str | os.PathLike, split: str, *, train: bool,
                  crop_size: tuple[int, int] | None = None, seed: int = 0, ignore_label: int = IGNORE,
                  list_file: str | os.PathLike | None = None, limit: int | None = None, scale: bool = True,
-                 mirror: bool = True) -> None:
+                 mirror: bool = True, fast: bool = True) -> None:
         self.spec, self.split, self.train, self.seed = spec, split, train, int(seed)
         self.ignore_label, self.scale, self.mirror = int(ignore_label), scale, mirror
         self.crop_size = tuple(int(side) for side in (crop_size or spec.train_crop))
         self._check_arguments(limit)
+        self.root = os.fspath(root)
+        self.cache: Cache | None = None  # set by dataset.cache.use_cache
         self.samples: list[Sample] = find_samples(spec, root, split, list_file)[:limit]
         if train and self.samples[0].label is None:
             raise UserError(f"split '{split}' of {spec.title} has no labels; expected one of "
@@ -55,6 +60,7 @@ class SegmentationDataset(Dataset):
         table = np.where(spec.id_to_train < 0, np.int16(self.ignore_label), spec.id_to_train)
         self._table = np.where(spec.known_ids, table, np.int16(UNKNOWN))
         self._unknown = (~spec.known_ids).astype(np.uint8)
+        self._windows = fast and train and windows_are_exact()
 
     def _check_arguments(self, limit: int | None) -> None:
         if len(self.crop_size) != 2 or min(self.crop_size) < 1:
@@ -83,7 +89,7 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         if not isinstance(key, tuple):
             image, label = self.read(key)
-            label = None if label is None else self._table[label]
+            label = None if label is None else cv2.LUT(label, self._table)
             return self._item(int(key), image, label, (0, image.shape[0], 0, image.shape[1]))
         if not self.train:
             raise TypeError("training samples need train=True")
@@ -96,34 +102,33 @@ class SegmentationDataset(Dataset):
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         """The stored pair: uint8 [H, W, 3] BGR, and uint8 [H, W] stored label values (None without labels)."""
         sample = self.samples[index]
-        image = read_image(sample.image)
-        if sample.label is None:
-            return image, None
-        label = read_label(sample.label)
-        if label.shape != image.shape[:2]:
-            raise UserError(f"{sample.label}: label of {label.shape[0]}x{label.shape[1]} pixels; expected "
-                            f"{image.shape[0]}x{image.shape[1]} (height x width), the size of {sample.image}")
-        if self._unknown.any() and cv2.LUT(label, self._unknown).any():
-            value = int(label[~self.spec.known_ids[label]][0])
-            raise UserError(f"{sample.label}: label value {value}; {self.spec.title} expects {self.spec.allowed_ids()}")
+        image, label = self.cache.read(index) if self.cache else decode_pair(sample, *read_files(sample))
+        if label is not None and self._unknown.any():
+            values = self.cache.values(index) if self.cache else label
+            if cv2.LUT(values, self._unknown).any():
+                value = int(label[~self.spec.known_ids[label]][0])
+                raise UserError(f"{sample.label}: label value {value}; {self.spec.title} expects "
+                                f"{self.spec.allowed_ids()}")
         return image, label
 
     def augmented(self, index: int, image: np.ndarray, label: np.ndarray,
                   augmentation: transforms.Augmentation) -> dict[str, Any]:
         """The training sample of a stored pair for given augmentation parameters."""
-        scale, offset, mirrored = augmentation
-        image, label = transforms.scale_pair(image, label, scale)
-        image, label = (transforms.crop(array, offset, self.crop_size, mirrored) for array in (image, label))
+        cut, mirrored = windowed_crop if self._windows else transforms.scaled_crop, augmentation.mirrored
+        image, label = cut(image, label, augmentation, self.crop_size)
         valid = transforms.valid_rectangle(image.shape[:2], self.crop_size, mirrored)
+        label = cv2.LUT(label, self._table)
         return self._item(index, transforms.pad(image, self.crop_size, 0, mirrored),
-                          transforms.pad(self._table[label], self.crop_size, self.ignore_label, mirrored), valid)
+                          transforms.pad(label, self.crop_size, self.ignore_label, mirrored), valid)
 
     def _item(self, index: int, image: np.ndarray, label: np.ndarray | None,
               valid: tuple[int, int, int, int]) -> dict[str, Any]:
         if label is None:
             label = np.full(image.shape[:2], self.ignore_label, dtype=np.int16)
+        planes = np.empty((3, *image.shape[:2]), dtype=np.uint8)
+        cv2.split(image, list(planes))  # written in place
         return {
-            "image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+            "image": torch.from_numpy(planes),
             "label": torch.from_numpy(label),
             "valid": torch.tensor(valid, dtype=torch.int16), "name": self.samples[index].name, "index": index}
 
@@ -136,7 +141,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     sizes = {tuple(item["label"].shape) for item in items}
     if len(sizes) > 1:
         raise UserError(f"images of different sizes in a batch ({sorted(sizes)}); expected equal sizes or batch size 1")
-    return {**{key: torch.stack([item[key] for item in items]) for key in ("image", "label", "valid")},
+    # in a loading process, into the memory that the training process reads
+    return {**{key: default_collate([item[key] for item in items]) for key in ("image", "label", "valid")},
             "name": [item["name"] for item in items],
             "index": torch.tensor([item["index"] for item in items], dtype=torch.int64)}
 

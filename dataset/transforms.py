@@ -44,9 +44,17 @@ def scale_pair(image: np.ndarray, label: np.ndarray, scale: float) -> tuple[np.n
 
 
 def crop(array: np.ndarray, offset: tuple[int, int], size: tuple[int, int], mirrored: bool = False) -> np.ndarray:
-    """The part of ``array`` [H, W(, C)] in the window of ``size`` at ``offset``, mirrored when asked for; a view."""
+    """The part of ``array`` [H, W(, C)] in the window of ``size`` at ``offset``, mirrored when asked for."""
     part = array[offset[0]:offset[0] + size[0], offset[1]:offset[1] + size[1]]
-    return part[:, ::-1] if mirrored else part
+    return cv2.flip(part, 1) if mirrored else part
+
+
+def scaled_crop(image: np.ndarray, label: np.ndarray, augmentation: Augmentation,
+                size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Scale a picture and its label, crop and mirror them; without padding. size: (height, width) of the crop."""
+    scale, offset, mirrored = augmentation
+    image, label = scale_pair(image, label, scale)
+    return crop(image, offset, size, mirrored), crop(label, offset, size, mirrored)
 
 
 def pad(array: np.ndarray, size: tuple[int, int], fill: int, mirrored: bool = False) -> np.ndarray:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import dataset as data
+from engine.log import LOG
 from engine.optimizer import build_optimizer
 from engine.run import Run
 from engine.run_files import RunFiles
@@ -29,6 +30,8 @@ def build_run(settings: Settings, distributed: Distributed) -> Run:
     spec = data.get_dataset_spec(settings.data.dataset, settings.data.data)
     train_set = build_dataset(settings, spec, spec.train_split, train=True, list_file=settings.data.train_list)
     val_set, report_sets = build_evaluation_sets(settings, spec)
+    if settings.data.cache is not None:
+        data.use_cache([train_set, *([val_set] if val_set else []), *report_sets], settings.data.cache, LOG.info)
     student, teacher = build_student(settings, spec.num_class), build_teacher(settings, spec.num_class)
     settings = replace(settings, networks=replace(settings.networks, aux=student.aux))
     files = RunFiles(settings)
@@ -154,7 +157,8 @@ def build_dataset(settings: Settings, spec: data.DatasetSpec, split: str, *, tra
     """One split of the data set of the run."""
     d: Data = settings.data
     return data.SegmentationDataset(spec, d.data, split, train=train, crop_size=d.crop_size if train else None,
-                                    seed=settings.optimization.seed, ignore_label=d.ignore_label, list_file=list_file)
+                                    seed=settings.optimization.seed, ignore_label=d.ignore_label, list_file=list_file,
+                                    fast=settings.speed.fast)
 
 
 def build_evaluation_sets(settings: Settings, spec: data.DatasetSpec) \

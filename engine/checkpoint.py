@@ -23,8 +23,8 @@ from utils.tensor_files import first_line, in_plain_order, load_tensors, save_te
 FORMAT = 1
 #: settings that may differ between a run and its continuation without changing the result
 FREE_TO_CHANGE = frozenset((
-    "resume", "workers", "data", "save_dir", "log_dir", "log_iter", "save_per_iters", "val_per_iters", "skip_val",
-    "tensorboard", "panels", "local_rank", "no_cuda", "teacher_pretrained", "teacher_pretrained_base",
+    "resume", "workers", "data", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters", "val_per_iters",
+    "skip_val", "tensorboard", "panels", "local_rank", "no_cuda", "teacher_pretrained", "teacher_pretrained_base",
     "student_pretrained", "student_pretrained_base"))
 
 

@@ -83,6 +83,8 @@ class Data(OptionGroup):
     data: str = option("./dataset/cityscapes/", "root folder of the data set", metavar="DIR")
     train_list: str | None = option(None, "list file of the training split", metavar="FILE")
     val_list: str | None = option(None, "list file of the validation split", metavar="FILE")
+    cache: str | None = option(None, "folder that keeps the decoded images, 4 bytes per pixel, for all epochs and runs",
+                               metavar="DIR")
     crop_size: tuple[int, ...] = option((512, 1024), "training crop: height width, or one number for a square",
                                         at_least=1, metavar="N")
     ignore_label: int = option(-1, "label value of pixels that do not count")

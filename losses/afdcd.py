@@ -176,6 +176,7 @@ class OmniContrastiveFeatureLoss(nn.Module):
         self.tau, self.groups, self.patch = tau_ocd, M_ocd, options.patch_size
         self.pool = 0 if dataset == "camvid" else pool_size
         self.chunk, self.feature, self.contrast, self.fast = contrast_chunk, feature, contrast, fast
+        self.implementation = "auto" if fast else "plain"
         # "projetor" is the reference's spelling, kept because the recorded weights are drawn by parameter name
         self.align = feature_losses.aligner(student_channels, teacher_channels)
         self.projetor = (EnhancedProjector if enhance_projector else PlainProjector)(teacher_channels)
@@ -204,7 +205,7 @@ class OmniContrastiveFeatureLoss(nn.Module):
             maps = contrasted, self.contrast_map(teacher_c4)
             self._contrasted = tuple(x.detach() for x in maps)
             ctr = omni_contrastive_loss(*maps, self.tau, self.groups, self.patch, self.chunk, self.excluded,
-                                        "auto" if self.fast else "plain")
+                                        self.implementation)
         return fd, ctr
 
     def feature_loss_and_contrast_map(self, projected: Tensor, teacher: Tensor) -> tuple[Tensor | None, Tensor | None]:
