@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import dataset as data
-from engine.evaluate import check_options, evaluate
+from engine.evaluate import evaluate
 from engine.log import LOG, setup_logging
+from engine.predict import check_options
 from models import NetworkChoice
+from utils.allocator import keep_freed_memory
 from utils.cli import ArgumentParser, read_options, run_main
 from utils.distributed import Distributed, cleanup, init_distributed
 from utils.errors import UserError
@@ -27,6 +30,8 @@ from utils.files import check_target, write_json
 from utils.options import OptionGroup, option
 from utils.score import SegmentationMetric
 from utils.visualize import color_mask, overlay, save_index, save_rgb
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,26 @@ class Prediction(OptionGroup):
 
 
 @dataclass(frozen=True)
+class Speed(OptionGroup):
+    """What makes it faster, and changes nothing but rounding unless its help says so."""
+
+    batch_size: int = option(1, "images that go through the network together, as far as neighbors have one size",
+                             at_least=1, metavar="N")
+    amp: str = option("off", "half precision of the network: figures change in the last digits",
+                      choices=("off", *HALF))
+    fast: bool = option(True, "a prepared copy of the network, no logits at full size and, on a CPU, freed memory is "
+                              "kept; off: the plain twin, with the same results up to rounding")
+    channels_last: bool | None = option(None, "weights of the prepared copy in the order of memory [H, W, C] (default: "
+                                              "with --fast)")
+
+
+@dataclass(frozen=True)
 class Output(OptionGroup):
     """What is written."""
 
     json: Path | None = option(None, "write all figures, as fractions", metavar="FILE")
-    reference_metric: bool = option(True, "also what the reference prints as pixel accuracy: the arg max of logits "
-                                          "truncated to integers")
+    reference_metric: bool = option(False, "also what the reference prints as pixel accuracy: the arg max of logits "
+                                           "truncated to integers (takes more time and memory)")
     save_dir: Path = option(Path("../runs/logs/"), "pictures go to DIR/<model>_<backbone>_<dataset>_<split>/",
                             metavar="DIR")
     save_pred: bool = option(False, "write predictions: colour/ (palette PNG) and index/ (grey PNG)")
@@ -104,11 +123,13 @@ class EvalSettings:
     network: Network
     data: Data
     prediction: Prediction
+    speed: Speed
     output: Output
     running: Running
 
 
-GROUPS = (("network", Network), ("data", Data), ("prediction", Prediction), ("output", Output), ("running", Running))
+GROUPS = (("network", Network), ("data", Data), ("prediction", Prediction), ("speed", Speed), ("output", Output),
+          ("running", Running))
 
 
 def build_parser() -> ArgumentParser:
@@ -162,7 +183,9 @@ def check(settings: EvalSettings) -> int:
     if network.pretrained in (None, "", "None", "none"):
         raise UserError("--pretrained is missing: expected the weights of a trained network, such as "
                         f"kd_{network.model}_{network.backbone}_{settings.data.dataset}_best_model.pth")
-    prediction = settings.prediction
+    prediction, speed = settings.prediction, settings.speed
+    if speed.channels_last and not speed.fast:
+        raise UserError("--channels-last: expected with --fast, whose copy of the network it lays out")
     check_options(prediction.scales, prediction.window, prediction.stride)
     if output.json is not None:
         check_target(output.json, "--json", is_folder=False)
@@ -221,6 +244,7 @@ def record(settings: EvalSettings, dataset: data.SegmentationDataset, net: nn.Mo
         "model": network.model, "backbone": network.backbone, "pretrained": os.path.basename(network.pretrained),
         "pretrained_sha256": checksum, "preprocess": net.preprocess.to_dict(), "scales": prediction.scales,
         "flip": prediction.flip_eval, "window": prediction.window, "stride": prediction.stride,
+        "amp": settings.speed.amp,
     }
 
 
@@ -228,7 +252,8 @@ def run(settings: EvalSettings, distributed: Distributed) -> None:
     """Evaluate; the main process prints the table and writes the JSON file, every process its pictures."""
     setup_logging(distributed.is_main_process)
     dataset, net = build(settings, distributed)
-    network, prediction, output, writer = settings.network, settings.prediction, settings.output, None
+    network, prediction, speed, output = settings.network, settings.prediction, settings.speed, settings.output
+    writer = None
     if output.pictures:
         name = f"{network.model}_{network.backbone}_{settings.data.dataset}_{dataset.split}"
         writer = PredictionWriter(dataset, output.save_dir / name, output)
@@ -236,7 +261,8 @@ def run(settings: EvalSettings, distributed: Distributed) -> None:
                                 ignore_label=settings.data.ignore_label)
     result = evaluate(net, dataset, device=distributed.device, metric=metric, scales=prediction.scales,
                       flip=prediction.flip_eval, window=prediction.window, stride=prediction.stride,
-                      workers=settings.data.workers, on_prediction=writer)
+                      workers=settings.data.workers, batch_size=speed.batch_size, fast=speed.fast,
+                      amp=HALF.get(speed.amp), channels_last=speed.channels_last, on_prediction=writer)
     if not distributed.is_main_process:
         return
     if output.json is not None:
@@ -253,6 +279,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = parse_settings(argv)
     gpu = check(settings)
     distributed = init_distributed(settings.running.no_cuda, gpu)
+    if settings.speed.fast and distributed.device.type == "cpu":
+        keep_freed_memory()
     run(settings, distributed)
     cleanup()  # not after an error: the other processes may wait in a collective operation
     return 0

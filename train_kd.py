@@ -17,6 +17,7 @@ from engine.ready import get_ready
 from engine.run import Run, run_stages, train_batch, training_batches
 from engine.settings import parse_settings
 from engine.validation import report, validate
+from utils.allocator import keep_freed_memory
 from utils.cli import run_main
 from utils.distributed import barrier, cleanup, init_distributed
 
@@ -54,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     distributed = init_distributed(settings.running.no_cuda)
     setup_logging(distributed.is_main_process)
+    if settings.speed.fast and distributed.device.type == "cpu":
+        keep_freed_memory()
     train(build_run(settings, distributed))
     cleanup()  # not after an error: the other processes may wait in a collective operation
     return 0

@@ -1,38 +1,41 @@
 """Evaluation of a network on a data set: every image once, whole, counted exactly under any number of processes."""
 from __future__ import annotations
 
-import math
+import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dataset import EvalSampler, collate, worker_init
+from engine.predict import Size, check_options, predict, predict_classes
+from models.prepare import fold_batch_norms, to_channels_last
 from utils.distributed import available_cpus, rank_and_world
-from utils.errors import UserError
 from utils.score import SegmentationMetric
-
-Size = tuple[int, int]
 
 
 @torch.no_grad()
 def evaluate(net: nn.Module, dataset: Dataset, *, device: torch.device, metric: SegmentationMetric | None = None,
              scales: Sequence[float] = (1.0,), flip: bool = False, window: Size | None = None,
-             stride: Size | None = None, workers: int = 0,
+             stride: Size | None = None, workers: int = 0, batch_size: int = 1, fast: bool = True,
+             amp: torch.dtype | None = None, channels_last: bool | None = None,
              on_prediction: Callable[[Tensor, dict[str, Any]], None] | None = None, prediction_limit: int | None = None,
              progress: bool | None = None) -> dict[str, Any]:
     """Evaluate ``net`` (on ``device``, not wrapped in DDP) on every item of ``dataset``.
 
-    In a process group each process takes its share of the images, none is repeated, and the integer counts are added
+    In a process group each process takes its share of the batches, none is repeated, and the integer counts are added
     up, so the result does not depend on the number of processes. The network is put into eval mode and back.
 
-    metric: counts on top of a reset; default: a new one for the classes of the network. scales, flip, window, stride:
-    see `predict`. workers: loading processes, at most one per CPU of this process. on_prediction: called on the process
+    metric: counts on top of a reset; default: a new one for the classes of the network. scales, flip, window, stride,
+    amp: see `predict`. workers: loading processes, at most one per CPU of this process. batch_size: so many consecutive
+    images go through the network together, those of different sizes one size after the other. fast: ask a copy of the
+    network that was prepared for it, and make no logits at full size unless the metric wants them; the same up to
+    rounding. channels_last: order of the copy's weights in memory, default on. on_prediction: called on the process
     that predicted, with int64 [H,W] class indices on the CPU and the item; prediction_limit: only for the first so many
     of each process. progress: a bar on stderr; default: on the first process, when stderr is a terminal.
     Returns the dict of `SegmentationMetric.result` and "images", the number of images.
@@ -44,110 +47,66 @@ def evaluate(net: nn.Module, dataset: Dataset, *, device: torch.device, metric: 
     metric.to(device)
     was_training = net.training
     net.eval()
+    asked = prepare_for_inference(net, dtype=amp, channels_last=channels_last is not False) if fast else net
+    ask = predict_classes if fast and not metric.reference_pixacc else predict
+    done = 0
     try:
-        for done, item in enumerate(_items(dataset, device, workers, progress)):
-            label = item["label"].to(device, non_blocking=True).unsqueeze(0)
-            logits = predict(net, item["image"].to(device, non_blocking=True).unsqueeze(0),
-                             item["valid"].to(device, non_blocking=True).unsqueeze(0), size=label.shape[-2:],
-                             scales=scales, flip=flip, window=window, stride=stride)
-            metric.update(logits, label)
-            if on_prediction is not None and (prediction_limit is None or done < prediction_limit):
-                on_prediction(logits.argmax(1)[0].cpu(), item)
+        for batch in _batches(dataset, device, workers, batch_size, progress):
+            image, valid, label = (batch[key].to(device, non_blocking=True) for key in ("image", "valid", "label"))
+            answer = ask(asked, image, valid, size=label.shape[-2:], scales=scales, flip=flip, window=window,
+                         stride=stride, amp=amp)
+            metric.update(answer, label)
+            if on_prediction is not None:
+                wanted = None if prediction_limit is None else max(prediction_limit - done, 0)
+                for one, item in zip(answer[:wanted], _items(batch), strict=False):
+                    on_prediction((one if one.ndim == 2 else one.argmax(0)).cpu().long(), item)
+            done += len(label)
     finally:
         net.train(was_training)
     metric.all_reduce()
     return {**metric.result(), "images": len(dataset)}
 
 
-def predict(net: nn.Module, image: Tensor, valid: Tensor | None = None, *, size: Size | None = None,
-            scales: Sequence[float] = (1.0,), flip: bool = False, window: Size | None = None,
-            stride: Size | None = None) -> Tensor:
-    """Logits of one batch of images at full size.
-
-    image: uint8 [B,3,H,W] BGR; valid: int [B,4] or None, the arguments of ``net.preprocess``. size: (height, width) of
-    the answer, default that of the image. scales: the normalized image is resized to floor(side * scale), and the
-    logits are averaged over the scales; flip: over the image and its mirror image, too. window: (height, width) of a
-    sliding window, in pixels of the resized image, None = the whole image at once; stride: its step, default two thirds
-    of it; logits are averaged where windows overlap. Returns [B,K,*size]. All resizing is bilinear, align_corners=True.
-    """
-    normalized = net.preprocess(image, valid)
-    size = tuple(size or image.shape[-2:])
-    total = None
-    for scale in scales:
-        x = _resize(normalized, scaled_size(normalized.shape[-2:], scale))
-        logits = _forward(net, x, size, window, stride)
-        if flip:
-            logits = (logits + _forward(net, x.flip(-1), size, window, stride).flip(-1)) / 2
-        total = logits if total is None else total + logits
-    return total / len(scales)
+def prepare_for_inference(net: nn.Module, *, dtype: torch.dtype | None = None, channels_last: bool = True) -> nn.Module:
+    """A frozen copy of a network in eval mode, for `predict`: without auxiliary head, batch norms folded into the
+    convolutions before them. dtype: of the convolutions' weights, to be asked under autocast of the same."""
+    weights = {id(p): nn.Parameter(p.detach().clone(), requires_grad=False) for p in net.parameters()}
+    net = copy.deepcopy(net, weights).eval()  # without the gradients, which a copy of a parameter takes along
+    if getattr(net, "aux", False):
+        net.aux = False
+        del net.auxlayer
+    fold_batch_norms(net)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(dtype)
+    return to_channels_last(net) if channels_last else net
 
 
-def scaled_size(size: Sequence[int], scale: float) -> Size:
-    """(floor(height * scale), floor(width * scale)); `UserError` when a side vanishes."""
-    height, width = (math.floor(side * scale) for side in size)
-    if min(height, width) < 1:
-        raise UserError(f"--scales: {scale:g} leaves nothing of an image of {size[0]}x{size[1]} pixels; "
-                        "expected a larger factor")
-    return height, width
-
-
-def check_options(scales: Sequence[float], window: Size | None, stride: Size | None) -> None:
-    """`UserError` that names the flag of `eval.py` when scales, window or stride cannot be."""
-    if not scales or not all(math.isfinite(s) and s > 0 for s in scales):
-        raise UserError(f"--scales: expected at least one factor, all above 0, got {list(scales)}")
-    if window is None and stride is not None:
-        raise UserError("--stride: expected together with --window, the size of the sliding window")
-    if window is None:
-        return
-    if len(window) != 2 or min(window) < 1:
-        raise UserError(f"--window: expected height and width of at least 1, got {list(window)}")
-    if stride is not None and (len(stride) != 2 or min(stride) < 1 or any(s > w for s, w in zip(stride, window,
-                                                                                                strict=True))):
-        raise UserError(f"--stride: expected height and width between 1 and the window {list(window)}, "
-                        f"got {list(stride)}")
-
-
-def _items(dataset: Dataset, device: torch.device, workers: int, progress: bool | None) -> Iterator[dict[str, Any]]:
-    """The items of this process, one by one, with a progress bar."""
+def _batches(dataset: Dataset, device: torch.device, workers: int, size: int,
+             progress: bool | None) -> Iterator[dict[str, Any]]:
+    """The collated batches of this process, with a progress bar. Which images share one depends on the data and the
+    batch size alone."""
     rank, world = rank_and_world()
-    loader = DataLoader(dataset, batch_size=1, sampler=EvalSampler(len(dataset), rank, world), collate_fn=collate,
-                        num_workers=min(workers, available_cpus()), worker_init_fn=worker_init,
-                        pin_memory=device.type == "cuda",
+    chunks = [range(first, min(first + size, len(dataset))) for first in range(0, len(dataset), size)]
+    mine = [chunks[i] for i in EvalSampler(len(chunks), rank, world)]
+    loader = DataLoader(dataset, batch_sampler=mine, collate_fn=_by_size, num_workers=min(workers, available_cpus()),
+                        worker_init_fn=worker_init, pin_memory=device.type == "cuda",
                         generator=torch.Generator())  # else the loader draws from the global stream of a training run
     show = rank == 0 and sys.stderr.isatty() if progress is None else progress
-    for batch in tqdm(loader, desc="evaluate", unit="img", disable=not show, leave=False):
-        yield {key: values[0] if key != "index" else int(values[0]) for key, values in batch.items()}
+    with tqdm(total=sum(map(len, mine)), desc="evaluate", unit="img", disable=not show, leave=False) as bar:
+        for chunk in loader:
+            for batch in chunk:
+                yield batch
+                bar.update(len(batch["name"]))
 
 
-def _resize(x: Tensor, size: Size | torch.Size) -> Tensor:
-    """Bilinear, align_corners=True; [B,C,h,w] -> [B,C,*size]."""
-    return x if x.shape[-2:] == tuple(size) else F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
+def _by_size(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Consecutive items of one size as a batch each."""
+    return [collate(list(same)) for _, same in groupby(items, key=lambda item: item["label"].shape)]
 
 
-def _forward(net: nn.Module, x: Tensor, size: Size, window: Size | None, stride: Size | None) -> Tensor:
-    """Logits [B,K,*size] of a normalized image [B,3,h,w], whole or window by window."""
-    if window is None or all(w >= side for w, side in zip(window, x.shape[-2:], strict=True)):
-        return _resize(net(x).logits, size)
-    return _resize(_slide(net, x, window, stride or tuple(max(side * 2 // 3, 1) for side in window)), size)
-
-
-def _slide(net: nn.Module, x: Tensor, window: Size, stride: Size) -> Tensor:
-    """Mean logits [B,K,h,w] of overlapping windows; the last window of a row or column ends at the border."""
-    height, width = x.shape[-2:]
-    tall, wide = min(window[0], height), min(window[1], width)
-    total, count = None, x.new_zeros((height, width))
-    for top in _starts(height, tall, stride[0]):
-        for left in _starts(width, wide, stride[1]):
-            rows, columns = slice(top, top + tall), slice(left, left + wide)
-            logits = _resize(net(x[..., rows, columns]).logits, (tall, wide))
-            if total is None:
-                total = logits.new_zeros((*logits.shape[:2], height, width))
-            total[..., rows, columns] += logits
-            count[rows, columns] += 1
-    return total / count
-
-
-def _starts(side: int, window: int, stride: int) -> list[int]:
-    """First rows (columns) of the windows that cover a side."""
-    last = side - window
-    return [*range(0, last, stride), last]
+def _items(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The items of a batch, one by one."""
+    for values in zip(*batch.values(), strict=True):
+        item = dict(zip(batch, values, strict=True))
+        yield {**item, "index": int(item["index"])}

@@ -1,6 +1,8 @@
 """Validation during training: choose the best model, draw panels, report on the test split at the end."""
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from torch import nn
 
@@ -15,11 +17,12 @@ from utils.visualize import comparison
 
 
 class Validator:
-    """Evaluates a student on one split; on the main process it also writes records and panels."""
+    """Evaluates a student on one split; on the main process it also writes records and panels. options: of `evaluate`.
+    """
 
-    def __init__(self, dataset: SegmentationDataset, distributed: Distributed, workers: int,
-                 logger: RunLogger | None, panels: int = 0) -> None:
-        self.dataset, self.distributed, self.workers = dataset, distributed, workers
+    def __init__(self, dataset: SegmentationDataset, distributed: Distributed, logger: RunLogger | None,
+                 panels: int = 0, **options: Any) -> None:
+        self.dataset, self.distributed, self.options = dataset, distributed, options
         self.logger, self.panels = logger, panels
 
     def __call__(self, net: nn.Module, step: int, kind: str = "val") -> dict:
@@ -30,8 +33,8 @@ class Validator:
         def draw(prediction, item) -> None:
             pictures.append(self._panel(prediction, item))
 
-        result = evaluate(net, self.dataset, device=self.distributed.device, workers=self.workers,
-                          on_prediction=draw if self.logger else None, prediction_limit=self.panels)
+        result = evaluate(net, self.dataset, device=self.distributed.device, prediction_limit=self.panels,
+                          on_prediction=draw if self.logger else None, **self.options)
         LOG.info("%s %s step %d  mIoU %.2f  pixAcc %.2f  mAcc %.2f  (%d images)", kind, self.dataset.split, step,
                  100 * result["mIoU"], 100 * result["pixAcc"], 100 * result["mAcc"], len(self.dataset))
         if self.logger is not None:
@@ -51,8 +54,7 @@ class Validator:
 def validate(run: Run, journal: Journal) -> None:
     """Evaluate the student on the validation split and keep it if it is the best so far."""
     run.step_fn.check_finite(run.step)
-    validator = Validator(run.val_set, run.distributed, run.settings.data.workers, journal.logger,
-                          run.settings.running.panels)
+    validator = Validator(run.val_set, run.distributed, journal.logger, run.settings.running.panels, **_options(run))
     score = validator(run.student, run.step)["mIoU"]
     if score > run.best:
         run.best = score
@@ -74,4 +76,11 @@ def report(run: Run, journal: Journal) -> None:
     barrier()
     load_weights(run.student, str(run.files.best))
     for split in run.report_sets:
-        Validator(split, run.distributed, run.settings.data.workers, journal.logger)(run.student, run.step, "report")
+        Validator(split, run.distributed, journal.logger, **_options(run))(run.student, run.step, "report")
+
+
+def _options(run: Run) -> dict[str, Any]:
+    """What the settings of the run say about evaluation."""
+    speed = run.settings.speed
+    return {"workers": run.settings.data.workers, "fast": speed.fast, "amp": speed.amp_dtype,
+            "channels_last": speed.uses_channels_last}

@@ -18,9 +18,9 @@ from torch import nn
 
 import eval as program
 from dataset import SegmentationDataset, get_dataset_spec
-from engine.evaluate import predict
+from engine.predict import predict
 from models import get_segmentation_model
-from utils.cli import run_main
+from utils.cli import BooleanAction, run_main
 from utils.score import SegmentationMetric
 from utils.visualize import color_mask
 
@@ -70,12 +70,15 @@ def direct(place: Path, **options) -> dict:
     (["--window", "40", "40", "--stride", "24", "32"], {"window": (40, 40), "stride": (24, 32)}),
     (["--window", "60", "80"], {}),
     (["--scales", "1", "1.0"], {}),
+    (["--batch-size", "2"], {}),
+    (["--no-fast", "--flip-eval"], {"flip": True}),
 ])
 def test_json_equals_a_direct_computation(place: Path, tmp_path: Path, flags: list[str], options: dict) -> None:
     target = tmp_path / "new" / "r.json"
     assert run_main(program.main, arguments(place, "--json", str(target), "--reference-metric", *flags)) == 0
     got, expected = json.loads(target.read_text()), direct(place, **options)
     classes = list(get_dataset_spec("camvid").classes)
+    assert got["amp"] == "off"
     for key in ("mIoU", "pixAcc", "mAcc", "mIoU_present", "pixAcc_reference", "labelled_pixels", "total_inter"):
         assert got[key] == expected[key], key
     assert 0 < got["mIoU"] < got["pixAcc"] < 1
@@ -107,7 +110,7 @@ def launched(processes: int, argv: list[str], folder: Path) -> subprocess.Comple
 
 
 def test_two_processes_equal_one(place: Path, tmp_path: Path) -> None:
-    flags = ["--reference-metric", "--flip-eval", "--save-pred", "--save-dir"]
+    flags = ["--flip-eval", "--batch-size", "2", "--save-pred", "--save-dir"]
     alone = arguments(place, "--json", str(tmp_path / "one.json"), *flags, str(tmp_path / "p1"))
     both = arguments(place, "--json", str(tmp_path / "two.json"), *flags, str(tmp_path / "p2"))
     assert run_main(program.main, alone) == 0
@@ -161,6 +164,20 @@ def test_cityscapes_ids_and_names_are_those_of_a_submission(place: Path, tmp_pat
     assert json.loads((tmp_path / "r.json").read_text())["iou_per_class"].keys() == set(spec.classes)
 
 
+def test_the_figures_of_the_reference_are_there_on_request_only(place: Path, tmp_path: Path) -> None:
+    for name, flags in (("a", []), ("b", ["--reference-metric"])):
+        assert run_main(program.main, arguments(place, "--json", str(tmp_path / name), *flags)) == 0
+    without, with_it = (json.loads((tmp_path / name).read_text()) for name in "ab")
+    assert with_it.pop("pixAcc_reference") == direct(place)["pixAcc_reference"]
+    assert with_it == without
+
+
+def test_half_precision_is_written_down(place: Path, tmp_path: Path) -> None:
+    assert run_main(program.main, arguments(place, "--amp", "bf16", "--json", str(tmp_path / "r.json"))) == 0
+    got = json.loads((tmp_path / "r.json").read_text())
+    assert got["amp"] == "bf16" and got["pixAcc"] == pytest.approx(direct(place)["pixAcc"], abs=0.05)
+
+
 def test_another_ignore_label_gives_the_same_figures(place: Path, tmp_path: Path) -> None:
     for name, flags in (("a", []), ("b", ["--ignore-label", "255"])):
         assert run_main(program.main, arguments(place, "--json", str(tmp_path / name), *flags)) == 0
@@ -177,8 +194,9 @@ def test_images_that_share_a_name_do_not_overwrite_each_other() -> None:
 def test_reference_flags_exist_in_both_spellings(option: str) -> None:
     parser = program.build_parser()
     action = parser._option_string_actions[option]
-    value = {"preprocess": ["bgr"]}.get(action.dest, ["2"] * (action.nargs if isinstance(action.nargs, int) else 1))
-    values = [] if isinstance(action.default, bool) else value
+    choice = {"preprocess": ["bgr"], "amp": ["bf16"]}
+    value = choice.get(action.dest, ["2"] * (action.nargs if isinstance(action.nargs, int) else 1))
+    values = [] if isinstance(action, BooleanAction) else value
     dashed = parser.parse_args([option, *values])
     assert dashed == parser.parse_args(["--" + option[2:].replace("-", "_"), *values])
 
@@ -220,6 +238,9 @@ WRONG = {
     "json is a folder": (["--json", "{place}"], "--json"),
     "json below a file": (["--json", "{place}/bad.pth/r.json"], "--json"),
     "save-dir is a file": (["--save-pred", "--save-dir", "{place}/bad.pth"], "--save-dir"),
+    "half precision of another kind": (["--amp", "int8"], "--amp"),
+    "batch of none": (["--batch-size", "0"], "--batch-size: expected a whole number of at least 1"),
+    "channels last of no copy": (["--no-fast", "--channels-last"], "--channels-last: expected with --fast"),
     "unknown flag": (["--flip"], "unrecognized arguments: --flip"),
     "misspelt flag": (["--save-perd"], "did you mean --save-pred?"),
     "bad boolean": (["--blend", "perhaps"], "--blend"),

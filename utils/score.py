@@ -13,6 +13,25 @@ from utils.errors import UserError
 _EPS = 2.220446049250313e-16
 
 
+def count_cells(cell: Tensor, cells: int, spread: int | None = None) -> Tensor:
+    """int64 [cells]: how often each of 0..cells-1 occurs in ``cell``, int64 [N] with no other value.
+
+    Equals ``torch.bincount(cell, minlength=cells)``, which reads the largest value on the host to know how long its
+    result is, whatever ``minlength`` says: on a GPU, that waits for all work in the queue. This waits for nothing.
+    spread: counters per cell, default 64 on a GPU, where neighboring pixels, mostly of one cell, would wait for each
+    other's additions to a single one."""
+    spread = spread or (1 if cell.device.type == "cpu" else 64)
+    if spread > 1:
+        cell = cell + torch.arange(len(cell), device=cell.device).remainder_(spread).mul_(cells)
+    counts = torch.zeros(spread * cells, dtype=torch.int64, device=cell.device)
+    return counts.scatter_add_(0, cell, torch.ones_like(cell)).view(spread, cells).sum(0)
+
+
+def _whole_numbers(x: Tensor) -> Tensor:
+    """Integers of at least 32 bits; int32, where that holds the type, is half the memory of int64."""
+    return x.to(torch.int32 if x.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) else torch.int64)
+
+
 class SegmentationMetric:
     """Pixel accuracy and intersection over union from a confusion matrix of int64 counts.
 
@@ -61,33 +80,34 @@ class SegmentationMetric:
         pred, logits = self._prediction(pred_or_logits, label)
         if self._device != pred.device:
             self.to(pred.device)
-        self._count(pred, logits, label.to(self._device, torch.int64))
+        self._count(pred, logits, _whole_numbers(label.to(self._device)))
 
     def _prediction(self, given: Tensor, label: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(class indices int64 shaped like the label, logits or None)."""
+        """(class indices shaped like the label, logits or None)."""
         classes = label.ndim - 2
         is_logits = given.ndim == label.ndim + 1
         sizes = given.shape[:classes] + given.shape[classes + is_logits:]
         if sizes != label.shape or (is_logits and given.shape[classes] != self.num_class):
             raise UserError(f"metric: prediction of shape {tuple(given.shape)} does not fit a label of shape "
                             f"{tuple(label.shape)} and {self.num_class} classes")
-        return (given.argmax(classes), given) if is_logits else (given.to(torch.int64), None)
+        return (given.argmax(classes), given) if is_logits else (_whole_numbers(given), None)
 
     def _count(self, pred: Tensor, logits: Tensor | None, label: Tensor) -> None:
         k = self.num_class
-        labeled = (label >= 0) & (label != self.ignore_label)
+        label = label.where((label >= 0) & (label != self.ignore_label), -1)  # every ignored value is -1 now
         row = label.clamp(max=k)
-        column = pred.where((pred >= 0) & (pred < k), torch.full_like(pred, k))
-        # ignored pixels go to one cell after the matrix: no boolean indexing, hence no host synchronisation
-        cell = (row * (k + 1) + column).where(labeled, torch.full_like(row, (k + 1) ** 2))
-        self._counts += torch.bincount(cell.flatten(), minlength=(k + 1) ** 2 + 1)[:-1].view(k + 1, k + 1)
+        column = pred if logits is not None else pred.where((pred >= 0) & (pred < k), k)
+        # ignored pixels go to one cell after the matrix: no boolean indexing, hence no host synchronization
+        cell = torch.add(column, row, alpha=k + 1).where(row >= 0, (k + 1) ** 2)
+        counts = count_cells(cell.flatten().long(), (k + 1) ** 2 + 1)
+        self._counts += counts[:-1].view(k + 1, k + 1)
         if label.numel():
-            self._highest = torch.maximum(self._highest, label.where(labeled, torch.full_like(label, -1)).max())
+            self._highest = torch.maximum(self._highest, label.max())
         if self.reference_pixacc:
             if logits is None:
                 raise RuntimeError("reference_pixacc needs logits, not class indices")
             truncated = logits.trunc().argmax(label.ndim - 2)
-            self._correct_reference += ((truncated == label) & labeled).sum()
+            self._correct_reference += ((truncated == label) & (label >= 0)).sum()
 
     def all_reduce(self) -> None:
         """Add up the counts of every process of the default process group, once; alone it does nothing."""

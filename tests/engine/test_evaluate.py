@@ -11,8 +11,10 @@ from reference import fill
 from torch import Tensor, nn
 
 from dataset import get_dataset_spec
-from engine.evaluate import evaluate, predict
+from engine.evaluate import evaluate, prepare_for_inference
+from engine.predict import predict, predict_classes
 from engine.validation import Validator
+from models import get_segmentation_model
 from models.output import SegOutput
 from models.preprocess import CAFFE_BGR
 from utils.distributed import Distributed
@@ -164,10 +166,110 @@ def test_validation_copies_what_it_draws(copied: list[tuple[int, ...]], panels: 
     data.spec, data.split = get_dataset_spec("camvid"), "val"
     logger = SimpleNamespace(record=lambda kind, step, **values: records.append(values),
                              picture=lambda name, image, step: pictures.update({name: image}))
-    validator = Validator(data, Distributed(0, 1, 0, CPU), 0, logger if is_main_process else None, panels)
+    validator = Validator(data, Distributed(0, 1, 0, CPU), logger if is_main_process else None, panels)
     assert validator(Net(), 7) == evaluate(Net(), data, device=CPU)
     assert copied == list(Data.shapes[:count]) and list(pictures) == [f"val/{i}" for i in range(count)]
     assert all(p.ndim == 3 and p.std() > 0 for p in pictures.values()) and len(records) == is_main_process
+
+
+def real_network(model: str = "deeplab_mobile", backbone: str = "mobilenetv2_w0.25", dtype: torch.dtype = torch.float64,
+                 aux: bool = True) -> nn.Module:
+    """A network with batch norms that change something, whose input has the type of its weights."""
+    net = fill.fill_module(get_segmentation_model(model, backbone, 5, aux=aux), 2).to(dtype)
+    net.preprocess = lambda image, valid=None: CAFFE_BGR(image, valid).to(dtype)
+    return net
+
+
+WAYS = [{}, {"scales": (0.5, 1.25), "flip": True}, {"window": (16, 20), "stride": (10, 16)},
+        {"scales": (1.0, 1.5), "window": (20, 16), "flip": True}]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", WAYS, ids=str)
+@pytest.mark.parametrize(("size", "at_once"), [(None, None), (None, 1), ((37, 50), 1), ((37, 50), 10**6)])
+def test_classes_are_the_arg_max_of_the_logits(options: dict, size: tuple | None, at_once: int | None) -> None:
+    both = torch.cat([image(), image().flip(2)])
+    expected = predict(Net(), both, size=size, **options).argmax(1)
+    got = predict_classes(Net(), both, size=size, at_once=at_once, **options)
+    assert len(expected.unique()) > 2
+    assert torch.equal(got.long(), expected)
+
+
+@torch.no_grad()
+def test_of_equal_logits_the_first_class_wins() -> None:
+    net = Net()
+    net.conv.weight.zero_()
+    net.conv.bias.copy_(torch.tensor([0.0, 2.0, 1.0, 2.0, 2.0]))
+    assert predict_classes(net, image(), at_once=1).unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_the_fast_form_equals_the_plain_one(options: dict) -> None:
+    net, seen = real_network().train(), {True: [], False: []}
+    net.head.block[-1].weight.grad = torch.zeros_like(net.head.block[-1].weight)
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    fast, plain = (evaluate(net, Data(), device=CPU, fast=fast, **options,
+                            on_prediction=lambda prediction, item, fast=fast: seen[fast].append(prediction))
+                   for fast in (True, False))
+    assert fast == plain and 0 < plain["pixAcc"] < 1
+    assert all(map(torch.equal, seen[True], seen[False])) and seen[True][0].dtype == torch.int64
+    assert net.training and net.aux
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize(("model", "backbone"), [("deeplabv3", "resnet18"), ("psp", "resnet50_w0.25"),
+                                                 ("psp_mobile", "mobilenetv2_w0.25")])
+@torch.no_grad()
+def test_a_prepared_network_gives_the_same_logits(model: str, backbone: str) -> None:
+    net = real_network(model, backbone).eval()
+    next(net.parameters()).grad = torch.zeros_like(next(net.parameters()))
+    prepared = prepare_for_inference(net)
+    x = net.preprocess(image())
+    torch.testing.assert_close(prepared(x).logits, net(x).logits, rtol=1e-9, atol=1e-9)
+    assert net.aux and not hasattr(prepared, "auxlayer")
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in prepared.modules())
+    assert not any(p.requires_grad or p.grad is not None for p in prepared.parameters())
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_batches_hold_neighbors_of_one_size_and_change_nothing(size: int) -> None:
+    data, net, seen, sizes = Data(), real_network(), [], []
+    data.shapes = ((24, 31), (24, 31), (24, 31), (17, 20), (24, 31), (24, 31), (17, 20))
+    net.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(inputs[0].shape[2:])))
+    one = evaluate(net, data, device=CPU, fast=False)
+    sizes.clear()
+    calls = []
+    net.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    many = evaluate(net, data, device=CPU, fast=False, batch_size=size, prediction_limit=4, workers=size % 2,
+                    on_prediction=lambda prediction, item: seen.append((item["name"], tuple(prediction.shape))))
+    assert calls == {2: [2, 1, 1, 2, 1], 3: [3, 1, 2, 1], 7: [3, 1, 2, 1]}[size]
+    assert many == one == evaluate(net, data, device=CPU, batch_size=size)
+    assert seen == [(f"i{i}", data.shapes[i]) for i in range(4)], "in order, and no more than are wanted"
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_half_precision_is_that_of_the_network(fast: bool) -> None:
+    net, types = Net(), set()
+    net.register_forward_hook(lambda module, inputs, output: types.add(output.logits.dtype))
+    half = evaluate(net, Data(), device=CPU, fast=fast, amp=torch.bfloat16)
+    assert types == {torch.bfloat16}
+    exact = evaluate(net, Data(), device=CPU, fast=fast)
+    assert half["label_pixels"] == exact["label_pixels"]
+    assert half["pixAcc"] == pytest.approx(exact["pixAcc"], abs=0.02)
+
+
+@torch.no_grad()
+def test_half_precision_ends_before_the_resizing() -> None:
+    net = real_network(dtype=torch.float32).eval()
+    logits, exact = predict(net, image(), amp=torch.bfloat16), predict(net, image())
+    assert logits.dtype == torch.float32 and len(logits.unique()) > len(logits.bfloat16().unique())
+    assert 0 < (logits - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_the_reference_s_accuracy_costs_nothing_unless_asked_for() -> None:
+    plain, with_it = (evaluate(Net(), Data(), device=CPU, metric=SegmentationMetric(5, reference_pixacc=asked))
+                      for asked in (False, True))
+    assert with_it.pop("pixAcc_reference") > 0 and with_it == plain
 
 
 def test_workers_do_not_matter_and_the_metric_starts_afresh() -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from reference import fill
 from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from models.torchvision_compat import import_torchvision
 from utils.errors import UserError
-from utils.score import SegmentationMetric
+from utils.score import SegmentationMetric, count_cells
 
 CASES = json.loads((Path(__file__).parents[1] / "reference" / "metric.json").read_text())["cases"]
 
@@ -126,6 +127,26 @@ def test_counts_stay_exact_above_float_precision() -> None:
     metric.update(torch.tensor([[0, 1]]), torch.tensor([[0, 0]]))
     assert metric.result()["total_inter"][0] == 2**34 + 1
     assert metric.result()["labelled_pixels"] == 2**34 + 2
+
+
+@pytest.mark.parametrize("spread", [None, 1, 64])
+@pytest.mark.parametrize("size", [0, 1, 63, 1000])
+def test_cells_are_counted_as_by_bincount(size: int, spread: int | None) -> None:
+    cell = torch.randint(0, 7, (size,), generator=torch.Generator().manual_seed(size))
+    assert torch.equal(count_cells(cell, 9, spread), torch.bincount(cell, minlength=9))
+
+
+def test_counting_never_asks_the_host_for_a_value() -> None:
+    """Fake tensors have none, so whoever reads one fails; on a GPU it would wait for the device."""
+    with FakeTensorMode():
+        label = torch.empty(2, 8, 9, dtype=torch.int16)
+        metric = SegmentationMetric(5, reference_pixacc=True, ignore_label=255)
+        metric.update(torch.empty(2, 5, 8, 9), label)
+        assert metric._counts.shape == (6, 6)
+        cell = label.flatten().long()
+        assert count_cells(cell, 37, spread=64).shape == (37,)
+        with pytest.raises(DynamicOutputShapeException):
+            torch.bincount(cell, minlength=37)
 
 
 def test_nothing_counted_is_zero_not_nan() -> None:
