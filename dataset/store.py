@@ -44,9 +44,9 @@ class Entry(NamedTuple):
     offset: int = 0
 
     @property
-    def size(self) -> int:
-        """Bytes of the pixels."""
-        return self.height * self.width * (3 if self.label is None else 4)
+    def end(self) -> int:
+        """Position behind the last of its pixels."""
+        return self.offset + self.height * self.width * (3 if self.label is None else 4)
 
 
 class Store:
@@ -68,12 +68,21 @@ class Store:
 
     def entries(self) -> list[Entry]:
         """Of all pictures that are complete. Lines that are damaged or belong to other pixels do not count."""
+        entries = self._lines()
+        end = self.pixels.stat().st_size if entries else 0
+        return [entry for entry in entries if entry.end <= end]
+
+    def end(self) -> int:
+        """Where the next picture goes: behind all others, and those that were lost because the file was cut off."""
+        ends = [self.pixels.stat().st_size, *(entry.end for entry in self._lines())]
+        return -(-max(ends) // HEADER) * HEADER
+
+    def _lines(self) -> list[Entry]:
         identity = self.identity()
         if identity is None or not self.index.exists():
             return []
-        entries = [_parsed(line, identity) for line in self.index.read_bytes().split(b"\n")]
-        end = self.pixels.stat().st_size
-        return [entry for entry in entries if entry is not None and entry.offset + entry.size <= end]
+        entries = (_parsed(line, identity) for line in self.index.read_bytes().split(b"\n"))
+        return [entry for entry in entries if entry is not None]
 
     def map(self, identity: bytes) -> mmap.mmap:
         """The pixel file, read-only. UserError when it is not the one that had this identity."""
@@ -100,7 +109,7 @@ class StoreWriter:
         if self.identity is None:
             self.identity = (MAGIC + secrets.token_hex(16).encode()).ljust(HEADER, b"\n")
             _write(self._pixels, self.identity, 0)
-        self._end = _aligned(os.fstat(self._pixels).st_size)
+        self._end = store.end()
         os.write(self._index, b"\n")  # ends a line that was cut off
 
     def __enter__(self) -> StoreWriter:
@@ -113,7 +122,8 @@ class StoreWriter:
     def add(self, entry: Entry, pixels: bytes) -> None:
         """Append the pixels of a picture, then its entry."""
         with self._mutex:
-            offset, self._end = self._end, _aligned(self._end + len(pixels))
+            offset = self._end
+            self._end += -(-len(pixels) // HEADER) * HEADER
         _write(self._pixels, pixels, offset)
         self.note(entry._replace(offset=offset))
 
@@ -137,10 +147,6 @@ def _parsed(line: bytes, identity: bytes) -> Entry | None:
         return None
     entry = Entry(**json.loads(text))
     return entry._replace(stamp=tuple(entry.stamp))
-
-
-def _aligned(offset: int) -> int:
-    return -(-offset // HEADER) * HEADER
 
 
 def _write(file: int, data: bytes, offset: int) -> None:
