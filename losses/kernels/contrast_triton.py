@@ -75,7 +75,7 @@ class Tiling(NamedTuple):
 
 
 DISTANCES = Tiling(distances_kernel, rows=16, columns=128, unroll=8, warps=1)
-SIGNS = Tiling(signs_kernel, rows=64, columns=64, unroll=4, warps=4)
+SIGNS = Tiling(signs_kernel, rows=32, columns=64, unroll=8, warps=4)
 
 
 def launch(tiling: Tiling, arrays: tuple[Tensor, ...], patches: int, constants: dict[str, int]) -> None:
