@@ -50,16 +50,15 @@ def parse_usage(text: str) -> dict[str, int]:
     return {name: int(match[1]) if match else 0 for name, match in found.items()}
 
 
-def assemble(ptx: str, shared: int) -> dict[str, int]:
+def assemble(ptx: str, arch: int, shared: int) -> dict[str, int]:
     """:func:`parse_usage` of PTX, by triton's own assembler. shared: bytes that the launch adds."""
-    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     target = re.search(r"\.target (\w+)", ptx)[1]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        done = subprocess.run([assembler, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull],
+        done = subprocess.run([get_ptxas(arch).path, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull],
                               capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"ptxas cannot assemble for {target}: {done.stderr.strip()}")
@@ -76,15 +75,15 @@ def measure(arch: int, rows: int, depth: int) -> list[tuple]:
     from losses.kernels import contrast_triton
 
     lines = []
-    for tiling, columns in ((contrast_triton.DISTANCES, rows), (contrast_triton.SIGNS, depth)):
+    for tiling, columns, terms in ((contrast_triton.DISTANCES, rows, depth), (contrast_triton.SIGNS, depth, rows)):
         names = tiling.kernel.arg_names
         for name, dtype in DTYPES.items():
-            constants = tiling.constants(dtype, rows, depth, columns)
+            constants = tiling.constants(dtype, rows, depth, columns, terms)
             signature = {x: "constexpr" if x in constants else f"*{name}" for x in names}
             aligned = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(names) if x not in constants}
             source = ASTSource(tiling.kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
             compiled = compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": tiling.warps})
-            usage = assemble(compiled.asm["ptx"], compiled.metadata.shared)
+            usage = assemble(compiled.asm["ptx"], arch, compiled.metadata.shared)
             warps = min(4 * (REGISTERS // (32 * 8 * -(-usage["registers"] // 8))), PROGRAMS * tiling.warps, 64)
             lines.append((tiling.kernel.__name__, f"sm_{arch}", name, *usage.values(), warps))
     return lines

@@ -7,6 +7,7 @@ come out equal. ``tools/compile_kernels.py`` shows what becomes of the kernels w
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 def distances_kernel(student, teacher, out, ROWS: tl.constexpr, DEPTH: tl.constexpr, DOWN: tl.constexpr,
                      ACROSS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, UNROLL: tl.constexpr):
     """out[p, i, j] = sum over d of |student[p, i, d] - teacher[p, d, j]|: the teacher's vectors are columns here.
-    DOWN, ACROSS: tiles in a column and in a row of the result."""
+    DOWN, ACROSS: tiles in a column and in a row of the result. UNROLL divides the number of terms of a sum."""
     program = tl.program_id(0)
     patch = (program // (DOWN * ACROSS)).to(tl.int64)
     i = program // ACROSS % DOWN * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
@@ -32,7 +33,7 @@ def distances_kernel(student, teacher, out, ROWS: tl.constexpr, DEPTH: tl.conste
     for start in range(0, DEPTH, UNROLL):
         for step in tl.static_range(UNROLL):
             d = start + step
-            sums += tl.abs(tl.load(s + d, d < DEPTH, 0) - tl.load(t + d * ROWS, (d < DEPTH) & (j < ROWS), 0))
+            sums += tl.abs(tl.load(s + d) - tl.load(t + d * ROWS, j < ROWS, 0))
     tl.store(out + patch * ROWS * ROWS + i * ROWS + j, sums, (i < ROWS) & (j < ROWS))
 
 
@@ -52,7 +53,7 @@ def signs_kernel(weights, student, teacher, out, ROWS: tl.constexpr, DEPTH: tl.c
     for start in range(0, ROWS, UNROLL):
         for step in tl.static_range(UNROLL):
             j = start + step
-            weight, column = tl.load(w + j, j < ROWS, 0), tl.load(t + j * DEPTH, (j < ROWS) & (d < DEPTH), 0)
+            weight, column = tl.load(w + j), tl.load(t + j * DEPTH, d < DEPTH, 0)
             sums = tl.where(s != column, sums + tl.where(s > column, weight, -weight), sums)
     tl.store(out + patch * ROWS * DEPTH + i * DEPTH + d, sums, inside)
 
@@ -65,16 +66,16 @@ class Tiling(NamedTuple):
     unroll: int
     warps: int
 
-    def constants(self, dtype: torch.dtype, rows: int, depth: int, columns: int) -> dict[str, int]:
-        """The constants of the kernel for vectors [rows, depth] per patch and a result of so many columns."""
+    def constants(self, dtype: torch.dtype, rows: int, depth: int, columns: int, terms: int) -> dict[str, int]:
+        """The constants of the kernel for vectors [rows, depth] per patch; columns: of the result, terms: of a sum."""
         tile_rows = self.rows // 2 if dtype == torch.float64 else self.rows  # twice the registers per number
         return {"ROWS": rows, "DEPTH": depth, "DOWN": triton.cdiv(rows, tile_rows),
                 "ACROSS": triton.cdiv(columns, self.columns), "TILE_ROWS": tile_rows, "TILE_COLUMNS": self.columns,
-                "UNROLL": self.unroll}
+                "UNROLL": math.gcd(self.unroll, terms)}
 
 
 DISTANCES = Tiling(distances_kernel, rows=16, columns=128, unroll=8, warps=1)
-SIGNS = Tiling(signs_kernel, rows=64, columns=64, unroll=4, warps=4)
+SIGNS = Tiling(signs_kernel, rows=32, columns=64, unroll=8, warps=4)
 
 
 def launch(tiling: Tiling, arrays: tuple[Tensor, ...], patches: int, constants: dict[str, int]) -> None:
@@ -90,11 +91,11 @@ def l1_distances(student: Tensor, teacher: Tensor) -> Tensor:
     patches, rows, depth = student.shape
     out = student.new_empty(patches, rows, rows)
     launch(DISTANCES, (student, teacher.mT.contiguous(), out), patches,
-           DISTANCES.constants(student.dtype, rows, depth, rows))
+           DISTANCES.constants(student.dtype, rows, depth, rows, depth))
     return out
 
 
 def weighted_signs(weights: Tensor, student: Tensor, teacher: Tensor, out: Tensor) -> None:
     """out[p, i] = sum over j of weights[p, i, j] * sign(student[p, i] - teacher[p, j]); weights [P, Q, Q]."""
     patches, rows, depth = student.shape
-    launch(SIGNS, (weights, student, teacher, out), patches, SIGNS.constants(student.dtype, rows, depth, depth))
+    launch(SIGNS, (weights, student, teacher, out), patches, SIGNS.constants(student.dtype, rows, depth, depth, rows))
