@@ -1,6 +1,7 @@
 """Lets the code be imported on a machine without some of its packages: what needs one of them fails when it is used."""
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import sys
 import types
@@ -12,6 +13,10 @@ OPTIONAL = ("cv2", "tqdm", "PIL")
 
 class Absent(types.ModuleType):
     """Stands for a package that is not installed: its names can be imported, but calling one raises."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)  # whoever looks for the package gets an answer
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
