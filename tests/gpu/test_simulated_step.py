@@ -29,6 +29,7 @@ import losses.lad
 import losses.stages.tokens
 from engine.build import build_run
 from engine.evaluate import predict
+from engine.ready import get_ready
 from engine.run import Run, run_stages, train_batch
 from engine.settings import parse_settings
 from losses.core import Batch, methods
@@ -87,6 +88,7 @@ def small_run(data: Path, folder: Path, device: torch.device, monkeypatch, name:
     run.student.preprocess(loader_batch(1)["image"].to(device))
     run.model.train()
     run_stages(run)
+    get_ready(run)
     return run
 
 
@@ -97,10 +99,9 @@ def strict_step(run: Run) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_whole_step_with_autocast(name, data, tmp_path, gpu, monkeypatch) -> None:
-    run = small_run(data, tmp_path, gpu, monkeypatch, name)
-    with torch.autocast("cuda", torch.bfloat16):
-        terms = strict_step(run)
+def test_a_whole_step_in_half_precision(name, data, tmp_path, gpu, monkeypatch) -> None:
+    run = small_run(data, tmp_path, gpu, monkeypatch, name, "--amp", "bf16")
+    terms = strict_step(run)
     assert {t for t in run.settings.active if t in terms} and all(v.device == gpu for v in terms.values())
     assert all(v.dtype == torch.float32 for v in terms.values())
 
