@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -94,7 +95,7 @@ class Worker:
 class Plan:
     """repeats: rounds over all jobs. steps, warm: of a turn, counted and not. first: steps before the first turn of a
     process, not counted. fresh: a new process for every turn, for what does not fit into memory side by side. flops:
-    count them. strict: what is refused ends the benchmark."""
+    count them. strict: what is refused ends the benchmark. seconds: no new round after so many."""
 
     repeats: int
     steps: int = 1
@@ -103,6 +104,7 @@ class Plan:
     fresh: bool = False
     flops: bool = True
     strict: bool = True
+    seconds: float = float("inf")
 
 
 def say(text: str) -> None:
@@ -115,9 +117,12 @@ def measure(jobs: Mapping[str, Mapping[str, Any]], plan: Plan,
     """Do every job in turn. Returns what each cost, or why it was refused, and what ``peak`` answered in each round."""
     results: dict[str, Measured | Refused] = {}
     rates: list[dict[str, float]] = []
+    end = time.monotonic() + plan.seconds
     with ExitStack() as alive:
         workers: dict[str, Worker] = {}
         for repeat in range(plan.repeats):
+            if repeat and time.monotonic() > end:
+                break
             if peak is not None:
                 rates.append(peak.ask(do="work"))
             for name, job in jobs.items():
@@ -130,7 +135,7 @@ def measure(jobs: Mapping[str, Mapping[str, Any]], plan: Plan,
                         results.setdefault(name, Measured(**workers[name].about))
                         workers[name].ask(do="turn", steps=plan.first, warm=0)
                     results[name].add(workers[name].ask(do="turn", steps=plan.steps, warm=plan.warm))
-                    if plan.flops and repeat == plan.repeats - 1:
+                    if plan.flops and repeat == 0:
                         results[name].flops = workers[name].ask(do="flops")["flops"]
                     if plan.fresh:
                         workers.pop(name).close()
