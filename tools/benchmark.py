@@ -2,7 +2,7 @@
 """What things cost on this machine, fast forms beside plain ones in one run.
 
     python tools/benchmark.py step                                  # plain, fast and bf16 in turn
-    python tools/benchmark.py step --projector enhanced --against v1.0 --variants fast --json step.json
+    python tools/benchmark.py step --projector enhanced --against HEAD~1 --variants fast --json step.json
     python tools/benchmark.py criterion --variants plain fast --variant 'half=--amp bf16'
     python tools/benchmark.py {contrast,loader,eval,methods,slow-forms} --help
 
