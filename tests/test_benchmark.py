@@ -181,12 +181,18 @@ def test_processes_take_turns(scripted) -> None:
     peak = Scripted({"name": "peak", "rates": [1e9, 2e9]})
     results, rates = measure(jobs, Plan(2, steps=5, warm=2, first=3), peak)
     assert [entry[:2] for entry in scripted] == [
-        ("start", "peak"), ("work", "peak"), ("start", "A"), ("turn", "A"), ("turn", "A"), ("start", "B"),
-        ("turn", "B"), ("turn", "B"), ("work", "peak"), ("turn", "A"), ("flops", "A"), ("turn", "B"), ("flops", "B"),
+        ("start", "peak"), ("start", "A"), ("start", "B"), ("work", "peak"), ("turn", "A"), ("turn", "A"),
+        ("flops", "A"), ("turn", "B"), ("turn", "B"), ("flops", "B"), ("work", "peak"), ("turn", "A"), ("turn", "B"),
         ("end", "B"), ("end", "A")]
-    assert scripted[3][2:] == (3, 0) and scripted[4][2:] == (5, 2)
+    assert scripted[4][2:] == (3, 0) and scripted[5][2:] == (5, 2)
     assert results["A"].seconds == [3.0, 1.0] and results["A"].peak == 400  # the first steps do not count
     assert best_rates(rates) == {"float32": 2e9}
+
+
+def test_no_round_begins_after_the_time_is_up(scripted) -> None:
+    jobs = {name: {"name": name, "seconds": [9.0, 3.0], "peaks": [200, 400]} for name in "AB"}
+    results, _ = measure(jobs, Plan(5, seconds=1e-9))
+    assert [one.seconds for one in results.values()] == [[3.0], [3.0]]
 
 
 def test_fresh_processes_take_turns_and_what_is_refused_is_left_out(scripted) -> None:

@@ -2,7 +2,7 @@
 """What things cost on this machine, fast forms beside plain ones in one run.
 
     python tools/benchmark.py step                                  # plain, fast and bf16 in turn
-    python tools/benchmark.py step --projector enhanced --against v1.0 --variants fast --json step.json
+    python tools/benchmark.py step --projector enhanced --against HEAD~1 --variants fast --json step.json
     python tools/benchmark.py criterion --variants plain fast --variant 'half=--amp bf16'
     python tools/benchmark.py {contrast,loader,eval,methods,slow-forms} --help
 
@@ -51,11 +51,12 @@ def parse(argv: list[str]) -> tuple[str, Common]:
 
 def make_plan(options: Common) -> Plan:
     """How the turns go: on a GPU a step is short, and its memory is given back between the turns."""
-    gpu = options.device == "cuda"
+    gpu, seconds = options.device == "cuda", options.seconds or float("inf")
     if isinstance(options, Compared):
         return Plan(options.repeats, options.steps or (10 if gpu else 1), warm=2 if gpu else 0, first=3 if gpu else 1,
-                    fresh=options.fresh, flops=not isinstance(options, Loader))
-    return Plan(options.repeats, options.steps, fresh=True, flops=False, strict=isinstance(options, SlowForms))
+                    fresh=options.fresh, flops=not isinstance(options, Loader), seconds=seconds)
+    return Plan(options.repeats, options.steps, fresh=True, flops=False, strict=isinstance(options, SlowForms),
+                seconds=seconds)
 
 
 def compare(options: Compared, folder: Path) -> dict[str, Any]:
@@ -113,11 +114,11 @@ def main(argv: list[str] | None = None) -> int:
     if options.json is not None:
         check_target(Path(options.json), "--json", is_folder=False)
     run = {Methods: compare_methods, SlowForms: compare_forms}.get(type(options), compare)
-    about = machine(options.device)
+    about = machine(options.device) | {"threads": options.threads or torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder:
         result = run(options, Path(folder))
-    print(f"\n{about['gpu'] or about['cpu']}, {options.threads or torch.get_num_threads()} threads, torch "
-          f"{about['torch']}; median of {options.repeats} turns")
+    print(f"\n{about['gpu'] or about['cpu']}, {about['threads']} threads, torch {about['torch']}; "
+          f"medians of at most {options.repeats} turns")
     if options.json is not None:
         settings = {key: value for key, value in asdict(options).items() if key != "json"}
         write_json(Path(options.json), {"benchmark": name, "machine": about, "settings": settings, **result})

@@ -22,6 +22,7 @@ class Common(OptionGroup):
     repeats: int = option(5, "rounds over all variants", at_least=1, metavar="N")
     steps: int | None = option(None, "steps of a turn, of which the mean counts (default: 1, on a GPU 10)", at_least=1,
                                metavar="N")
+    seconds: float | None = option(None, "no new round after so many of each table", above=0, metavar="S")
     json: str | None = option(None, "write all figures and the machine there", metavar="FILE")
     short: bool = option(False, "a few seconds with small sizes: shows that it runs, measures nothing of interest")
 

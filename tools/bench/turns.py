@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from utils.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-class Refused(Exception):
+class Refused(UserError):
     """A child process could not do its work; the message says why."""
 
 
@@ -94,7 +95,7 @@ class Worker:
 class Plan:
     """repeats: rounds over all jobs. steps, warm: of a turn, counted and not. first: steps before the first turn of a
     process, not counted. fresh: a new process for every turn, for what does not fit into memory side by side. flops:
-    count them. strict: what is refused ends the benchmark."""
+    count them. strict: what is refused ends the benchmark. seconds: no new round after so many."""
 
     repeats: int
     steps: int = 1
@@ -103,6 +104,7 @@ class Plan:
     fresh: bool = False
     flops: bool = True
     strict: bool = True
+    seconds: float = float("inf")
 
 
 def say(text: str) -> None:
@@ -110,33 +112,66 @@ def say(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
+class Group:
+    """The child processes of one comparison, and what they have cost so far. A context: leaving it ends them."""
+
+    def __init__(self, jobs: Mapping[str, Mapping[str, Any]], plan: Plan) -> None:
+        self.jobs, self.plan, self.alive = jobs, plan, ExitStack()
+        self.workers: dict[str, Worker] = {}
+        self.results: dict[str, Measured | Refused] = {}
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.alive.close()
+
+    def attempt(self, name: str, do: Callable[[str], None]) -> None:
+        """``do(name)`` unless the job was refused before; what is refused now is remembered, or ends everything."""
+        if isinstance(self.results.get(name), Refused):
+            return
+        try:
+            do(name)
+        except Refused as reason:
+            if self.plan.strict:
+                raise UserError(f"{name}: {reason}") from None
+            self.workers.pop(name, None)
+            self.results[name] = reason
+
+    def start(self, name: str) -> None:
+        """Have the job's process build its work."""
+        self.workers[name] = self.alive.enter_context(Worker(self.jobs[name]))
+        self.results.setdefault(name, Measured(**self.workers[name].about))
+
+    def turn(self, name: str) -> None:
+        """One turn of the job, after the steps that come before the first one of its process."""
+        if name not in self.workers:
+            self.start(name)
+        worker, result = self.workers[name], self.results[name]
+        if self.plan.fresh or not result.seconds:
+            worker.ask(do="turn", steps=self.plan.first, warm=0)
+        result.add(worker.ask(do="turn", steps=self.plan.steps, warm=self.plan.warm))
+        if self.plan.flops and result.flops is None:
+            result.flops = worker.ask(do="flops")["flops"]
+        if self.plan.fresh:
+            self.workers.pop(name).close()
+
+
 def measure(jobs: Mapping[str, Mapping[str, Any]], plan: Plan,
             peak: Worker | None = None) -> tuple[dict[str, Measured | Refused], list[dict[str, float]]]:
     """Do every job in turn. Returns what each cost, or why it was refused, and what ``peak`` answered in each round."""
-    results: dict[str, Measured | Refused] = {}
     rates: list[dict[str, float]] = []
-    with ExitStack() as alive:
-        workers: dict[str, Worker] = {}
+    end = time.monotonic() + plan.seconds
+    with Group(jobs, plan) as group:
+        if not plan.fresh:  # what is refused is refused before anything takes time
+            for name in jobs:
+                group.attempt(name, group.start)
         for repeat in range(plan.repeats):
+            if repeat and time.monotonic() > end:
+                break
             if peak is not None:
                 rates.append(peak.ask(do="work"))
-            for name, job in jobs.items():
-                if isinstance(results.get(name), Refused):
-                    continue
+            for name in jobs:
                 say(f"round {repeat + 1} of {plan.repeats}: {name}")
-                try:
-                    if name not in workers:
-                        workers[name] = alive.enter_context(Worker(job))
-                        results.setdefault(name, Measured(**workers[name].about))
-                        workers[name].ask(do="turn", steps=plan.first, warm=0)
-                    results[name].add(workers[name].ask(do="turn", steps=plan.steps, warm=plan.warm))
-                    if plan.flops and repeat == plan.repeats - 1:
-                        results[name].flops = workers[name].ask(do="flops")["flops"]
-                    if plan.fresh:
-                        workers.pop(name).close()
-                except Refused as reason:
-                    if plan.strict:
-                        raise UserError(f"{name}: {reason}") from None
-                    workers.pop(name, None)
-                    results[name] = reason
-    return results, rates
+                group.attempt(name, group.turn)
+    return group.results, rates
