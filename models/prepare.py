@@ -9,10 +9,23 @@ from torch import Tensor, nn
 from models.output import SegOutput
 
 
+class PlainOrderDropout(nn.Dropout):
+    """Dropout that draws the same mask for a map [B, C, h, w] however it is laid out. torch draws in the order of
+    memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or x.is_contiguous():
+            return super().forward(x)
+        kept = 1 - self.p
+        return x * torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(kept).div_(kept)
+
+
 def to_channels_last(module: nn.Module) -> nn.Module:
     """Lay out the weights of every convolution as [out, height, width, in], in place; shapes and values stay."""
     for child in module.modules():
-        if isinstance(child, nn.Conv2d):
+        if type(child) is nn.Dropout:
+            child.__class__ = PlainOrderDropout
+        if isinstance(child, nn.Conv2d) and "weight" in child._parameters:  # not one whose weight is computed
             child.weight.data = child.weight.data.contiguous(memory_format=torch.channels_last)
     return module
 
@@ -59,32 +72,32 @@ class PreparedTeacher(nn.Module):
     """A frozen network in eval mode, which it takes over: without the heads that are not read, and with batch norms
     folded into convolutions.
 
-    taps: the fields of ``SegOutput`` that are read; those of other heads are None. dtype: half precision of
-    convolutions and outputs, None as the weights. fold: whether to fold. The attributes are those of the network, but
-    ``channels`` has no tap that is None any more. Autocast has no effect inside."""
+    taps: the fields of ``SegOutput`` that are read, and that ``channels`` holds; the others are None. dtype: half
+    precision of the convolutions, None as the weights. output_dtype: of the output, None as it is computed. fold:
+    whether to fold. The other attributes are those of the network. Autocast has no effect inside."""
 
     def __init__(self, net: nn.Module, taps: Collection[str], dtype: torch.dtype | None = None,
-                 fold: bool = True) -> None:
+                 output_dtype: torch.dtype | None = None, fold: bool = True) -> None:
         super().__init__()
+        self.channels = {tap: count for tap, count in net.channels.items() if tap in taps}
+        self.dtype, self.output_dtype = dtype, output_dtype
+        self.name, self.num_class, self.output_stride = net.name, net.num_class, net.output_stride
+        self.preprocess = net.preprocess
         if net.aux and "aux" not in taps:
             net.aux = False
             del net.auxlayer
         if not {"logits", "head"} & set(taps):
             net.head = Unread()
-        if fold:
-            fold_batch_norms(net)
-        self.net, self.dtype = net, dtype
-        gone = {"aux"} if not net.aux else set()
-        gone |= {"logits", "head"} if isinstance(net.head, Unread) else set()
-        self.channels = {tap: count for tap, count in net.channels.items() if tap not in gone}
-        self.name, self.num_class, self.output_stride = net.name, net.num_class, net.output_stride
-        self.preprocess, self.aux = net.preprocess, net.aux
-        if dtype is not None:
-            for module in net.modules():
-                if isinstance(module, nn.Conv2d):  # a batch norm that was not folded takes half precision, as it is
-                    module.to(dtype)
+        self.net = fold_batch_norms(net) if fold else net
+        for module in net.modules():
+            if dtype is not None and isinstance(module, nn.Conv2d):  # a batch norm takes half precision as it is
+                module.to(dtype)
 
     def forward(self, x: Tensor) -> SegOutput:
-        """As of the network: float images [B, 3, H, W] -> maps of ``dtype``."""
+        """As of the network: float images [B, 3, H, W] -> maps."""
         with torch.autocast(x.device.type, enabled=False):
-            return self.net(x if self.dtype is None else x.to(self.dtype))
+            output = self.net(x if self.dtype is None else x.to(self.dtype))
+        read = {tap: value if tap in self.channels else None for tap, value in output._asdict().items()}
+        if self.output_dtype is not None:
+            read = {tap: value if value is None else value.to(self.output_dtype) for tap, value in read.items()}
+        return SegOutput(**read)
