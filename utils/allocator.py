@@ -1,7 +1,8 @@
 """glibc's memory allocator on a CPU: keep freed memory, in place of giving it back and getting it anew.
 
 Memory of 32 MB and more comes from a system call of its own and goes back when it is freed, so the kernel has to clear
-its pages again for every large tensor. With this the process keeps what it has once used, its peak, until it ends.
+its pages again for every large tensor. With this the process keeps what it has once used until it ends: its peak, and
+what lies between blocks of different sizes. Processes that it forks, those of a loader, do the same for themselves.
 """
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ _SETTINGS = {-4: 0, -1: -1, -2: 2**26}  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PA
 
 
 def keep_freed_memory() -> bool:
-    """Set the allocator of this process, and of those it forks, to keep what is freed. Returns whether it did.
+    """Set the allocator of this process and of those it forks to keep what is freed. Returns whether it did.
 
     Not where the environment has settings for it (``MALLOC_...``, ``GLIBC_TUNABLES``), and not without glibc. Beside a
     preloaded allocator it has no effect."""
