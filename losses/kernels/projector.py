@@ -31,19 +31,19 @@ def fold_pays(student_channels: int, teacher_channels: int, positions: int) -> b
 
 
 def fold_alignment(align: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
-    """Weight [O, C_f, 3, 3] of the folded convolution, C_f = :func:`folded_channels`, in the dtype of the parameters
-    under autocast too. align [C_t, C_s, 1, 1], bias [C_t], weight [O, C_t, 3, 3]."""
+    """Weight [O, C_f, 3, 3] of the folded convolution, C_f = :func:`folded_channels`, in half precision under autocast.
+    align [C_t, C_s, 1, 1], bias [C_t], weight [O, C_t, 3, 3]."""
     columns = torch.cat([align.flatten(1), bias[:, None]], dim=1)
     columns = F.pad(columns, (0, folded_channels(align.shape[1]) - columns.shape[1]))
-    with torch.autocast(weight.device.type, enabled=False):
-        # as a convolution of O images of 3x3: no copy of the weight, and its memory format is kept
-        return F.conv2d(weight, columns.t()[:, :, None, None])
+    # as a convolution of O images of 3x3: no copy of the weight, and its memory format is kept
+    return F.conv2d(weight, columns.t()[:, :, None, None])
 
 
-def masked_input(student: Tensor, keep: Tensor, channels: int) -> Tensor:
-    """[B, channels, H, W]: the student's map [B, C_s, H, W] times ``keep`` [B or 1, 1, H, W], non-zero where a position
-    is kept, and that mask itself in all further channels."""
-    return F.pad(student, (0, 0, 0, 0, 0, channels - student.shape[1]), value=1.0) * keep.to(student.dtype)
+def masked_input(student: Tensor, keep: Tensor, weight: Tensor) -> Tensor:
+    """Input of a convolution with ``weight`` [O, C, 3, 3], and in its memory format: the student's map [B, C_s, H, W]
+    times ``keep`` [B or 1, 1, H, W], non-zero where a position is kept, and that mask itself in the C - C_s others."""
+    x = F.pad(student, (0, 0, 0, 0, 0, weight.shape[1] - student.shape[1]), value=1.0) * keep.to(student.dtype)
+    return x.contiguous(memory_format=torch.contiguous_format if weight.is_contiguous() else torch.channels_last)
 
 
 def _conv_gradients(of_out: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
@@ -58,14 +58,14 @@ class _MaskedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, student: Tensor, keep: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(student, keep, weight)
-        return F.conv2d(masked_input(student, keep, weight.shape[1]), weight, bias, padding=1)
+        return F.conv2d(masked_input(student, keep, weight), weight, bias, padding=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, of_out: Tensor) -> tuple[Tensor | None, ...]:
         student, keep, weight = ctx.saved_tensors
         student_needs, _, *others = ctx.needs_input_grad
-        x = masked_input(student, keep, weight.shape[1])
+        x = masked_input(student, keep, weight)
         of_x, of_weight, of_bias = _conv_gradients(of_out, x, weight, [student_needs, *others])
         of_student = of_x[:, :student.shape[1]] * keep.to(of_x.dtype) if student_needs else None
         return of_student, None, of_weight, of_bias

@@ -86,14 +86,15 @@ def test_mgd_equals_its_plain_twin():
 
 
 @pytest.mark.parametrize("projector", PROJECTORS)
-def test_the_memory_format_changes_nothing(projector):
+@pytest.mark.parametrize("of_map", [torch.contiguous_format, torch.channels_last])
+def test_the_restored_map_has_the_memory_format_of_the_weights(projector, of_map):
     student, _ = maps((2, 3, 7, 9), (2, 32, 7, 9))
     keep, results = keep_mask("random", 2, 7, 9), []
-    for memory_format in (torch.contiguous_format, torch.channels_last):
+    for of_weights in (torch.contiguous_format, torch.channels_last):
         modules = fill.fill_module(nn.ModuleList([aligner(3, 32), PROJECTORS[projector](32)]).double(), 3)
-        modules.to(memory_format=memory_format)
-        out = restore(student.contiguous(memory_format=memory_format), keep, *modules, True)
-        assert out.is_contiguous(memory_format=memory_format)
+        modules.to(memory_format=of_weights)
+        out = restore(student.contiguous(memory_format=of_map), keep, *modules, True)
+        assert out.is_contiguous(memory_format=of_weights)
         results.append([out, *torch.autograd.grad(out.square().sum(), [student, *modules.parameters()])])
     assert_equal_results(*results)
 
