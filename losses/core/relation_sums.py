@@ -23,7 +23,7 @@ LARGEST = 40.0  # 1 / tau up to which the sums of exponentials are far from the 
 TINY = 1e-30  # below any such sum; so that a row without any usable column gives 0 rather than NaN
 TILE = 2 ** 23  # similarities computed at a time, by either network; on a CPU what its cache holds:
 TILE_CPU, WIDTH_CPU = 2 ** 21, 256  # so many, in so many columns, as more make the products no faster
-KEPT = 2 ** 25  # exponentials of a pair of images that are kept; those beyond are computed a second time
+KEPT = 2 ** 24  # exponentials of a pair of images that are kept; those beyond are computed a second time
 
 
 def sums_suffice(tau: float) -> bool:

@@ -3,7 +3,8 @@ without ever holding all the similarities.
 
 Gradients of a scalar are linear in the incoming one, so they can be made in the forward pass, block of rows by block of
 rows, while its similarities are at hand: nothing is computed twice, and what is kept has the size of the inputs.
-Nothing here waits for the device.
+Nothing here waits for the device. ``losses/core/relation_sums.py`` has a faster form of the two losses that methods
+use.
 """
 from __future__ import annotations
 
