@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import dataset as data
@@ -22,6 +21,7 @@ from engine.evaluate import evaluate
 from engine.log import LOG, setup_logging
 from engine.predict import check_options
 from models import NetworkChoice
+from models.prepare import HALF_PRECISIONS
 from utils.allocator import keep_freed_memory
 from utils.cli import ArgumentParser, read_options, run_main
 from utils.distributed import Distributed, cleanup, init_distributed
@@ -30,8 +30,6 @@ from utils.files import check_target, write_json
 from utils.options import OptionGroup, option
 from utils.score import SegmentationMetric
 from utils.visualize import color_mask, overlay, save_index, save_rgb
-
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Speed(OptionGroup):
     batch_size: int = option(1, "images that go through the network together, as far as neighbors have one size",
                              at_least=1, metavar="N")
     amp: str = option("off", "half precision of the network: figures change in the last digits",
-                      choices=("off", *HALF))
+                      choices=("off", *HALF_PRECISIONS))
     fast: bool = option(True, "a prepared copy of the network, no logits at full size and, on a CPU, freed memory is "
                               "kept; off: the plain twin, with the same results up to rounding")
     channels_last: bool | None = option(None, "weights of the prepared copy in the order of memory [H, W, C] (default: "
@@ -262,7 +260,7 @@ def run(settings: EvalSettings, distributed: Distributed) -> None:
     result = evaluate(net, dataset, device=distributed.device, metric=metric, scales=prediction.scales,
                       flip=prediction.flip_eval, window=prediction.window, stride=prediction.stride,
                       workers=settings.data.workers, batch_size=speed.batch_size, fast=speed.fast,
-                      amp=HALF.get(speed.amp), channels_last=speed.channels_last, on_prediction=writer)
+                      amp=HALF_PRECISIONS.get(speed.amp), channels_last=speed.channels_last, on_prediction=writer)
     if not distributed.is_main_process:
         return
     if output.json is not None:

@@ -17,6 +17,7 @@ from losses.core import methods
 from losses.core.distiller import Distiller
 from losses.core.objective import active_methods
 from models import NetworkChoice
+from models.prepare import HALF_PRECISIONS
 from utils.cli import ArgumentParser, read_options
 from utils.errors import UserError
 from utils.options import Option, OptionGroup, flag, option, options_of
@@ -26,7 +27,6 @@ BASE_HELP = ("ImageNet weights of its backbone: a file, or a name such as torchv
 PREPROCESS_HELP = "its input: BGR minus mean, or RGB mean/std (default: what its weights say)"
 #: accepted so that old command lines still start; they do nothing in the reference either
 DEAD_OPTIONS = ("start_epoch", "save_epoch", "val_epoch")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def without_teacher() -> list[str]:
@@ -154,12 +154,12 @@ class Speed(OptionGroup):
     @property
     def amp_dtype(self) -> torch.dtype | None:
         """The half precision of the training step, None in full precision."""
-        return DTYPES.get(self.amp)
+        return HALF_PRECISIONS.get(self.amp)
 
     @property
     def teacher_dtype(self) -> torch.dtype | None:
         """The half precision of the teacher, None in full precision."""
-        return DTYPES.get(self.teacher_precision or self.amp)
+        return HALF_PRECISIONS.get(self.teacher_precision or self.amp)
 
     @property
     def uses_channels_last(self) -> bool:

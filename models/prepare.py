@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from models.output import SegOutput
 
+#: half precisions by the names that flags give them
+HALF_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 class PlainOrderDropout(nn.Dropout):
     """Dropout that draws the same mask for a map [B, C, h, w] however it is laid out. torch draws in the order of
@@ -42,7 +45,7 @@ def _convolutions_before_norms(net: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.M
         else:
             pairs = ((f"conv{name[2:]}", name) for name in children if name.startswith("bn"))
         for conv, norm in pairs:
-            if isinstance(children.get(conv), nn.Conv2d) and isinstance(children[norm], nn.BatchNorm2d):
+            if isinstance(children.get(conv), nn.Conv2d) and isinstance(children[norm], BATCH_NORMS):
                 yield children[conv], parent, norm
 
 
