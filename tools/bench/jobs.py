@@ -196,18 +196,23 @@ def build_loader(job: Mapping[str, Any]) -> Work:
     return Work(load, job["samples"])
 
 
+class CaughtError(Exception):
+    """Ends ``eval.py`` where it would evaluate."""
+
+
 def build_eval(job: Mapping[str, Any]) -> Work:
-    """The call of ``evaluate`` that ``eval.py`` makes with these flags, caught in the act."""
+    """The call of ``evaluate`` that ``eval.py`` makes with these flags, caught before it takes place."""
     settings = read(evaluation.parse_settings, job["flags"])
     evaluate, calls = evaluation.evaluate, []
 
-    def remember(*args: Any, **more: Any) -> dict[str, Any]:
+    def remember(*args: Any, **more: Any) -> None:
         calls.append((args, more))
-        return evaluate(*args, **more)
+        raise CaughtError
 
     evaluation.evaluate = remember
     try:
-        evaluation.run(settings, start(settings, job["device"]))
+        with contextlib.suppress(CaughtError):
+            evaluation.run(settings, start(settings, job["device"]))
     finally:
         evaluation.evaluate = evaluate
     ((args, more),) = calls
