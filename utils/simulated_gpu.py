@@ -6,7 +6,7 @@
 Whatever asks a tensor for its values (``item``, ``if tensor``, ``nonzero``, a boolean index) raises, since there are
 none. :class:`NoHostWaits` refuses what would run but make the host wait for a real GPU or fail on one. Based on
 PyTorch's fake tensors, which lack three things: a build without CUDA has no device guard, so that autograd and indexing
-fail; generators on the device; autocast.
+fail, no generators on the device, and no autocast (``utils/simulated_autocast.py``).
 """
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._foreach_utils import _foreach_supported_types
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from utils.simulated_autocast import simulated_autocast
 
 DEVICE = torch.device("cuda", 0)
 #: what C++ is told instead of DEVICE: a device without guard, streams and threads of its own
@@ -109,6 +111,7 @@ def simulated_gpu() -> Iterator[torch.device]:
             stack.enter_context(mock.patch.object(target, name, value))
         _foreach_supported_types.append(FakeTensor)  # optimizers then work as on tensors of a real GPU
         stack.callback(_foreach_supported_types.remove, FakeTensor)
+        stack.enter_context(simulated_autocast())
         stack.enter_context(_Mode())
         stack.enter_context(_OnGPU())
         yield DEVICE
@@ -141,7 +144,7 @@ class NoHostWaits(TorchDispatchMode):
         else:
             source, target = args[0].device, torch.device(kwargs.get("device") or args[0].device)
             waits, moved = not kwargs.get("non_blocking"), args[0]
-        if source.type == target.type:
+        if target in (_STAND_IN, source) or source.type == target.type:  # C++ asks for the stand-in
             return
         if target.type == "cpu" or waits:
             raise HostWait(f"{func}: {list(moved.shape)} goes from {source.type} to {target.type}")
