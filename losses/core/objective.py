@@ -39,7 +39,9 @@ class Objective(nn.Module):
 
     student: returns ``SegOutput``. distillers: by method. weights: {term that counts: lambda}. aux_weight: of the cross
     entropy of the auxiliary logits (0.4 in the published runs). group_size: images over whose labeled pixels the cross
-    entropies are averaged, 0 = all."""
+    entropies are averaged, 0 = all. plain_maps: methods get the maps of both networks in the order of their dimensions,
+    however the networks lay them out."""
+    plain_maps = False
 
     def __init__(self, student: nn.Module, distillers: Mapping[str, Distiller], weights: Mapping[str, float],
                  aux_weight: float = 0.4, ignore_label: int = -1, group_size: int = 0) -> None:
@@ -52,7 +54,11 @@ class Objective(nn.Module):
     def forward(self, images: Tensor, teacher: SegOutput | None, target: Tensor, step: int,
                 generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """{term: unweighted scalar}: task, aux (if the student has that head), methods'. See :class:`Batch`."""
-        batch = Batch(self.run_student(images), teacher, target, images, step)
+        student = self.run_student(images)
+        if self.plain_maps:
+            student, teacher = (maps and SegOutput(*(None if x is None else x.contiguous() for x in maps))
+                                for maps in (student, teacher))
+        batch = Batch(student, teacher, target, images, step)
         terms = task_loss(batch.student, target, self.criterion)
         for distiller in self.distillers.values():
             terms.update({name: value for name, value in distiller(batch, generator).items() if self.weights.get(name)})
