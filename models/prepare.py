@@ -5,12 +5,14 @@ from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.output import SegOutput
 
 #: half precisions by the names that flags give them
 HALF_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
 
 class PlainOrderDropout(nn.Dropout):
     """Dropout that draws the same mask for a map [B, C, h, w] however it is laid out. torch draws in the order of
@@ -24,11 +26,28 @@ class PlainOrderDropout(nn.Dropout):
         return x * torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(kept) / kept
 
 
+class SubsampledConv2d(nn.Conv2d):
+    """A 1x1 convolution with a stride, as one without a stride over every so many pixels: the same numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = self.stride
+        return F.conv2d(x[:, :, ::rows, ::columns], self.weight, self.bias)
+
+
+def _is_unsafe(child: nn.Module) -> bool:
+    """Whether oneDNN (that of PyTorch 2.13, with AVX-512) writes past the gradient of the weight in channels-last order:
+    a 1x1 convolution with a stride and fewer than 16 channels, as in the shortcuts of very narrow ResNets."""
+    return (type(child) is nn.Conv2d and child.kernel_size == (1, 1) and child.stride != (1, 1)
+            and child.padding == (0, 0) and child.groups == 1 and child.in_channels < 16)
+
+
 def to_channels_last(module: nn.Module) -> nn.Module:
     """Lay out the weights of every convolution as [out, height, width, in], in place; shapes and values stay."""
     for child in module.modules():
         if type(child) is nn.Dropout:
             child.__class__ = PlainOrderDropout
+        if _is_unsafe(child):
+            child.__class__ = SubsampledConv2d
         if isinstance(child, nn.Conv2d) and "weight" in child._parameters:  # not one whose weight is computed
             child.weight.data = child.weight.data.contiguous(memory_format=torch.channels_last)
     return module

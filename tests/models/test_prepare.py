@@ -9,7 +9,7 @@ from torch import nn
 
 from models import get_segmentation_model
 from models.output import SegOutput
-from models.prepare import PreparedTeacher, fold_batch_norms, to_channels_last
+from models.prepare import PreparedTeacher, SubsampledConv2d, fold_batch_norms, to_channels_last
 
 CLASSES, EVERYTHING = 5, SegOutput._fields
 NETWORKS = [("deeplabv3", "resnet18_w0.25"), ("psp", "resnet50_original_w0.125"), ("deeplabv3", "resnet50_w0.125"),
@@ -106,3 +106,18 @@ def test_autocast_does_not_reach_it() -> None:
     expected = prepared(images(torch.float32)).c4
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(prepared(images(torch.float32)).c4, expected)
+
+
+def test_narrow_strided_convolutions_are_computed_without_a_stride() -> None:
+    """oneDNN writes past the gradient of their weight in channels-last order."""
+    net = get_segmentation_model(model="psp", backbone="resnet18_w0.125", num_class=3)
+    names = [name for name, m in to_channels_last(net).named_modules() if type(m) is SubsampledConv2d]
+    assert names == ["pretrained.layer2.0.downsample.0"]
+    conv = nn.Conv2d(5, 7, 1, stride=(2, 3)).double()
+    x = torch.randn(2, 5, 9, 11, dtype=torch.float64)
+    expected = conv(x)
+    (changed,) = to_channels_last(nn.Sequential(conv))
+    assert changed is conv and type(conv) is SubsampledConv2d
+    torch.testing.assert_close(conv(x), expected, rtol=1e-12, atol=1e-12)
+    wide, padded = nn.Conv2d(16, 7, 1, stride=2), nn.Conv2d(5, 7, 1, stride=2, padding=1)
+    assert all(type(m) is nn.Conv2d for m in to_channels_last(nn.Sequential(wide, padded)))
