@@ -35,8 +35,8 @@ class SubsampledConv2d(nn.Conv2d):
 
 
 def _is_unsafe(child: nn.Module) -> bool:
-    """Whether oneDNN (that of PyTorch 2.13, with AVX-512) writes past the gradient of the weight in channels-last order:
-    a 1x1 convolution with a stride and fewer than 16 channels, as in the shortcuts of very narrow ResNets."""
+    """Whether oneDNN (of PyTorch 2.13, with AVX-512) writes past the gradient of the weight in channels-last order: a
+    1x1 convolution with a stride and fewer than 16 channels, as in the shortcuts of very narrow ResNets."""
     return (type(child) is nn.Conv2d and child.kernel_size == (1, 1) and child.stride != (1, 1)
             and child.padding == (0, 0) and child.groups == 1 and child.in_channels < 16)
 
