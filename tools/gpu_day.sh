@@ -13,7 +13,7 @@
 #   MINUTES   of everything together [9]
 #   PARTS     which ones, in this order [report check tests contrast criterion step exact profile train memory]
 # Exit code: 0 when every part has succeeded, 1 otherwise. FOLDER/summary.json says which, FOLDER/PART.log why.
-set -uo pipefail
+set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 OUT=${1:-gpu_day}
@@ -75,11 +75,11 @@ for name in $PARTS; do
     if ((limit < 5)); then
         status=skipped code=-1 took=0
     else
-        start=$SECONDS
+        start=$SECONDS code=0
         export -f part
         export PYTHON OUT BATCH SHORT
-        timeout --kill-after 5 "$limit" bash -c "$(declare -p SMALL SHORT_FLAG); part $name" >"$OUT/$name.log" 2>&1
-        code=$? took=$((SECONDS - start))
+        timeout --kill-after 5 "$limit" bash -c "$(declare -p SMALL SHORT_FLAG); part $name" >"$OUT/$name.log" 2>&1 || code=$?
+        took=$((SECONDS - start))
         case $code in 0) status=passed ;; 124 | 137) status="out of time" ;; *) status=failed ;; esac
     fi
     if [[ $status != passed ]]; then failed=1; fi

@@ -42,9 +42,10 @@ def both(loss: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("form", "device"), ANYWHERE)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-6)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @pytest.mark.parametrize(("patches", "size", "depth", "groups"), SHAPES)
 def test_equals_the_plain_twin(form, device, patches, size, depth, groups, dtype, tolerance):
+    # float32: similarities of a thousand, as depth / TAU makes them, are exact to 6e-5, and so are their softmaxes
     student, teacher = rows(patches, size, depth, dtype, device)
     excluded = excluded_pairs(groups, (1, size // groups), torch.device(device))
     want = both(contrast_rows(student, teacher, excluded, TAU), student)
