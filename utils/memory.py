@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -26,13 +26,14 @@ WORKSPACES: dict[Any, Callable[..., int]] = {torch.ops.aten._cdist_backward.defa
 
 class MemoryTracker(TorchDispatchMode):
     """Context that follows the storages of new tensors until they are freed. now, peak: bytes; each storage is rounded
-    up to ``BLOCK``. Storages made before are not counted unless one is put out by an operation.
+    up to ``BLOCK``. Storages made before are not counted unless one is put out by an operation, as by a view.
 
-    device_type: of the tensors that count. workspaces: count the known ones of operations (:data:`WORKSPACES`). Not
+    device_type: of the tensors that count. known: tensors made before that never count. workspaces: count the known ones of operations (:data:`WORKSPACES`). Not
     counted: other workspaces (cuDNN's), gaps between blocks, the CUDA context."""
 
-    def __init__(self, device_type: str, workspaces: bool = True) -> None:
+    def __init__(self, device_type: str, workspaces: bool = True, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
+        self._known = {x.untyped_storage()._cdata for x in known}
         self.device_type, self.workspaces = device_type, workspaces
         self.now = self.peak = 0
         self._alive: dict[int, tuple[int, weakref.ref]] = {}
@@ -52,7 +53,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key not in self._alive:
+        if key not in self._alive and key not in self._known:
             size = -(-storage.nbytes() // BLOCK) * BLOCK
             self._alive[key] = size, weakref.ref(storage, partial(self._freed, key))
             self.now += size

@@ -43,6 +43,15 @@ def test_on_the_cpu() -> None:
         by_hand("cpu", memory)
 
 
+def test_what_is_known_never_counts() -> None:
+    x = torch.zeros(1000)
+    with MemoryTracker("cpu", known=[x]) as memory:
+        view, more = x.view(10, 100), x + 1
+        assert memory.now == 4096 and view.shape == (10, 100)
+        del more
+        assert memory.now == 0
+
+
 def test_on_a_simulated_gpu() -> None:
     with simulated_gpu() as device, MemoryTracker("cuda") as memory:
         torch.zeros(1000)  # of another device
