@@ -28,8 +28,9 @@ class MemoryTracker(TorchDispatchMode):
     """Context that follows the storages of new tensors until they are freed. now, peak: bytes; each storage is rounded
     up to ``BLOCK``. Storages made before are not counted unless one is put out by an operation, as by a view.
 
-    device_type: of the tensors that count. known: tensors made before that never count. workspaces: count the known ones of operations (:data:`WORKSPACES`). Not
-    counted: other workspaces (cuDNN's), gaps between blocks, the CUDA context."""
+    device_type: of the tensors that count. known: tensors made before that never count. workspaces: count the known
+    ones of operations (:data:`WORKSPACES`). Not counted: other workspaces (cuDNN's), gaps between blocks, the CUDA
+    context."""
 
     def __init__(self, device_type: str, workspaces: bool = True, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
