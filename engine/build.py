@@ -39,8 +39,7 @@ def build_run(settings: Settings, distributed: Distributed) -> Run:
     speed, o = settings.speed, settings.optimization
     check_parts(settings, objective, distributed)
     if speed.uses_channels_last:
-        # on a CPU in float32, the wide convolutions of projectors take 1.16 times as long in that order
-        objective.plain_maps = distributed.device.type == "cpu" and speed.amp_dtype is None
+        objective.plain_maps = wants_plain_maps(settings, distributed.device.type)
         to_channels_last(objective.student if objective.plain_maps else objective)
     # a graph that is known to stay the same: torch allows that neither in parts nor for compiled networks
     fixed_graph = speed.fast and speed.grad_accumulation == 1 and not speed.compile
@@ -56,6 +55,13 @@ def build_run(settings: Settings, distributed: Distributed) -> Run:
         check_target(Path(folder), name, is_folder=True)
     return Run(settings, distributed, spec, train_set, val_set, report_sets, student, teacher, objective, model,
                optimizer, step_fn, files)
+
+
+def wants_plain_maps(settings: Settings, device_type: str) -> bool:
+    """Whether methods get maps, and keep weights, in the order of their dimensions: without channels-last, and on a CPU
+    in float32, where the wide convolutions of projectors take 1.16 times as long in the other order."""
+    speed = settings.speed
+    return not speed.uses_channels_last or device_type == "cpu" and speed.amp_dtype is None
 
 
 def build_student(settings: Settings, num_class: int) -> nn.Module:

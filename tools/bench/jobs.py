@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import dataset as data
+import engine.build
 import eval as evaluation
 from engine.build import build_run, run_facts
 from engine.run import run_stages, train_batch, training_batches
@@ -95,9 +96,11 @@ def precision(settings: Settings | evaluation.EvalSettings) -> str:
     return "float32" if half_precision(settings) is None else "bf16"
 
 
-def memory_format(settings: Settings) -> torch.memory_format:
-    """How maps and weights are laid out."""
-    return torch.channels_last if speed_setting(settings, "uses_channels_last") else torch.contiguous_format
+def memory_format(settings: Settings, device: str) -> torch.memory_format:
+    """How the maps and weights of methods are laid out."""
+    wants_plain_maps = getattr(engine.build, "wants_plain_maps", None)  # a version without it has no other layout
+    plain = wants_plain_maps is None or wants_plain_maps(settings, device)
+    return torch.contiguous_format if plain else torch.channels_last
 
 
 def build_step(job: Mapping[str, Any]) -> Work:
@@ -140,7 +143,7 @@ def build_criterion(job: Mapping[str, Any]) -> Work:
     classes = data.get_dataset_spec(settings.data.dataset).num_class
     with torch.device("meta"):
         infos = [NetInfo.of(choice.build(classes)) for choice in (settings.networks.student, settings.networks.teacher)]
-    layout = memory_format(settings)
+    layout = memory_format(settings, device)
     distillers = build_distillers(settings.method_options, run_facts(settings, classes), *infos).train()
     distillers.to(device, memory_format=layout)
     student, teacher = (random_maps(info, images, crop, device, layout) for info in infos)
