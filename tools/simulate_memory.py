@@ -23,7 +23,6 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import engine.build
 from engine.ready import get_ready
@@ -35,6 +34,7 @@ from utils.cli import parse_options, run_main
 from utils.distributed import Distributed
 from utils.errors import UserError
 from utils.files import check_target, write_json
+from utils.flops import FlopCounter
 from utils.memory import MemoryTracker
 from utils.options import OptionGroup, option
 from utils.simulated_gpu import simulated_gpu
@@ -105,13 +105,13 @@ def simulate(settings: Settings) -> dict[str, float]:
     _per_channel.cache_clear()
     with simulated_gpu() as device, MemoryTracker(device.type) as memory:
         run, batch = build(settings, device), loader_batch(settings)
-        with FlopCounterMode(display=False) as flops:
+        with FlopCounter() as flops:
             train_batch(run, batch)
         run.step, kept = 1, memory.now
         memory.reset_peak()
         train_batch(run, batch)
         figures = {"peak": memory.peak, "kept": kept,
-                   "flop": flops.get_total_flops() / settings.optimization.batch_size}
+                   "flop": flops.total / settings.optimization.batch_size}
     _per_channel.cache_clear()
     return figures
 

@@ -288,11 +288,13 @@ class TestTeacher:
 
 
 class TestSpeedInTheLog:
-    def test_operations_of_a_convolution(self) -> None:
-        conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+    @pytest.mark.parametrize("groups", [1, 2, 4])
+    def test_operations_of_a_convolution(self, groups) -> None:
+        conv = nn.Conv2d(4, 8, 3, padding=1, groups=groups, bias=False)
         with FlopCounter() as counter:
-            conv(torch.zeros(2, 3, 10, 10, requires_grad=True)).sum().backward()
-        assert counter.total == 3 * 2 * (2 * 10 * 10) * 8 * 3 * 9  # forward, gradients of images and of weights
+            conv(torch.zeros(2, 4, 10, 10, requires_grad=True)).sum().backward()
+        # forward, gradients of images and of weights
+        assert counter.total == 3 * 2 * (2 * 10 * 10) * 8 * (4 // groups) * 9
 
     def test_the_share_of_the_peak(self, data, tmp_path, monkeypatch) -> None:
         monkeypatch.setattr("engine.journal.peak_flops", lambda device, dtype: 1e12)
