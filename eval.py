@@ -21,7 +21,7 @@ from engine.evaluate import evaluate
 from engine.log import LOG, setup_logging
 from engine.predict import check_options
 from models import NetworkChoice
-from models.prepare import HALF_PRECISIONS
+from models.prepare import HALF_PRECISIONS, check_precision
 from utils.allocator import keep_freed_memory
 from utils.cli import ArgumentParser, read_options, run_main
 from utils.distributed import Distributed, cleanup, init_distributed
@@ -277,6 +277,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = parse_settings(argv)
     gpu = check(settings)
     distributed = init_distributed(settings.running.no_cuda, gpu)
+    check_precision([HALF_PRECISIONS.get(settings.speed.amp)], distributed.device)
     if settings.speed.fast and distributed.device.type == "cpu":
         keep_freed_memory()
     run(settings, distributed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 import dataset as data
@@ -16,7 +15,7 @@ from engine.settings import Data, Settings
 from engine.step import TrainStep
 from losses.core.facts import NetInfo, RunFacts
 from losses.core.objective import Objective, build_distillers
-from models.prepare import to_channels_last
+from models.prepare import check_precision, to_channels_last
 from utils.distributed import Distributed, send_in_bf16, synchronize_batch_norm
 from utils.errors import UserError
 from utils.files import check_target
@@ -26,7 +25,7 @@ from utils.randomness import seed_everything
 def build_run(settings: Settings, distributed: Distributed) -> Run:
     """Build and check everything that training needs. Raises UserError for whatever does not fit."""
     check_batch(settings, distributed)
-    check_precision(settings, distributed)
+    check_precision((settings.speed.amp_dtype, settings.speed.teacher_dtype), distributed.device)
     spec = data.get_dataset_spec(settings.data.dataset, settings.data.data)
     train_set = build_dataset(settings, spec, spec.train_split, train=True, list_file=settings.data.train_list)
     val_set, report_sets = build_evaluation_sets(settings, spec)
@@ -135,15 +134,6 @@ def check_batch(settings: Settings, distributed: Distributed) -> None:
         raise UserError(f"--batch-size {batch} leaves one image per batch norm: the pooled branches of "
                         "the heads need at least 2 (more images, fewer parts by --grad-accumulation, or --sync-bn with "
                         "several processes)")
-
-
-def check_precision(settings: Settings, distributed: Distributed) -> None:
-    """Refuse bfloat16 on a GPU that has none."""
-    speed = settings.speed
-    if torch.bfloat16 in (speed.amp_dtype, speed.teacher_dtype) and distributed.device.type == "cuda" \
-            and not torch.cuda.is_bf16_supported():
-        raise UserError(f"{torch.cuda.get_device_name(distributed.device)} does not compute in bfloat16: use fp16 for "
-                        "--amp and --teacher-precision")
 
 
 def check_parts(settings: Settings, objective: Objective, distributed: Distributed) -> None:

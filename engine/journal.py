@@ -56,6 +56,8 @@ class Journal:
         unread = given_teacher_flags(run.settings)
         if run.teacher is None and run.settings.distillation.method != "none" and unread:
             LOG.warning("not used, since no method of this run reads that teacher: %s", ", ".join(unread))
+        if run.teacher is None and run.settings.speed.teacher_precision:
+            LOG.warning("--teacher-precision has no effect: no method of this run reads that teacher")
         LOG.info("configuration (also in %s):\n%s", run.files.config, readable(run.settings))
         count = sum(p.numel() for p in run.student.parameters()) / 1e6
         extra = sum(p.numel() for p in run.objective.distillers.parameters()) / 1e6

@@ -136,8 +136,9 @@ class Speed(OptionGroup):
 
     fast: bool = option(True, "the faster forms of losses, networks and optimizer; off: their plain twins, with the "
                               "same results up to rounding")
-    amp: str = option("off", "half precision of both networks and of what methods train; weights, losses and updates "
-                             "stay in float32. fp16 scales the loss and skips steps that overflow",
+    amp: str = option("off", "half precision of both networks, of what methods train, and of validation; weights, "
+                             "losses and updates stay in float32, and so do stages before training. fp16 scales the "
+                             "loss and skips steps that overflow",
                       choices=("off", "bf16", "fp16"))
     teacher_precision: str | None = option(None, "of the teacher alone (default: that of --amp)",
                                            choices=("float32", "bf16", "fp16"))
@@ -146,8 +147,9 @@ class Speed(OptionGroup):
     compile: bool = option(False, "compile both networks (torch.compile): the first steps take minutes, and numbers "
                                   "differ by rounding and dropout masks")
     grad_accumulation: int = option(
-        1, "parts that a process works through one after the other in a step: less memory, the same gradients, but "
-           "for the statistics of batch norm and dropout masks", at_least=1, metavar="N")
+        1, "parts that a process works through one after the other in a step, but not in stages before training: less "
+           "memory, the same gradients, but for the statistics of batch norm and dropout masks",
+        at_least=1, metavar="N")
     ddp_compression: str = option("none", "what several processes send each other of the gradients; bf16 halves it and "
                                           "rounds them", choices=("none", "bf16"))
 

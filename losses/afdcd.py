@@ -37,7 +37,8 @@ class AfDCDOptions(OptionGroup):
     pool_size: int = option(4, "max pooling before the contrast, 0 = off; always off on camvid", at_least=0)
     patch_size: tuple[int, int] = option((4, 4), "patch of the contrast, in pooled positions", at_least=1,
                                          metavar=("H", "W"))
-    contrast_chunk: int = option(0, "patches contrasted at a time: less memory, same result; 0 = all", at_least=0)
+    contrast_chunk: int = option(0, "most patches contrasted at a time: less memory, same result; 0 = as suits the "
+                                    "device, without fast forms all", at_least=0)
     clip_distiller: float = option(15.0, "largest gradient norm of aligner and projector; 0 = off", at_least=0,
                                    metavar="NORM")
 

@@ -8,10 +8,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.output import SegOutput
+from utils.errors import UserError
 
 #: half precisions by the names that flags give them
 HALF_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+def check_precision(precisions: Collection[torch.dtype | None], device: torch.device) -> None:
+    """UserError when one is bfloat16 and the device is a GPU that only emulates it."""
+    if torch.bfloat16 in precisions and device.type == "cuda" \
+            and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"{torch.cuda.get_device_name(device)} does not compute in bfloat16: use fp16 in place of bf16",
+                        settings=["amp"])
 
 
 class PlainOrderDropout(nn.Dropout):

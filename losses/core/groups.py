@@ -31,4 +31,5 @@ def image_weights(labeled: Tensor, group_size: int, dtype: torch.dtype) -> Tenso
     batch = len(labeled)
     group = torch.arange(batch, device=labeled.device) // min(group_size or batch, batch)
     same = (group[:, None] == group).to(dtype)
-    return same.sum(1) / (batch * (same @ labeled.to(dtype)).clamp(min=1))
+    counts = (same * labeled.to(dtype)).sum(1)  # no matrix product: autocast would count in half precision
+    return same.sum(1) / (batch * counts.clamp(min=1))

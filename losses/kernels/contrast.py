@@ -17,6 +17,7 @@ from torch import Tensor
 
 from losses.kernels import contrast_cpu
 from utils.errors import UserError
+from utils.tensor_files import first_line
 
 log = logging.getLogger("afdcd")
 
@@ -82,6 +83,18 @@ def triton(device: str) -> Form:
 FORMS: dict[str, Callable[[str], Form]] = {"vectorized": vectorized, "compiled": compiled, "triton": triton}
 
 
+def triton_problem() -> str:
+    """Why Triton's kernels cannot be used on the current GPU, "" where they can."""
+    if not has_triton():
+        return "the package triton is not installed"
+    rows = torch.ones(1, 1, 1, device="cuda")
+    try:
+        triton("cuda").l1_distances(rows, rows)
+    except Exception as error:  # no C compiler, no headers of Python, an old GPU: every fault is one of its own kind
+        return f"triton does not work here ({first_line(error)})"
+    return ""
+
+
 @functools.cache
 def best_form(device: str) -> str:
     """The name of the fastest form on a type of device; one line of the log says which."""
@@ -89,7 +102,8 @@ def best_form(device: str) -> str:
     if device == "cpu" and contrast_cpu.is_available():
         name = "compiled"
     elif device == "cuda":
-        name, why = ("triton", "") if has_triton() else ("vectorized", ": slower; the package triton is not installed")
+        problem = triton_problem()
+        name, why = ("vectorized", f": slower; {problem}") if problem else ("triton", "")
     log.info("contrast on %s: %s form%s", device, name, why)
     return name
 

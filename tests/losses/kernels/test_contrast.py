@@ -196,16 +196,31 @@ def test_what_cannot_run_is_refused():
         contrast(student, teacher[..., :5], excluded, TAU)
 
 
-@pytest.mark.parametrize(("device", "compiler", "triton", "form", "line"), [
-    ("cpu", True, True, "compiled", "contrast on cpu: compiled form"),
-    ("cpu", False, True, "vectorized", "contrast on cpu: vectorized form"),
-    ("cuda", True, True, "triton", "contrast on cuda: triton form"),
-    ("cuda", True, False, "vectorized",
-     "contrast on cuda: vectorized form: slower; the package triton is not installed"),
-    ("mps", True, True, "vectorized", "contrast on mps: vectorized form")])
-def test_the_fastest_form_is_chosen_and_logged(device, compiler, triton, form, line, monkeypatch, caplog):
+@pytest.mark.parametrize(("device", "compiler", "problem", "form", "line"), [
+    ("cpu", True, "", "compiled", "contrast on cpu: compiled form"),
+    ("cpu", False, "", "vectorized", "contrast on cpu: vectorized form"),
+    ("cuda", True, "", "triton", "contrast on cuda: triton form"),
+    ("cuda", True, "triton does not work here (no compiler)", "vectorized",
+     "contrast on cuda: vectorized form: slower; triton does not work here (no compiler)"),
+    ("mps", True, "", "vectorized", "contrast on mps: vectorized form")])
+def test_the_fastest_form_is_chosen_and_logged(device, compiler, problem, form, line, monkeypatch, caplog):
     monkeypatch.setattr(contrast_cpu, "is_available", lambda: compiler)
-    monkeypatch.setattr(kernel, "has_triton", lambda: triton)
+    monkeypatch.setattr(kernel, "triton_problem", lambda: problem)
     with caplog.at_level(logging.INFO, "afdcd"):
         assert kernel.best_form.__wrapped__(device) == form
     assert caplog.messages == [line]
+
+
+@pytest.mark.parametrize(("installed", "fault", "problem"), [
+    (False, None, "the package triton is not installed"), (True, None, ""),
+    (True, RuntimeError("Failed to find C compiler\nhint"), "triton does not work here (Failed to find C compiler)")])
+def test_triton_is_tried_before_it_is_chosen(installed, fault, problem, monkeypatch):
+    def launch(*rows) -> Tensor:
+        if fault:
+            raise fault
+        return rows[0]
+
+    monkeypatch.setattr(kernel, "has_triton", lambda: installed)
+    monkeypatch.setattr(kernel, "triton", lambda device: kernel.Form(launch, launch))
+    monkeypatch.setattr(torch, "ones", lambda *size, device: torch.zeros(*size))
+    assert kernel.triton_problem() == problem
