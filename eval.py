@@ -6,7 +6,6 @@
 """
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from utils.allocator import keep_freed_memory
 from utils.cli import ArgumentParser, read_options, run_main
 from utils.distributed import Distributed, cleanup, init_distributed
 from utils.errors import UserError
-from utils.files import check_target, write_json
+from utils.files import check_target, sha256, write_json
 from utils.options import OptionGroup, option
 from utils.score import SegmentationMetric
 from utils.visualize import color_mask, overlay, save_index, save_rgb
@@ -232,17 +231,15 @@ def record(settings: EvalSettings, dataset: data.SegmentationDataset, net: nn.Mo
                if key in result}
     per_class = {f"{short}_per_class": dict(zip(dataset.spec.classes, result[f"{short}_per_class"], strict=True))
                  for short in ("iou", "acc")}
-    with open(os.path.expanduser(network.pretrained), "rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         **figures, **per_class, "images": result["images"], "labelled_pixels": result["labelled_pixels"],
         "label_pixels": result["label_pixels"], "total_inter": result["total_inter"],
         "total_union": result["total_union"], "classes": list(dataset.spec.classes),
         "dataset": settings.data.dataset, "split": dataset.split, "limit": settings.data.limit,
         "model": network.model, "backbone": network.backbone, "pretrained": os.path.basename(network.pretrained),
-        "pretrained_sha256": checksum, "preprocess": net.preprocess.to_dict(), "scales": prediction.scales,
-        "flip": prediction.flip_eval, "window": prediction.window, "stride": prediction.stride,
-        "amp": settings.speed.amp,
+        "pretrained_sha256": sha256(Path(network.pretrained).expanduser()), "preprocess": net.preprocess.to_dict(),
+        "scales": prediction.scales, "flip": prediction.flip_eval, "window": prediction.window,
+        "stride": prediction.stride, "amp": settings.speed.amp,
     }
 
 

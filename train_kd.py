@@ -14,6 +14,7 @@ from engine.journal import Journal
 from engine.log import setup_logging
 from engine.method_list import method_table
 from engine.ready import get_ready
+from engine.results import write_result
 from engine.run import Run, run_stages, train_batch, training_batches
 from engine.settings import parse_settings
 from engine.validation import report, validate
@@ -44,6 +45,7 @@ def train(run: Run) -> None:
             save_run(run)
     report(run, journal)
     journal.close()
+    write_result(run)
     barrier()
 
 

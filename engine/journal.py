@@ -18,6 +18,7 @@ from engine.step import StepResult
 from utils.distributed import reduce_mean
 from utils.files import write_json
 from utils.flops import peak_flops
+from utils.machine import load, peak_memory
 from utils.options import flag
 
 LONG_RUN = 100  # iterations
@@ -89,7 +90,8 @@ class Journal:
         raw, weighted = (dict(zip(names, part.tolist(), strict=True)) for part in values[:-1].chunk(2))
         if self.logger is None:
             return
-        speed, waiting = self.clock.read()
+        window = self.clock.read()
+        speed = window["images_per_second"]
         o = run.settings.optimization
         left = timedelta(seconds=int((o.max_iterations - run.step) * o.batch_size / speed))
         flops, said = self._utilization(speed)
@@ -98,13 +100,14 @@ class Journal:
             diagnostics["loss_scale"] = run.step_fn.scaler.get_scale()
         self.logger.record("train", run.step, lr=result.lr, loss=values[-1].item(), raw=raw, weighted=weighted,
                            grad_norm={k: float(v) if v.isfinite() else None for k, v in result.grad_norms.items()},
-                           diagnostics=diagnostics,
-                           images_per_second=round(speed, 3), waiting_for_data=round(waiting, 4), **flops)
+                           diagnostics=diagnostics, load=load(),
+                           memory_mb=round(peak_memory(run.distributed.device) / 1e6),
+                           **{k: round(v, 4) for k, v in window.items()}, **flops)
         terms = "  ".join(f"{k} {weighted[k]:.4g} ({raw[k]:.4g})" for k in names)
         short = " ".join(f"{k} {weighted[k]:.3g}" for k in names)
         self.progress.set_postfix_str(f"{short} lr {result.lr:.4f} {speed:.1f} img/s", refresh=False)
         LOG.info("step %d/%d  lr %.5f  loss %.4f = %s  %.1f img/s%s  data %.0f%%  ETA %s", run.step, o.max_iterations,
-                 result.lr, values[-1].item(), terms, speed, said, 100 * waiting, left)
+                 result.lr, values[-1].item(), terms, speed, said, 100 * window["waiting_for_data"], left)
 
     def _utilization(self, speed: float) -> tuple[dict[str, float], str]:
         """TFLOP/s of all processes, and their share of the devices' peak where that is known, for the record and for
@@ -134,7 +137,14 @@ class Stopwatch:
     def restart(self) -> None:
         """Start a new window now."""
         self.start = self.mark = time.perf_counter()
+        self.cpu_start = self.cpu_mark = time.process_time()
         self.waited, self.images = 0.0, 0
+
+    def skip(self) -> None:
+        """What passed since the last step, such as a validation, does not count."""
+        now, cpu_now = time.perf_counter(), time.process_time()
+        self.start, self.mark = self.start + now - self.mark, now
+        self.cpu_start, self.cpu_mark = self.cpu_start + cpu_now - self.cpu_mark, cpu_now
 
     def got_batch(self) -> None:
         """A batch has arrived: what passed since the last step was waiting."""
@@ -143,11 +153,13 @@ class Stopwatch:
     def count(self, images: int) -> None:
         """One step over that many images is done."""
         self.images += images
-        self.mark = time.perf_counter()
+        self.mark, self.cpu_mark = time.perf_counter(), time.process_time()
 
-    def read(self) -> tuple[float, float]:
-        """(images per second, share of waiting) of the window, and start the next one."""
+    def read(self) -> dict[str, float]:
+        """The window, and start the next one: images per second of all processes, share of the time waiting for data,
+        seconds, and seconds of CPU time of this process without its loading processes."""
         passed = max(time.perf_counter() - self.start, 1e-9)
-        speed, share = self.images / passed, self.waited / passed
+        window = {"images_per_second": max(self.images / passed, 1e-9), "waiting_for_data": self.waited / passed,
+                  "seconds": passed, "cpu_seconds": time.process_time() - self.cpu_start}
         self.restart()
-        return max(speed, 1e-9), share
+        return window

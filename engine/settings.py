@@ -5,6 +5,7 @@ is parsed here and ends here: what goes on is a :class:`Settings`.
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -175,6 +176,12 @@ class Running(OptionGroup):
 
     save_dir: str = option("~/.torch/models", "weights, training state, config", metavar="DIR")
     log_dir: str = option("../runs/logs/", "text log, JSON lines, TensorBoard", metavar="DIR")
+    results: str | None = option(None, "write the result of the run below this folder, for tools/report.py",
+                                 metavar="DIR")
+    protocol: str = option("own", "name of the protocol in --results: runs of one protocol are compared",
+                           metavar="NAME")
+    label: str | None = option(None, "name of the run's row in --results (default: that of the method)",
+                               metavar="NAME")
     resume: str | None = option(None, "go on from a training state; auto: from the one in --save-dir if there is one",
                                 metavar="auto|FILE")
     log_iter: int = option(10, "steps between log lines", at_least=1)
@@ -191,8 +198,13 @@ class Running(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("save_dir", "log_dir"):
-            object.__setattr__(self, name, str(Path(getattr(self, name)).expanduser()))
+        for name in ("save_dir", "log_dir", "results"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, str(Path(getattr(self, name)).expanduser()))
+        for name in ("protocol", "label"):
+            if not re.fullmatch(r"[\w.+=-]+", getattr(self, name) or "x"):
+                raise UserError(f"argument {flag(name)}: expected letters, digits and . + = - _, got "
+                                f"{getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Validation during training: choose the best model, draw panels, report on the test split at the end."""
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ class Validator:
     def __call__(self, net: nn.Module, step: int, kind: str = "val") -> dict:
         """Metrics of ``net`` (fractions) over the whole split and all processes; net goes back to its mode."""
         broadcast_buffers(net)
+        start = time.perf_counter()
         pictures: list[np.ndarray] = []
 
         def draw(prediction, item) -> None:
@@ -38,8 +40,8 @@ class Validator:
         LOG.info("%s %s step %d  mIoU %.2f  pixAcc %.2f  mAcc %.2f  (%d images)", kind, self.dataset.split, step,
                  100 * result["mIoU"], 100 * result["pixAcc"], 100 * result["mAcc"], len(self.dataset))
         if self.logger is not None:
-            self.logger.record(kind, step, split=self.dataset.split,
-                               **{k: result[k] for k in ("mIoU", "pixAcc", "mAcc", "mIoU_present")})
+            self.logger.record(kind, step, split=self.dataset.split, seconds=round(time.perf_counter() - start, 3),
+                               **{k: result[k] for k in ("mIoU", "pixAcc", "mAcc", "mIoU_present", "iou_per_class")})
             for i, picture in enumerate(pictures):
                 self.logger.picture(f"{kind}/{i}", picture, step)
         return result
@@ -60,7 +62,7 @@ def validate(run: Run, journal: Journal) -> None:
         run.best = score
         if run.distributed.is_main_process:
             save_state_dict(run.student, run.files.best)
-    journal.clock.restart()
+    journal.clock.skip()
 
 
 def report(run: Run, journal: Journal) -> None:

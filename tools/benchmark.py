@@ -24,11 +24,12 @@ import torch
 
 from tools.bench.cases import BASELINES, COMPARISONS, form_jobs, job, method_jobs
 from tools.bench.options import Common, Compared, Contrast, Criterion, Eval, Loader, Methods, SlowForms, Step
-from tools.bench.report import best_rates, figures, form_table, machine, method_table, variant_table
+from tools.bench.report import best_rates, figures, form_table, method_table, variant_table
 from tools.bench.turns import Plan, Refused, Worker, measure
 from utils.cli import ArgumentParser, read_options, run_main
 from utils.errors import UserError
 from utils.files import check_target, write_json
+from utils.machine import machine
 
 BENCHMARKS: dict[str, type[Common]] = {"step": Step, "criterion": Criterion, "contrast": Contrast, "loader": Loader,
                                        "eval": Eval, "methods": Methods, "slow-forms": SlowForms}

@@ -1,28 +1,11 @@
 """From measured turns to figures, tables and the JSON file."""
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from tools.bench.turns import Measured
-from utils.distributed import available_cpus
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What the figures are figures of."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {"cpu": models[0] if models else platform.processor(), "cores": available_cpus(),
-            "cores_of_machine": os.cpu_count(), "instructions": torch.backends.cpu.get_cpu_capability(),
-            "gpu": torch.cuda.get_device_name() if device == "cuda" else None, "torch": torch.__version__,
-            "python": platform.python_version(), "system": platform.platform()}
 
 
 def best_rates(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -1,0 +1,151 @@
+"""The result of a run: one small JSON file, made of the run's own log, that reports are built from.
+
+``--results DIR --protocol NAME`` writes ``DIR/<protocol>/<data set>/<teacher>-<student>/<label>/<seed>.json`` when the
+run has ended. Nothing in it is written by hand.
+"""
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.checkpoint import versions
+from engine.log import LOG
+from engine.run import Run
+from engine.run_files import RunFiles, plain
+from engine.settings import Networks, Settings
+from utils.errors import UserError
+from utils.files import sha256, write_json
+from utils.machine import machine, revision
+
+FORMAT = 1
+#: points that a curve of a loss term keeps
+POINTS = 60
+SCORES = ("mIoU", "mIoU_present", "pixAcc", "mAcc")
+
+
+def network_name(model: str, backbone: str) -> str:
+    """'deeplabv3_resnet18': a network in names of folders."""
+    return f"{model}_{backbone}"
+
+
+def result_path(settings: Settings) -> Path:
+    """Where the result of a run with these settings goes. The teacher's part is 'none' when nothing reads one."""
+    n, r = settings.networks, settings.running
+    teacher = network_name(n.teacher_model, n.teacher_backbone) if settings.needs_teacher else "none"
+    pair = f"{teacher}-{network_name(n.student_model, n.student_backbone)}"
+    label = r.label or settings.distillation.method or "afdcd"
+    return Path(r.results) / r.protocol / settings.data.dataset / pair / label / f"{settings.optimization.seed}.json"
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a run's JSON lines; a last line that a killed run left half-written is dropped."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def digest(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a log says of a run: time, speed, memory, curves, scores.
+
+    ``scores`` are fractions with the IoU of every class: of the best model on the split that chose it and on those that
+    are only reported; ``last``: of the weights after the last iteration, on the split that chooses.
+    """
+    train = [r for r in records if r["kind"] == "train"]
+    val = [r for r in records if r["kind"] == "val"]
+    best = max(val, key=lambda r: r["mIoU"], default=None)
+    chosen = {best["split"]: _scores(best)} if best else {}
+    reported = {r["split"]: _scores(r) for r in records if r["kind"] == "report"}
+    loads = [r["load"] for r in train if r["load"] is not None]
+    return {
+        "seconds": {"training": round(sum(r["seconds"] for r in train), 2),
+                    "training_cpu": round(sum(r["cpu_seconds"] for r in train), 2),
+                    "validation": round(sum(r["seconds"] for r in val), 2)},
+        "images_per_second": round(statistics.median(r["images_per_second"] for r in train), 3) if train else None,
+        "peak_memory_mb": max((r["memory_mb"] for r in train), default=None),
+        "load": statistics.median(loads) if loads else None,
+        "curve": [{"step": r["step"], **{k: round(r[k], 6) for k in SCORES}} for r in val],
+        "losses": _losses(train), "best_step": best["step"] if best else None,
+        "scores": {**chosen, **reported}, "last": _scores(val[-1]) if val else None}
+
+
+def _scores(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {**{k: record[k] for k in SCORES}, "iou_per_class": record["iou_per_class"]}
+
+
+def _losses(train: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over at most POINTS spans of the run: of the loss, and of every term raw and weighted."""
+    bounds = sorted({round(i * len(train) / POINTS) for i in range(POINTS + 1)})
+    spans = [train[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+
+    def means(values: Iterable[Iterable[float]]) -> list[float]:
+        return [float(f"{statistics.fmean(span):.5g}") for span in values]
+
+    terms = train[-1]["raw"] if train else {}
+    return {"step": [span[-1]["step"] for span in spans], "loss": means([r["loss"] for r in s] for s in spans),
+            "raw": {t: means([r["raw"][t] for r in s] for s in spans) for t in terms},
+            "weighted": {t: means([r["weighted"][t] for r in s] for s in spans) for t in terms}}
+
+
+def build_result(run: Run, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Everything that the file of a run holds."""
+    settings, files = run.settings, run.files
+    n, r = settings.networks, settings.running
+    teacher = None
+    if settings.needs_teacher:
+        source = Path(n.teacher_pretrained).expanduser()
+        teacher = _network(n, "teacher") | {"sha256": sha256(source) if source.is_file() else None}
+    config = json.loads(files.config.read_text(encoding="utf-8"))
+    return {
+        "format": FORMAT, "protocol": r.protocol, "dataset": settings.data.dataset, "teacher": teacher,
+        "student": _network(n, "student") | {"parameters": sum(p.numel() for p in run.student.parameters())},
+        "method": settings.distillation.method or "afdcd", "label": result_path(settings).parent.name,
+        "seed": settings.optimization.seed, "iterations": run.step, "active": settings.active,
+        "classes": list(run.spec.classes), **digest(records), "command": config["command"],
+        "settings": plain(settings), "revision": revision(), "versions": versions(),
+        "hardware": machine(run.distributed.device.type) | {
+            "processes": run.distributed.world_size, "threads": torch.get_num_threads()},
+        "weights": _hashes(files)}
+
+
+def _network(networks: Networks, role: str) -> dict[str, str]:
+    return {key: getattr(networks, f"{role}_{key}") for key in ("model", "backbone")}
+
+
+def _hashes(files: RunFiles) -> dict[str, str]:
+    """SHA-256 of the weights that the run leaves."""
+    return {name: sha256(path) for name, path in (("last", files.student), ("best", files.best)) if path.is_file()}
+
+
+def write_result(run: Run) -> None:
+    """Write the result of a run that has ended, on the main process, where ``--results`` asks for one."""
+    if run.settings.running.results is None or not run.distributed.is_main_process:
+        return
+    path = result_path(run.settings)
+    write_json(path, build_result(run, read_log(run.files.log_directory / f"{run.files.log_name}.jsonl")), indent=None)
+    LOG.info("result: %s", path)
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """One result file; UserError when it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a result that can be read ({error})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: expected a result of format {FORMAT}, as train_kd.py --results writes it")
+    return content
+
+
+def read_results(folder: Path, protocol: str | None = None) -> list[dict[str, Any]]:
+    """Every result below a folder, of one protocol or of all, in the order of their paths."""
+    root = folder / protocol if protocol else folder
+    return [read_result(path) for path in sorted(root.glob("**/*.json"))]

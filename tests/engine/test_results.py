@@ -1,0 +1,125 @@
+"""The result of a run: made of its log, whole after an interruption, refused when it is something else."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import distil_arguments, train_arguments, write_folder_dataset, write_teacher
+
+import train_kd
+from engine.results import POINTS, digest, read_log, read_result, read_results
+from utils.errors import UserError
+from utils.files import sha256
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    write_folder_dataset(folder / "data")
+    write_teacher(folder / "teacher.pth")
+    return folder
+
+
+def arguments(place: Path, save: str, *more: str) -> list[str]:
+    return train_arguments(place / "data", place / save, "--results", str(place / save / "results"), "--protocol",
+                           "tiny-1", "--seed", "3", *more)
+
+
+@pytest.fixture(scope="module")
+def distilled(place) -> dict:
+    assert train_kd.main(arguments(place, "distilled", *distil_arguments(place / "teacher.pth"))) == 0
+    pair = "deeplabv3_mobilenetv2_w0.5".replace("deeplabv3", "deeplab_mobile") + "-deeplab_mobile_mobilenetv2_w0.25"
+    return read_result(place / "distilled" / "results" / "tiny-1" / "folder" / pair / "afdcd" / "3.json")
+
+
+def test_it_says_what_was_run(distilled, place) -> None:
+    assert (distilled["protocol"], distilled["dataset"], distilled["label"], distilled["seed"]) == ("tiny-1", "folder",
+                                                                                                 "afdcd", 3)
+    assert distilled["iterations"] == 6 and distilled["settings"]["batch_size"] == 4
+    assert distilled["command"]
+    assert distilled["teacher"]["sha256"] == sha256(place / "teacher.pth")
+    assert set(distilled["active"]) == {"kd", "fd", "ctr"}
+    assert distilled["hardware"]["processes"] == 1 and distilled["versions"]["torch"]
+
+
+def test_its_hashes_are_those_of_the_weights(distilled, place) -> None:
+    stem = place / "distilled" / "kd_deeplab_mobile_mobilenetv2_w0.25_folder"
+    assert distilled["weights"] == {"last": sha256(Path(f"{stem}.pth")), "best": sha256(Path(f"{stem}_best_model.pth"))}
+
+
+def test_its_scores_are_those_of_the_best_validation(distilled) -> None:
+    best = max(distilled["curve"], key=lambda point: point["mIoU"])
+    assert [point["step"] for point in distilled["curve"]] == [3, 6]
+    assert distilled["best_step"] == best["step"]
+    assert distilled["scores"]["val"]["mIoU"] == pytest.approx(best["mIoU"], abs=1e-6)
+    per_class = distilled["scores"]["val"]["iou_per_class"]
+    assert len(per_class) == len(distilled["classes"])
+    assert sum(per_class) / len(per_class) == pytest.approx(distilled["scores"]["val"]["mIoU"])
+
+
+def test_time_speed_and_memory_are_measured(distilled) -> None:
+    assert distilled["seconds"]["training_cpu"] > 0 and distilled["seconds"]["training"] > 0
+    assert distilled["seconds"]["validation"] > 0 and distilled["images_per_second"] > 0
+    assert distilled["peak_memory_mb"] > 50
+
+
+def test_a_plain_run_has_no_teacher_and_a_label_of_its_own(place) -> None:
+    assert train_kd.main(arguments(place, "plain", "--method", "none", "--label", "none-long")) == 0
+    one, = read_results(place / "plain" / "results", "tiny-1")
+    assert one["teacher"] is None and one["label"] == "none-long" and one["method"] == "none"
+    path = place / "plain/results/tiny-1/folder/none-deeplab_mobile_mobilenetv2_w0.25/none-long/3.json"
+    assert read_result(path) == one
+
+
+def test_an_interrupted_run_has_the_same_curve(place, distilled, monkeypatch) -> None:
+    def dying(run, batch):
+        if run.step == 4:
+            raise KeyboardInterrupt
+        return original(run, batch)
+
+    original = train_kd.train_batch
+    argv = arguments(place, "resumed", *distil_arguments(place / "teacher.pth"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_kd, "train_batch", dying)
+        train_kd.main(argv)
+    assert not list((place / "resumed" / "results").glob("**/*.json"))
+    assert train_kd.main([*argv, "--resume", "auto"]) == 0
+    one, = read_results(place / "resumed" / "results")
+    same = ("curve", "losses", "scores", "last", "weights", "best_step")
+    assert {k: one[k] for k in same} == {k: distilled[k] for k in same}
+
+
+def record(step: int, loss: float, **more: float) -> dict:
+    return {"kind": "train", "step": step, "loss": loss, "raw": {"task": loss}, "weighted": {"task": 2 * loss},
+            "seconds": 2.0, "cpu_seconds": 1.0, "images_per_second": 4.0, "memory_mb": 10, "load": 1.0, **more}
+
+
+def test_a_long_log_is_thinned_by_means() -> None:
+    records = [record(step, step % 2) for step in range(1, 10 * POINTS + 1)]
+    losses = digest(records)["losses"]
+    assert len(losses["step"]) == POINTS and losses["step"][-1] == 10 * POINTS
+    assert losses["loss"] == [0.5] * POINTS and losses["weighted"]["task"] == [1.0] * POINTS
+
+
+def test_seconds_add_up_and_memory_is_the_most() -> None:
+    got = digest([record(1, 1), record(2, 1, memory_mb=30, load=None)])
+    assert got["seconds"] == {"training": 4.0, "training_cpu": 2.0, "validation": 0} and got["peak_memory_mb"] == 30
+    assert got["load"] == 1.0 and got["scores"] == {} and got["last"] is None
+
+
+def test_the_cut_last_line_of_a_log_is_dropped(tmp_path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"kind": "val", "step": 1}\n{"kind": "tr')
+    assert read_log(tmp_path / "log.jsonl") == [{"kind": "val", "step": 1}]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 99}'])
+def test_another_file_is_refused_by_name(tmp_path, content) -> None:
+    (tmp_path / "0.json").write_text(content)
+    with pytest.raises(UserError, match=r"0\.json"):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize("flags", [["--protocol", "a/b"], ["--label", "../x"]])
+def test_names_that_are_no_folder_names_are_refused(place, flags) -> None:
+    with pytest.raises(UserError, match=flags[0]):
+        train_kd.main(arguments(place, "refused", "--method", "none", *flags))
