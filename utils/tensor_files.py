@@ -33,9 +33,15 @@ def in_plain_order(content: Any) -> Any:
 
 
 def save_tensors(path: Path, content: Any) -> None:
-    """Write tensors, numbers, strings, lists and dicts, atomically. UserError when ``path`` cannot be written."""
+    """Write tensors, numbers, strings, lists and dicts, atomically; the same content gives the same bytes. UserError
+    when ``path`` cannot be written."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # given a path, torch puts its name into the file
+            torch.save(content, file)
+
     try:
-        write_atomically(path, lambda temporary: torch.save(content, temporary))
+        write_atomically(path, write)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(f"{path}: cannot be written ({first_line(error)})") from error
 

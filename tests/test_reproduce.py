@@ -1,0 +1,217 @@
+"""Plans: what they mean, running them side by side, stopping in the middle, going on."""
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, STUDENT, TEACHER, write_folder_dataset
+
+from engine.results import read_results
+from engine.settings import parse_settings
+from tools import reproduce
+from tools.planning import plan as plans
+from tools.planning.plan import Expansion, Places, as_flags, plan_names, read_plan
+from tools.planning.published import published_jobs, published_names
+from tools.planning.runner import Runner
+from tools.planning.status import BEGUN, DONE, NEW, status
+from utils.errors import UserError
+
+PLAN = """
+title = "Tiny"
+protocol = "tiny-1"
+dataset = "folder"
+student = "deeplab_mobile {student}"
+seeds = [1, 2]
+gpus = 0
+[flags]
+crop-size = [64, 64]
+batch-size = 4
+max-iterations = 4
+workers = 0
+log-iter = 1
+save-per-iters = 1
+val-per-iters = 2
+tensorboard = false
+[teachers.net]
+network = "deeplab_mobile {teacher}"
+flags = {{max-iterations = 2}}
+[runs.none]
+[runs.none-long]
+method = "none"
+flags = {{max-iterations = 6}}
+seeds = [1]
+[runs.fd]
+method = "afdcd"
+flags = {{lambda-fd = 1e-5, lambda-kd = 0, lambda-ctr = 0}}
+[scan.lambda-fd]
+of = "fd"
+values = [1e-6, 1e-4]
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # other numbers of threads add up in another order
+    write_folder_dataset(tmp_path / "data")
+    (tmp_path / "tiny.toml").write_text(PLAN.format(student=STUDENT, teacher=TEACHER))
+    return tmp_path
+
+
+def arguments(place: Path, *more: str) -> list[str]:
+    return [str(place / "tiny.toml"), "--data", str(place / "data"), "--results", str(place / "results"), "--work",
+            str(place / "work"), *more]
+
+
+def expand(place: Path) -> list[plans.Job]:
+    return Expansion(read_plan(place / "tiny.toml"), Places(place / "results", place / "work", place / "data")).jobs()
+
+
+PAIR = f"deeplab_mobile_{TEACHER}-deeplab_mobile_{STUDENT}"
+PLAIN, TEACHERS = f"none-deeplab_mobile_{STUDENT}", f"none-deeplab_mobile_{TEACHER}"
+
+
+class TestMeaning:
+    def test_a_plan_means_its_teacher_its_runs_and_its_scans(self, place) -> None:
+        assert [job.name for job in expand(place)] == [
+            f"tiny-1/folder/{TEACHERS}/none/1", f"tiny-1/folder/{PLAIN}/none/1", f"tiny-1/folder/{PLAIN}/none/2",
+            f"tiny-1/folder/{PLAIN}/none-long/1", f"tiny-1/folder/{PAIR}/fd/1", f"tiny-1/folder/{PAIR}/fd/2",
+            f"tiny-1-scan/folder/{PAIR}/fd+1e-06/1", f"tiny-1-scan/folder/{PAIR}/fd+0.0001/1"]
+
+    def test_the_settings_of_a_run_are_those_of_the_plan(self, place) -> None:
+        jobs = {job.name: job for job in expand(place)}
+        fd = jobs[f"tiny-1/folder/{PAIR}/fd/2"]
+        assert fd.settings.active == {"fd": 1e-5} and fd.settings.optimization.seed == 2
+        assert fd.settings.optimization.max_iterations == 4 and fd.settings.data.crop_size == (64, 64)
+        assert fd.needs == (f"tiny-1/folder/{TEACHERS}/none/1",)
+        assert fd.settings.networks.teacher_pretrained == str(jobs[fd.needs[0]].best)
+        assert jobs[f"tiny-1-scan/folder/{PAIR}/fd+1e-06/1"].settings.active == {"fd": 1e-6}
+        assert jobs[f"tiny-1/folder/{PLAIN}/none-long/1"].settings.optimization.max_iterations == 6
+
+    def test_the_result_lies_where_the_run_writes_it(self, place) -> None:
+        for job in expand(place):
+            assert job.result == place / "results" / f"{job.name}.json"
+            assert parse_settings(["--dataset", *job.flags]) == job.settings
+
+    def test_values_become_flags(self) -> None:
+        assert as_flags({"crop-size": [1, 2], "fast": False, "aux": True, "amp": "bf16", "lr": 0.1}) == [
+            "--crop-size", "1", "2", "--no-fast", "--aux", "--amp", "bf16", "--lr", "0.1"]
+
+    def test_folders_of_the_repository_are_named_from_it(self) -> None:
+        assert Places.of(results=str(ROOT / "results"), work="/elsewhere").results == Path("results")
+
+    @pytest.mark.parametrize("old, new, message", [
+        ("protocol = \"tiny-1\"", "", "protocol is missing"), ("gpus = 0", "gpu = 0", "has no gpu"),
+        ("of = \"fd\"", "", r"\[scan.lambda-fd\] of is missing"), ("[runs.none]", "[runs.none", "not a TOML file"),
+        ("of = \"fd\"", "of = \"x\"", "no run 'x'"), ("[runs.fd]", "[runs.fd]\nmetod = \"fd\"", "has no metod"),
+        (f"deeplab_mobile {TEACHER}", TEACHER, "teachers.net: expected 'MODEL BACKBONE'"),
+        ("method = \"afdcd\"", "method = \"afdcd\"\nteacher = \"x\"", "no teacher 'x'"),
+        ("max-iterations = 4", "max-iterations = 0", "--max-iterations"),
+        ("max-iterations = 4", "max-iteration = 4", "--max-iteration")])
+    def test_a_plan_that_nobody_can_run_is_refused(self, place, capsys, old, new, message) -> None:
+        text = (place / "tiny.toml").read_text()
+        assert old in text
+        (place / "tiny.toml").write_text(text.replace(old, new))
+        with pytest.raises((UserError, SystemExit)) as error:
+            reproduce.main(arguments(place, "--dry-run"))
+        assert re.search(message, f"{error.value} {capsys.readouterr().err}")
+
+    def test_an_unknown_plan_is_refused_with_the_names(self) -> None:
+        with pytest.raises(UserError, match="camvid-cpu"):
+            reproduce.main(["nothing", "--dry-run"])
+
+    @pytest.mark.parametrize("name", plan_names())
+    def test_the_plans_of_the_repository_can_be_run(self, name) -> None:
+        jobs = Expansion(read_plan(name), Places()).jobs()
+        assert jobs and len({job.name for job in jobs}) == len(jobs)
+        assert all(job.result.is_relative_to(ROOT / "results") for job in jobs)
+
+    def test_every_published_table_is_a_plan(self) -> None:
+        assert set(published_names()) == {"cityscapes", "ade20k", "coco_stuff", "voc", "camvid"}
+        jobs = {job.name: job for job in published_jobs("ade20k", Places(), [0, 4])}
+        assert len(jobs) == 8
+        afdcd = jobs["paper/ade20k/deeplabv3_resnet101-deeplabv3_resnet18/afdcd/4"]
+        assert afdcd.settings.optimization.max_iterations == 40000 and afdcd.settings.optimization.seed == 4
+        assert afdcd.script == "train_scripts/ade20k/deeplabv3_r101_r18_afdcd.sh"
+
+
+class TestRunning:
+    def test_an_interrupted_plan_goes_on_to_the_same_results(self, place) -> None:
+        """Stopped in the middle of the second run, then run to the end: the first is skipped, the second goes on, and
+        ends as one that was never stopped."""
+        command = [sys.executable, "tools/reproduce.py", *arguments(place, "--only", "/none/")]
+        second = next(job for job in expand(place) if job.name.endswith(f"{PLAIN}/none/1"))
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while not second.state.is_file() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 130 and "stopped" in said
+        first = expand(place)[0]
+        assert status(first).state == DONE and status(second).state == BEGUN
+        made = first.result.stat().st_mtime_ns
+        assert reproduce.main(arguments(place, "--only", "/none/", "--jobs", "2")) == 0
+        assert first.result.stat().st_mtime_ns == made
+        assert {status(job).state for job in expand(place) if "/none/" in job.name} == {DONE}
+        assert "resumed" in (second.folder / "output.txt").read_text()
+        whole = place / "whole"
+        assert reproduce.main([*arguments(place, "--only", f"{PLAIN}/none/1"), "--results", str(whole / "results"),
+                               "--work", str(whole / "work")]) == 0
+        alone, = read_results(whole / "results")
+        one = json.loads(second.result.read_text())
+        assert (one["weights"], one["curve"]) == (alone["weights"], alone["curve"])
+
+    def test_a_teacher_is_trained_before_its_student(self, place, capsys) -> None:
+        assert reproduce.main(arguments(place, "--only", "/fd/1", "--jobs", "2")) == 0
+        said = capsys.readouterr().out
+        assert said.index(f"done after {'0.'}") < said.index(f"[2/2] tiny-1/folder/{PAIR}/fd/1")
+        teacher, student = (one for one in sorted(read_results(place / "results"), key=lambda r: r["label"] == "fd"))
+        assert student["teacher"]["sha256"] == teacher["weights"]["best"]
+
+    def test_a_failed_teacher_leaves_its_students_waiting(self, place, capsys) -> None:
+        (place / "data" / "classes.txt").unlink()
+        assert reproduce.main(arguments(place, "--only", "/fd/1")) == 1
+        assert "1 failed, 1 left" in capsys.readouterr().out
+
+    def test_nothing_begins_after_the_time_is_over(self, place) -> None:
+        outcome = Runner(expand(place), set(), seconds=0, say=lambda line: None).run()
+        assert not outcome.done and len(outcome.waiting) == len(expand(place))
+
+    def test_a_changed_plan_does_not_take_old_results(self, place) -> None:
+        assert reproduce.main(arguments(place, "--only", f"{PLAIN}/none/1")) == 0
+        text = (place / "tiny.toml").read_text()
+        (place / "tiny.toml").write_text(text.replace("batch-size = 4", "batch-size = 2"))
+        with pytest.raises(UserError, match="batch_size: 4 -> 2"):
+            reproduce.main(arguments(place, "--dry-run"))
+
+    def test_a_dry_run_runs_nothing(self, place, capsys) -> None:
+        assert reproduce.main(arguments(place, "--dry-run")) == 0
+        assert "8 runs: 0 done, 0 begun, 8 new" in capsys.readouterr().out
+        assert not (place / "work").exists() and {status(job).state for job in expand(place)} == {NEW}
+
+    def test_only_takes_the_teacher_along(self, place, capsys) -> None:
+        assert reproduce.main(arguments(place, "--dry-run", "--only", "fd/2")) == 0
+        assert f"{TEACHERS}/none/1" in capsys.readouterr().out
+        with pytest.raises(UserError, match="--only nothing"):
+            reproduce.main(arguments(place, "--only", "nothing"))
+
+
+def test_slurm_lists_are_commands_that_an_array_runs(place, capsys) -> None:
+    assert reproduce.main(arguments(place, "--slurm", "--jobs", "3")) == 0
+    lists = sorted((place / "work").glob("**/slurm-*.txt"))
+    assert [len(path.read_text().splitlines()) for path in lists] == [4, 4]
+    said = capsys.readouterr().out
+    assert "--array=1-4%3" in said and "--dependency=afterok:$first" in said
+    environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "2", "DRY_RUN": "1"}
+    done = subprocess.run(["bash", "train_scripts/array.sh", str(lists[1]), "--log-iter", "7"], cwd=ROOT,
+                          env=environment, capture_output=True, text=True, check=True)
+    settings = parse_settings(shlex.split(done.stdout)[2:])
+    assert settings.running.log_iter == 7 and settings.optimization.seed == 2 and settings.running.label == "fd"

@@ -1,0 +1,260 @@
+"""From a plan, a small TOML file in ``train_scripts/plans/``, to the runs that it means.
+
+    title = "CamVid on two cores"       # of tables
+    protocol = "camvid-cpu-1"           # a changed plan gets a new name: runs of one protocol are compared
+    dataset = "camvid"
+    data = "data/CamVid"                # default: what common.sh says, and DATA
+    student = "deeplabv3 resnet18_w0.25"
+    seeds = [0, 1, 2]
+    gpus = 0                            # processes of a run; default: all GPUs of the machine
+    flags = {crop-size = [176, 176]}    # of every run; values as on the command line
+
+    [teachers.mbv2]                     # trained first, with the first seed
+    network = "deeplab_mobile mobilenetv2"
+    flags = {max-iterations = 4000}
+    [teachers.other]                    # or a file that is there already
+    network = "deeplabv3 resnet18_w0.5"
+    file = "pretrained_ckpt/other.pth"
+
+    [runs.afdcd]                        # the name is the label of the row
+    method = "afdcd"                    # default: the label
+    teacher = "mbv2"                    # default: the only teacher, unless method = "none"
+    flags = {lambda-fd = 1e-3}
+
+    [scan.lambda-fd]                    # more runs, of the first seed and of protocol camvid-cpu-1-scan
+    of = "afdcd"                        # the run whose weight is looked for; chosen on val, before test is looked at
+    values = [2e-4, 1e-3, 5e-3]
+"""
+from __future__ import annotations
+
+import shlex
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.results import network_name, result_path
+from engine.run_files import RunFiles
+from engine.settings import Settings, parse_settings
+from models import split_backbone
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FOLDER = ROOT / "train_scripts" / "plans"
+KEYS = {"": {"title", "protocol", "dataset", "data", "student", "seeds", "gpus", "flags", "teachers", "runs", "scan"},
+        "teachers": {"network", "file", "flags"}, "runs": {"method", "teacher", "flags", "seeds"},
+        "scan": {"of", "values"}}
+
+
+@dataclass(frozen=True)
+class Places:
+    """Folders. results: of result files; work: of weights, states and logs; data: of the data set, None for the plan's.
+
+    Those inside the repository are given relative to it, so that results say nothing of the machine's folders."""
+
+    results: Path = Path("results")
+    work: Path = Path("work_dir")
+    data: Path | None = None
+
+    @classmethod
+    def of(cls, **given: str | None) -> Places:
+        """From folders of the command line, relative to where it was given."""
+        paths = {name: Path(text).expanduser().resolve() for name, text in given.items() if text is not None}
+        return cls(**{name: path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+                      for name, path in paths.items()})
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a plan.
+
+    name: protocol/data set/pair/label/seed, the path of its result; script: below the repository; flags: all that
+    follow it; settings: what they mean; needs: names of the jobs that train its teacher; environment: on top of the
+    caller's."""
+
+    name: str
+    script: str
+    flags: tuple[str, ...]
+    settings: Settings
+    needs: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def command(self) -> list[str]:
+        """The command line, to be run in the root of the repository."""
+        return ["bash", self.script, *self.flags]
+
+    @property
+    def shown(self) -> str:
+        """The command line with its environment, to be copied to a terminal."""
+        return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(self.command)])
+
+    @property
+    def result(self) -> Path:
+        """The file that it leaves in the results folder."""
+        return ROOT / result_path(self.settings)
+
+    @property
+    def folder(self) -> Path:
+        """Of its weights, state and log."""
+        return ROOT / self.settings.running.save_dir
+
+    @property
+    def best(self) -> Path:
+        """Its best weights, as commands name them."""
+        return RunFiles(self.settings).best
+
+    @property
+    def state(self) -> Path:
+        """Its training state."""
+        return ROOT / RunFiles(self.settings).state
+
+
+def own_flags(places: Places, protocol: str, name: str, label: str, seed: int) -> list[str]:
+    """The flags that a plan adds to every run: where its files go, and that it goes on where it stopped."""
+    folder = str(places.work / name)
+    return ["--seed", str(seed), "--save-dir", folder, "--log-dir", folder, "--results", str(places.results),
+            "--protocol", protocol, "--label", label, "--resume", "auto"]
+
+
+@dataclass(frozen=True)
+class Network:
+    """model and backbone, as '--student-model' and '--student-backbone' take them."""
+
+    model: str
+    backbone: str
+
+    @classmethod
+    def read(cls, text: Any, where: str) -> Network:
+        """From 'deeplabv3 resnet18'. UserError for anything else."""
+        words = text.split() if isinstance(text, str) else []
+        if len(words) != 2:
+            raise UserError(f"{where}: expected 'MODEL BACKBONE', such as \"deeplabv3 resnet18\", got {text!r}")
+        split_backbone(words[1])
+        return cls(*words)
+
+    @property
+    def name(self) -> str:
+        """In names of folders."""
+        return network_name(self.model, self.backbone)
+
+
+def plan_names() -> list[str]:
+    """The plans that there are a file of."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def read_plan(source: str | Path) -> dict[str, Any]:
+    """The content of a plan, by name or by file. UserError when it is none, or holds what nobody reads."""
+    path = Path(source).expanduser() if str(source).endswith(".toml") else FOLDER / f"{source}.toml"
+    try:
+        plan = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"plan {source}: no such plan; expected a .toml file or one of "
+                        f"{', '.join(plan_names())}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a TOML file ({error})") from error
+    check_keys(plan, path)
+    return plan
+
+
+def check_keys(plan: Mapping[str, Any], path: Path) -> None:
+    """UserError for a key that nobody reads, and for one that is missing."""
+    parts = [("", plan), *((f"{kind}.{name}", entry) for kind in ("teachers", "runs", "scan")
+                           for name, entry in plan.get(kind, {}).items())]
+    for where, entry in parts:
+        if where.startswith("scan.") and (missing := KEYS["scan"] - entry.keys()):
+            raise UserError(f"{path}: [{where}] {', '.join(sorted(missing))} is missing")
+        if unknown := entry.keys() - KEYS[where.partition(".")[0]]:
+            raise UserError(f"{path}: {f'[{where}] ' if where else ''}has no {', '.join(sorted(unknown))}; expected "
+                            f"{', '.join(sorted(KEYS[where.partition('.')[0]]))}")
+    if missing := {"protocol", "dataset", "student", "seeds", "runs"} - plan.keys():
+        raise UserError(f"{path}: {', '.join(sorted(missing))} is missing")
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """{'crop-size': [176, 176], 'fast': False} -> ['--crop-size', '176', '176', '--no-fast']."""
+    flags: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            flags.append(f"--{'' if value else 'no-'}{name}")
+        else:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+class Expansion:
+    """The jobs of one plan, teachers first. Every command line is checked. seeds: in place of the plan's."""
+
+    def __init__(self, plan: Mapping[str, Any], places: Places, seeds: Sequence[int] | None = None) -> None:
+        self.plan, self.places = plan, places
+        self.seeds = list(seeds or plan["seeds"])
+        self.student = Network.read(plan["student"], "student")
+        self.teachers = {name: Network.read(entry.get("network"), f"teachers.{name}")
+                         for name, entry in plan.get("teachers", {}).items()}
+
+    def jobs(self) -> list[Job]:
+        """All of them, in the order in which they can run."""
+        return [*self._teachers(), *self._runs(), *self._scans()]
+
+    def _teachers(self) -> Iterator[Job]:
+        for name, entry in self.plan.get("teachers", {}).items():
+            if "file" not in entry:
+                yield self._teacher_job(name)
+
+    def _runs(self) -> Iterator[Job]:
+        for label, entry in self.plan["runs"].items():
+            for seed in entry.get("seeds", self.seeds):
+                yield self._run(label, entry, seed)
+
+    def _scans(self) -> Iterator[Job]:
+        for setting, entry in self.plan.get("scan", {}).items():
+            for label in [entry["of"]] if isinstance(entry["of"], str) else entry["of"]:
+                if label not in self.plan["runs"]:
+                    raise UserError(f"scan.{setting}: no run {label!r} in the plan; expected one of "
+                                    f"{', '.join(self.plan['runs'])}")
+                run = self.plan["runs"][label]
+                for value in entry["values"]:
+                    changed = {**run, "flags": {**run.get("flags", {}), setting: value}}
+                    yield self._run(label, changed, self.plan["seeds"][0], scanned=f"{value:g}")
+
+    def _run(self, label: str, entry: Mapping[str, Any], seed: int, scanned: str | None = None) -> Job:
+        method = entry.get("method", label)
+        teacher = entry.get("teacher", next(iter(self.teachers)) if method != "none" and self.teachers else None)
+        if teacher is not None and teacher not in self.teachers:
+            raise UserError(f"runs.{label}: no teacher {teacher!r} in the plan; expected one of "
+                            f"{', '.join(self.teachers)}")
+        return self._job(self.student, label, method, seed, entry.get("flags", {}), teacher, scanned)
+
+    def _job(self, net: Network, label: str, method: str, seed: int, flags: Mapping[str, Any],
+             teacher: str | None = None, scanned: str | None = None) -> Job:
+        plan = self.plan
+        protocol = plan["protocol"] + ("-scan" if scanned else "")
+        label = f"{label}+{scanned}" if scanned else label
+        pair = f"{self.teachers[teacher].name if teacher else 'none'}-{net.name}"
+        name = f"{protocol}/{plan['dataset']}/{pair}/{label}/{seed}"
+        data = self.places.data or plan.get("data")
+        words = [*(("--data", str(data)) if data else ()), *as_flags({**plan.get("flags", {}), **flags}), "--method",
+                 method, "--student-model", net.model, "--student-backbone", net.backbone]
+        needs: tuple[str, ...] = ()
+        if teacher:
+            weights, needs = self._teacher_weights(teacher)
+            words += ["--teacher-model", self.teachers[teacher].model, "--teacher-backbone",
+                      self.teachers[teacher].backbone, "--teacher-pretrained", str(weights)]
+        words += own_flags(self.places, protocol, name, label, seed)
+        environment = {"PYTHON": sys.executable, **({"GPUS": str(plan["gpus"])} if "gpus" in plan else {})}
+        settings = parse_settings(["--dataset", plan["dataset"], *words])
+        return Job(name, "train_scripts/train.sh", (plan["dataset"], *words), settings, needs, environment)
+
+    def _teacher_weights(self, name: str) -> tuple[Path, tuple[str, ...]]:
+        """(file of a teacher, name of the job that trains it)."""
+        if "file" in self.plan["teachers"][name]:
+            return Path(self.plan["teachers"][name]["file"]).expanduser(), ()
+        job = self._teacher_job(name)
+        return job.best, (job.name,)
+
+    def _teacher_job(self, name: str) -> Job:
+        entry = self.plan["teachers"][name]
+        return self._job(self.teachers[name], "none", "none", self.plan["seeds"][0], entry.get("flags", {}))

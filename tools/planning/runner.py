@@ -1,0 +1,159 @@
+"""Running jobs side by side: teachers before their students, until all are done or the time is over."""
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tools.planning.plan import ROOT, Job
+from utils.distributed import available_cpus
+
+#: seconds between two looks at the running processes
+PAUSE = 0.2
+#: seconds between two lines that say how far the running ones are
+NEWS = 30
+#: seconds that a run gets to end after it was told to
+GRACE = 20
+OUTPUT = "output.txt"
+
+
+@dataclass
+class Outcome:
+    """Names of jobs: with a result, failed, stopped on the way, not begun for want of time or of a teacher."""
+
+    done: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    stopped: list[str] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
+
+
+class Runner:
+    """Runs jobs, ``side_by_side`` of them at a time.
+
+    finished: names of jobs that are done. seconds: after them no run is begun, and those that run are told to end; each
+    goes on from its last training state when it is run again. say: gets a line per event.
+    """
+
+    def __init__(self, jobs: Sequence[Job], finished: set[str], side_by_side: int = 1, seconds: float | None = None,
+                 say: Callable[[str], object] = print) -> None:
+        self.left, self.finished, self.side_by_side = list(jobs), set(finished), side_by_side
+        self.deadline = None if seconds is None else time.monotonic() + seconds
+        self.say, self.count, self.begun = say, len(jobs), 0
+        self.running: dict[str, tuple[Job, subprocess.Popen, float]] = {}
+        self.next_news = time.monotonic() + NEWS
+        self.outcome = Outcome()
+
+    def run(self) -> Outcome:
+        """Run until nothing is left that can run. An interruption ends the runs and is passed on."""
+        try:
+            while self._begin() or self.running:
+                time.sleep(PAUSE)
+                self._collect()
+                self._tell_news()
+                if self._is_over() and self.running:
+                    self._stop()
+        finally:
+            self._stop()
+        self.outcome.waiting = [job.name for job in self.left]
+        return self.outcome
+
+    def _is_over(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def _begin(self) -> bool:
+        """Begin what can begin. Whether anything has begun."""
+        before = self.begun
+        while len(self.running) < self.side_by_side and not self._is_over():
+            job = next((job for job in self.left if self.finished.issuperset(job.needs)), None)
+            if job is None:
+                break
+            self.left.remove(job)
+            self.begun += 1
+            self.say(f"[{self.begun}/{self.count}] {job.name}\n    {job.shown}")
+            self.running[job.name] = (job, start(job, self.side_by_side), time.monotonic())
+        return self.begun > before
+
+    def _collect(self) -> None:
+        for name, (job, process, began) in list(self.running.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del self.running[name]
+            minutes = (time.monotonic() - began) / 60
+            if code == 0 and job.result.is_file():
+                self.finished.add(name)
+                self.outcome.done.append(name)
+                self.say(f"done after {minutes:.1f} min: {name}")
+            else:
+                self.outcome.failed.append(name)
+                self.say(f"failed after {minutes:.1f} min with exit code {code}: {name}\n    {last_line(job)} (all of "
+                         f"it: {job.folder / OUTPUT})")
+
+    def _tell_news(self) -> None:
+        """Say now and then how far the running ones are."""
+        if time.monotonic() < self.next_news:
+            return
+        self.next_news = time.monotonic() + NEWS
+        for name, (job, _, _) in self.running.items():
+            said = re.search(r"step .*", last_line(job))
+            self.say(f"    {name}: {said[0] if said else 'beginning'}")
+
+    def _stop(self) -> None:
+        """Tell every run to end, and wait."""
+        for _, process, _ in self.running.values():
+            tell(process, signal.SIGTERM)
+        for name, (_, process, _) in self.running.items():
+            try:
+                process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                tell(process, signal.SIGKILL)
+                process.wait()
+            self.outcome.stopped.append(name)
+            self.say(f"stopped: {name}")
+        self.running.clear()
+
+
+def start(job: Job, side_by_side: int) -> subprocess.Popen:
+    """Start a run, its output in its folder. Runs that share the CPUs get their share of threads."""
+    environment = {**os.environ, **job.environment}
+    if "OMP_NUM_THREADS" not in os.environ:
+        environment["OMP_NUM_THREADS"] = str(max(available_cpus() // side_by_side, 1))
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with open(job.folder / OUTPUT, "a", encoding="utf-8") as output:
+        return subprocess.Popen(job.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
+                                stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def tell(process: subprocess.Popen, what: signal.Signals) -> None:
+    """Send a signal to a run and all that it has started."""
+    try:
+        os.killpg(process.pid, what)
+    except ProcessLookupError:
+        return
+
+
+def last_line(job: Job) -> str:
+    """What a run said last."""
+    path: Path = job.folder / OUTPUT
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.is_file() else []
+    return lines[-1] if lines else "it said nothing"
+
+
+def write_lists(jobs: Sequence[Job], folder: Path, side_by_side: int) -> list[str]:
+    """Write the commands for a Slurm cluster, teachers and students in a list each; the commands that submit them."""
+    stages = [[job for job in jobs if not job.needs], [job for job in jobs if job.needs]]
+    commands = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, stage in enumerate((stage for stage in stages if stage), start=1):
+        path = folder / f"slurm-{number}.txt"
+        path.write_text("".join(f"{job.shown}\n" for job in stage), encoding="utf-8")
+        wait = " --dependency=afterok:$first" if number > 1 else ""
+        commands.append(f"{'first=$(' if number == 1 and all(stages) else ''}sbatch --parsable --array=1-{len(stage)}"
+                        f"%{side_by_side}{wait} train_scripts/slurm.sh train_scripts/array.sh {path}"
+                        f"{')' if number == 1 and all(stages) else ''}")
+    return commands

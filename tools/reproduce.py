@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""A whole table of results in one command, which can be interrupted and given again.
+
+    python tools/reproduce.py toy --dry-run              which runs the plan means, and how far each is
+    python tools/reproduce.py camvid-cpu --jobs 2 --time-budget 120
+    python tools/reproduce.py cityscapes --only afdcd --seeds 0 1 2 --slurm
+    python tools/report.py                               the tables, when results are there
+
+PLAN: a file of train_scripts/plans/, or a published table: cityscapes, ade20k, coco_stuff, voc, camvid. What has a
+result is skipped, what was interrupted goes on. Each run leaves one small file in results/.
+"""
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools.planning.plan import Expansion, Job, Places, plan_names, read_plan
+from tools.planning.published import published_jobs, published_names
+from tools.planning.runner import Runner, write_lists
+from tools.planning.status import BEGUN, DONE, NEW, Status, status
+from utils.cli import ArgumentParser, read_options, run_main
+from utils.errors import UserError
+from utils.options import OptionGroup, option
+
+
+@dataclass(frozen=True)
+class Options(OptionGroup):
+    """The command line, without the plan."""
+    only: tuple[str, ...] = option((), "only runs whose name holds one of these texts (and the teachers they need)",
+                                   metavar="TEXT")
+    seeds: tuple[int, ...] = option((), "in place of the plan's (published tables: default 0)", at_least=0,
+                                    metavar="N")
+    dry_run: bool = option(False, "print the runs, how far each is and its command; run nothing")
+    jobs: int = option(1, "runs side by side", at_least=1, metavar="N")
+    time_budget: float | None = option(None, "stop after so many minutes; the next call goes on", above=0,
+                                       metavar="MIN")
+    slurm: bool = option(False, "write lists of commands and print how to submit them, at most --jobs at a time")
+    data: str | None = option(None, "folder of the data set", metavar="DIR")
+    results: str | None = option(None, "folder of the result files (default: results)", metavar="DIR")
+    work: str | None = option(None, "folder of weights, states and logs (default: work_dir)", metavar="DIR")
+
+
+def parse(argv: list[str] | None) -> tuple[str, Options]:
+    """(plan, options)."""
+    parser = ArgumentParser(prog="reproduce.py", description=__doc__.split("\n")[0])
+    parser.add_argument("plan", metavar="PLAN", help=f"{', '.join([*plan_names(), *published_names()])}, or a .toml "
+                                                     "file")
+    parser.add_options(parser, Options)
+    parsed = parser.parse_args(argv)
+    return parsed.plan, read_options(vars(parsed), Options)
+
+
+def find_jobs(plan: str, options: Options) -> list[Job]:
+    """The runs of a plan that are asked for, teachers first."""
+    places = Places.of(**{k: v for k, v in asdict(options).items() if k in ("results", "work", "data")})
+    if plan in published_names():
+        jobs = published_jobs(plan, places, options.seeds or (0,))
+    else:
+        jobs = Expansion(read_plan(plan), places, options.seeds).jobs()
+    chosen = [job for job in jobs if not options.only or any(text in job.name for text in options.only)]
+    if not chosen:
+        raise UserError(f"--only {' '.join(options.only)}: no run of plan {plan} has such a name; one is "
+                        f"{jobs[0].name}")
+    needed = {name for job in chosen for name in job.needs}
+    return [job for job in jobs if job in chosen or job.name in needed]
+
+
+def overview(jobs: list[Job], states: dict[str, Status]) -> str:
+    """A line per run, and how many there are of each state."""
+    lines = []
+    for job in jobs:
+        one, total = states[job.name], job.settings.optimization.max_iterations
+        lines.append(f"{one.state:6s} {one.step:>6d}/{total:<6d} {job.name}")
+    counts = [f"{sum(s.state == state for s in states.values())} {state}" for state in (DONE, BEGUN, NEW)]
+    return "\n".join([*lines, "", f"{len(jobs)} runs: {', '.join(counts)}"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what is missing of a plan. Returns 1 when a run failed, 0 otherwise."""
+    plan, options = parse(argv)
+    jobs = find_jobs(plan, options)
+    states = {job.name: status(job) for job in jobs}
+    missing = [job for job in jobs if states[job.name].state != DONE]
+    print(overview(jobs, states), flush=True)
+    if options.dry_run:
+        print("\n".join(["", *(job.shown for job in missing)]))
+        return 0
+    if options.slurm:
+        folder = Path(options.work or "work_dir") / f"plan-{Path(plan).stem}"
+        print("\n".join(["", "submit in the root of the repository:", *write_lists(missing, folder, options.jobs)]))
+        return 0
+    minutes = options.time_budget
+    outcome = Runner(missing, states.keys() - {job.name for job in missing}, options.jobs,
+                     minutes and 60 * minutes, lambda line: print(line, flush=True)).run()
+    left = len(outcome.stopped) + len(outcome.waiting)
+    print(f"\n{len(outcome.done)} runs done now, {len(outcome.failed)} failed, {left} left to do")
+    return 1 if outcome.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
