@@ -1,20 +1,21 @@
 #!/usr/bin/env python3
-"""The main job in small: toy streets, a teacher, the same student without and with Af-DCD, a table and a picture.
+"""The main job in small: toy streets, the same student without and with Af-DCD, a table and pictures.
 
     python tools/quickstart.py                  one seed, a few minutes on two CPU cores
-    python tools/quickstart.py --seeds 0 1 2    the figures of the README
+    python tools/quickstart.py --train-teacher  first train the teacher anew, which takes the better part of an hour
 
-Safe to interrupt and to run again: finished parts are kept, an unfinished training goes on where it stopped.
+Safe to interrupt and to run again: finished parts are kept, an unfinished training goes on where it stopped. The
+teacher is a file of this repository; the trainings are the first two rows of the plan ``toy``.
 """
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,171 +25,152 @@ import torch
 from dataset import SegmentationDataset, get_dataset_spec
 from dataset.toy_streets import write_toy_streets
 from engine.evaluate import evaluate
-from models import get_segmentation_model
+from engine.results import read_result
+from models import NetworkChoice, save_state_dict
+from tools.planning.plan import ROOT, Expansion, Job, Places, read_plan
+from tools.planning.runner import Runner
+from tools.planning.status import DONE, status
 from utils.cli import parse_options, run_main
 from utils.distributed import available_cpus
 from utils.errors import UserError
-from utils.files import write_json
 from utils.options import OptionGroup, option
 from utils.visualize import comparison, save_rgb
 
-ROOT = Path(__file__).resolve().parent.parent
-ROLES = ("teacher", "plain", "afdcd")
-TITLES = {"teacher": "teacher", "plain": "student, plain", "afdcd": "student, Af-DCD"}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Sizes, iterations and weights. Everything but the seeds."""
-    height: int = 120
-    width: int = 160
-    train: int = 400
-    val: int = 40
-    test: int = 100
-    crop: tuple[int, int] = (96, 128)
-    batch: int = 4
-    teacher: tuple[str, str] = ("deeplabv3", "resnet18_w0.5")
-    student: tuple[str, str] = ("deeplabv3", "resnet18_w0.25")
-    teacher_iterations: int = 1000
-    student_iterations: int = 600
-    teacher_lr: float = 0.05
-    student_lr: float = 0.02
-    lambda_kd: float = 2.0
-    lambda_fd: float = 2e-5
-    lambda_ctr: float = 1e-3
-    pool_size: int = 2
-    patch_size: tuple[int, int] = (2, 2)
-
-    def network(self, role: str) -> tuple[str, str]:
-        """(model, backbone) of a role."""
-        return self.teacher if role == "teacher" else self.student
-
-    def schedule(self, role: str) -> tuple[int, float]:
-        """(iterations, learning rate) of a role."""
-        teacher, student = (self.teacher_iterations, self.teacher_lr), (self.student_iterations, self.student_lr)
-        return teacher if role == "teacher" else student
-
-
-SHORT = replace(Recipe(), height=72, width=96, train=24, val=4, test=8, crop=(64, 96), teacher_iterations=12,
-                student_iterations=8)
-
-
-def run(arguments: list[str]) -> None:
-    """Run a program of this repository with this Python, its output on our terminal; stop when it fails."""
-    print("\n$ python " + " ".join(arguments), flush=True)
-    if code := subprocess.run([sys.executable, *arguments], cwd=ROOT).returncode:
-        raise UserError(f"{arguments[0]} failed with exit code {code}: its message is above")
-
-
-def weights(out: Path, role: str, seed: int, recipe: Recipe) -> Path:
-    """File of a role's final network."""
-    return out / f"{role}_seed{seed}" / f"kd_{'_'.join(recipe.network(role))}_toy_streets.pth"
-
-
-def is_trained(out: Path, role: str, seed: int, recipe: Recipe) -> bool:
-    """True when the role's last iteration is done and its network written."""
-    network = weights(out, role, seed, recipe)
-    state, steps = network.with_name(f"{network.stem}_state.pth"), recipe.schedule(role)[0]
-    return network.is_file() and state.is_file() and torch.load(state, weights_only=True, mmap=True)["step"] == steps
-
-
-def training(out: Path, data: Path, role: str, seed: int, recipe: Recipe) -> list[str]:
-    """The command that trains one network, or finishes the training that an interrupted run began."""
-    (model, backbone), (steps, lr) = recipe.network(role), recipe.schedule(role)
-    folder = str(out / f"{role}_seed{seed}")
-    command = ["train_kd.py", "--dataset", "toy_streets", "--data", str(data), "--no-cuda", "--resume", "auto",
-               "--student-model", model, "--student-backbone", backbone, "--crop-size", *map(str, recipe.crop),
-               "--batch-size", str(recipe.batch), "--max-iterations", str(steps), "--lr", str(lr),
-               "--workers", "1", "--seed", str(seed), "--save-dir", folder, "--log-dir", folder, "--log-iter", "50",
-               "--save-per-iters", "100", "--skip-val", "--no-tensorboard"]
-    if role != "afdcd":
-        return [*command, "--method", "none"]
-    return [*command, "--method", "afdcd", "--teacher-model", recipe.teacher[0], "--teacher-backbone",
-            recipe.teacher[1], "--teacher-pretrained", str(weights(out, "teacher", seed, recipe)),
-            "--lambda-kd", str(recipe.lambda_kd), "--lambda-fd", str(recipe.lambda_fd), "--lambda-ctr",
-            str(recipe.lambda_ctr), "--pool-size", str(recipe.pool_size), "--patch-size", *map(str, recipe.patch_size)]
-
-
-def test(out: Path, data: Path, role: str, seed: int, recipe: Recipe) -> dict:
-    """Evaluate the final network of a role on the test images with ``eval.py``; its JSON."""
-    model, backbone = recipe.network(role)
-    answer = out / f"{role}_seed{seed}" / "test.json"
-    run(["eval.py", "--model", model, "--backbone", backbone, "--dataset", "toy_streets", "--data", str(data),
-         "--pretrained", str(weights(out, role, seed, recipe)), "--split", "test", "--no-cuda", "--workers", "1",
-         "--json", str(answer)])
-    return json.loads(answer.read_text(encoding="utf-8"))
-
-
-def table(results: dict[int, dict[str, dict]], recipe: Recipe) -> str:
-    """mIoU and pixel accuracy on the test images, in percent, per seed and on average."""
-    lines = [f"Toy streets, {recipe.test} test images, in percent", "",
-             f"{'':18s}{'network':38s}{'mIoU':>14s}{'pixel accuracy':>18s}"]
-    for role in ROLES:
-        cells = []
-        for key in ("mIoU", "pixAcc"):
-            values = [100 * r[role][key] for r in results.values()]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}")
-        lines.append(f"{TITLES[role]:18s}{'-'.join(recipe.network(role)):38s}{cells[0]:>14s}{cells[1]:>18s}")
-    if len(results) > 1:
-        lines += ["", f"mean ± standard deviation over seeds {', '.join(map(str, results))}"]
-    return "\n".join(lines)
-
-
-def picture(out: Path, data: Path, seed: int, recipe: Recipe, results: dict[str, dict]) -> Path:
-    """One row per test image: image, truth, teacher, plain student, distilled student."""
-    spec = get_dataset_spec("toy_streets", data)
-    split = SegmentationDataset(spec, data, "test", train=False, limit=4)
-    items = [split[i] for i in range(len(split))]
-    predictions: list[list[np.ndarray]] = [[] for _ in ROLES]
-    for role, own in zip(ROLES, predictions, strict=True):
-        model, backbone = recipe.network(role)
-        net = get_segmentation_model(model=model, backbone=backbone, num_class=spec.num_class,
-                                     pretrained=str(weights(out, role, seed, recipe)))
-        evaluate(net, split, device=torch.device("cpu"), on_prediction=lambda x, _, own=own: own.append(x.numpy()))
-    images = [np.ascontiguousarray(item["image"].permute(1, 2, 0).numpy()[..., ::-1]) for item in items]
-    titles = [f"{TITLES[role]}\nmIoU {100 * results[role]['mIoU']:.1f} %" for role in ROLES]
-    panel = comparison(images, [item["label"].numpy() for item in items], predictions, titles, palette=spec.palette,
-                       classes=spec.classes, heading=f"Toy streets, {recipe.test} test images")
-    save_rgb(out / "panel.png", panel)
-    return out / "panel.png"
+ROWS = {"none": "student, plain", "afdcd": "student, Af-DCD"}
+VAL, TEST = 40, 100
+#: what --short changes in the plan, and its numbers of images to train, validate and test on
+SHORT = {"crop-size": [64, 96], "batch-size": 4, "max-iterations": 8, "val-per-iters": 4, "save-per-iters": 4}
+SHORT_IMAGES = (8, 4, 8)
 
 
 @dataclass(frozen=True)
 class Options(OptionGroup):
     """The command line."""
-    seeds: tuple[int, ...] = option((0,), "one complete run per seed", at_least=0, metavar="N")
+    seeds: tuple[int, ...] = option((0,), "one plain and one distilled student per seed", at_least=0, metavar="N")
     out: str | None = option(None, "folder of the runs (default: runs/quickstart)", metavar="DIR")
+    train_teacher: bool = option(False, "train the teacher anew, on 2000 streets, and replace its file")
     short: bool = option(False, "a few iterations on a few images: shows that everything works")
+
+
+def paint(data: str | Path, train: int, val: int, test: int) -> None:
+    """Paint toy streets of 240 x 320 pixels unless they are there."""
+    data = ROOT / data
+    if not data.is_dir():
+        print(f"painting {train + val + test} toy streets into {data} ...", flush=True)
+    write_toy_streets(str(data), train=train, val=val, test=test, height=240, width=320, workers=available_cpus())
+
+
+def images_of(plan: Mapping[str, Any]) -> int:
+    """Training images of a plan's toy streets: the last part of its folder's name."""
+    return int(plan["data"].rsplit("_", 1)[1])
+
+
+def run_jobs(jobs: list[Job], side_by_side: int) -> None:
+    """Run what is not done yet. UserError when a run fails."""
+    missing = [job for job in jobs if status(job).state != DONE]
+    for job in jobs:
+        if job not in missing:
+            print(f"trained already: {job.name}")
+    runner = Runner(missing, {job.name for job in jobs} - {job.name for job in missing}, side_by_side,
+                    say=lambda line: print(line, flush=True))
+    if failed := runner.run().failed:
+        raise UserError(f"{failed[0]} failed: its message is above")
+
+
+def train_teacher(places: Places, target: Path) -> None:
+    """Train the teacher by the plan ``toy-teacher`` and write its file."""
+    plan = read_plan("toy-teacher")
+    paint(plan["data"], images_of(plan), VAL, TEST)
+    job, = Expansion(plan, places).jobs()
+    run_jobs([job], 1)
+    write_half(job, target)
+    print(f"teacher: {target}")
+
+
+def write_half(job: Job, target: Path) -> None:
+    """Write the network of a run again, the weights of its convolutions in float16: half as large."""
+    networks, spec = job.settings.networks, get_dataset_spec(job.settings.data.dataset, ROOT / job.settings.data.data)
+    net = replace(networks.student, pretrained=str(ROOT / job.best)).build(spec.num_class)
+    for weight in net.parameters():
+        if weight.ndim > 1:
+            weight.data = weight.data.half()
+    save_state_dict(net, target)
+
+
+def toy_plan(short: bool) -> tuple[dict[str, Any], tuple[int, int, int]]:
+    """The plan of the students with the two rows of the quickstart, and its numbers of images."""
+    plan = read_plan("toy")
+    plan["runs"] = {label: plan["runs"][label] for label in ROWS}
+    if not short:
+        return plan, (images_of(plan), VAL, TEST)
+    return {**plan, "protocol": "toy-short", "data": f"data/toy_streets_240x320_{SHORT_IMAGES[0]}",
+            "flags": {**plan["flags"], **SHORT}}, SHORT_IMAGES
+
+
+def look(choice: NetworkChoice, split: SegmentationDataset, pictures: int) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Scores of a network on a split, and its predictions for the first images."""
+    seen: list[np.ndarray] = []
+    net = choice.build(split.spec.num_class)
+    scores = evaluate(net, split, device=torch.device("cpu"), on_prediction=lambda x, _: seen.append(x.numpy()),
+                      prediction_limit=pictures)
+    return scores, seen
+
+
+def picture(path: Path, jobs: Mapping[str, Job], images: int) -> dict[str, Any]:
+    """One row per test image: image, truth, teacher, plain student, distilled student. Returns the teacher's scores."""
+    distilled = jobs["afdcd"].settings
+    data = ROOT / distilled.data.data
+    split = SegmentationDataset(get_dataset_spec("toy_streets", data), data, "test", train=False)
+    teacher = distilled.networks.teacher
+    choices = {"teacher": replace(teacher, pretrained=str(ROOT / teacher.pretrained)), **{
+        ROWS[label]: replace(job.settings.networks.student, pretrained=str(ROOT / job.best))
+        for label, job in jobs.items()}}
+    looks = {title: look(choice, split, images) for title, choice in choices.items()}
+    items = [split[i] for i in range(images)]
+    spec = split.spec
+    save_rgb(path, comparison(
+        [np.ascontiguousarray(item["image"].permute(1, 2, 0).numpy()[..., ::-1]) for item in items],
+        [item["label"].numpy() for item in items], [seen for _, seen in looks.values()],
+        [f"{title}\nmIoU {100 * scores['mIoU']:.1f} %" for title, (scores, _) in looks.items()],
+        palette=spec.palette, classes=spec.classes, heading=f"Toy streets, {len(split)} test images"))
+    return looks["teacher"][0]
+
+
+def spread(values: list[float]) -> str:
+    """'12.34', or '12.34 ± 0.56' of several values."""
+    more = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{more}"
+
+
+def table(rows: Mapping[str, list[dict[str, Any]]]) -> str:
+    """mIoU and pixel accuracy in percent: a line per row, mean ± standard deviation over seeds."""
+    lines = [f"{'':18s}{'mIoU %':>14s}{'pixel accuracy %':>18s}"]
+    for title, scores in rows.items():
+        cells = [spread([100 * one[key] for one in scores]) for key in ("mIoU", "pixAcc")]
+        lines.append(f"{title:18s}{cells[0]:>14s}{cells[1]:>18s}")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the whole quickstart; returns the exit code."""
     options = parse_options(Options, argv, prog="quickstart.py", description="Distil a small network on toy streets.")
-    recipe = SHORT if options.short else Recipe()
-    folder = options.out or ROOT / "runs" / ("quickstart_short" if options.short else "quickstart")
-    out = Path(folder).expanduser().resolve()
-    note, wanted = out / "recipe.json", json.loads(json.dumps(asdict(recipe)))
-    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) != wanted:
-        raise UserError(f"{out} holds runs of another recipe: remove it, or choose another folder with --out")
+    out = Path(options.out or ROOT / "runs" / ("quickstart_short" if options.short else "quickstart"))
+    places = Places.of(results=str(out / "results"), work=str(out / "work"))
+    plan, (train, val, test) = toy_plan(options.short)
     start = time.perf_counter()
-    data = ROOT / "data" / f"toy_streets_{recipe.height}x{recipe.width}_{recipe.train}"
-    if not data.is_dir():
-        print(f"painting {recipe.train + recipe.val + recipe.test} toy streets into {data} ...", flush=True)
-    write_toy_streets(str(data), train=recipe.train, val=recipe.val, test=recipe.test, height=recipe.height,
-                      width=recipe.width, workers=available_cpus())
-    write_json(note, wanted)
-    results: dict[int, dict[str, dict]] = {}
-    for seed in options.seeds:
-        for role in ROLES:  # what is not trained yet: the teacher, then the student without and with it
-            if is_trained(out, role, seed, recipe):
-                print(f"{TITLES[role]} (seed {seed}) is trained already: {out / f'{role}_seed{seed}'}")
-            else:
-                run(training(out, data, role, seed, recipe))
-        results[seed] = {role: test(out, data, role, seed, recipe) for role in ROLES}
-    path = picture(out, data, options.seeds[0], recipe, results[options.seeds[0]])
-    print(f"\n{table(results, recipe)}\n\nPictures: {path}\nRuns:     {out}\n"
-          f"Time:     {(time.perf_counter() - start) / 60:.1f} min")
+    if options.train_teacher:
+        train_teacher(places, ROOT / plan["teachers"]["street"]["file"])
+    paint(plan["data"], train, val, test)
+    jobs = Expansion(plan, places, options.seeds).jobs()
+    run_jobs(jobs, min(2, available_cpus()))
+    rows = {label: [job for job in jobs if job.settings.running.label == label] for label in ROWS}
+    pictures = ROOT / places.results.parent / "pictures.png"
+    teacher = picture(pictures, {label: same[0] for label, same in rows.items()}, min(4, test))
+    figures = {"teacher": [teacher], **{ROWS[label]: [read_result(job.result)["scores"]["test"] for job in same]
+                                        for label, same in rows.items()}}
+    minutes = (time.perf_counter() - start) / 60
+    print(f"\nToy streets, {test} test images, seeds {', '.join(map(str, options.seeds))}\n\n{table(figures)}\n\n"
+          f"Pictures: {pictures}\nRuns:     {ROOT / places.work}\nTime:     {minutes:.1f} min")
     return 0
 
 

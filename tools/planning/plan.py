@@ -8,6 +8,7 @@
     seeds = [0, 1, 2]
     gpus = 0                            # processes of a run; default: all GPUs of the machine
     flags = {crop-size = [176, 176]}    # of every run; values as on the command line
+    student-flags = {aux = false}       # of every run but the teachers'
 
     [teachers.mbv2]                     # trained first, with the first seed
     network = "deeplab_mobile mobilenetv2"
@@ -43,7 +44,8 @@ from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = ROOT / "train_scripts" / "plans"
-KEYS = {"": {"title", "protocol", "dataset", "data", "student", "seeds", "gpus", "flags", "teachers", "runs", "scan"},
+KEYS = {"": {"title", "protocol", "dataset", "data", "student", "seeds", "gpus", "flags", "student-flags",
+             "teachers", "runs", "scan"},
         "teachers": {"network", "file", "flags"}, "runs": {"method", "teacher", "flags", "seeds"},
         "scan": {"of", "values"}}
 
@@ -226,7 +228,8 @@ class Expansion:
         if teacher is not None and teacher not in self.teachers:
             raise UserError(f"runs.{label}: no teacher {teacher!r} in the plan; expected one of "
                             f"{', '.join(self.teachers)}")
-        return self._job(self.student, label, method, seed, entry.get("flags", {}), teacher, scanned)
+        flags = {**self.plan.get("student-flags", {}), **entry.get("flags", {})}
+        return self._job(self.student, label, method, seed, flags, teacher, scanned)
 
     def _job(self, net: Network, label: str, method: str, seed: int, flags: Mapping[str, Any],
              teacher: str | None = None, scanned: str | None = None) -> Job:
