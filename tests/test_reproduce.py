@@ -152,7 +152,7 @@ class TestRunning:
         deadline = time.monotonic() + 120
         while not second.state.is_file() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=60)
         assert process.returncode == 130 and "stopped" in said
         first = expand(place)[0]

@@ -49,7 +49,9 @@ class Runner:
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
-        """Run until nothing is left that can run. An interruption ends the runs and is passed on."""
+        """Run until nothing is left that can run. An interruption, or being told to end, ends the runs and is passed
+        on."""
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             while self._begin() or self.running:
                 time.sleep(PAUSE)
@@ -59,6 +61,7 @@ class Runner:
                     self._stop()
         finally:
             self._stop()
+            signal.signal(signal.SIGTERM, before)
         self.outcome.waiting = [job.name for job in self.left]
         return self.outcome
 
