@@ -1,0 +1,453 @@
+"""``tools/report.py``: figures worked out by hand, warnings, blocks of pages, files for other programs."""
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, assert_refused
+from result_files import STUDENT, TEACHER, make_result, write_results
+
+from tools import report
+from tools.reporting.cautions import notes, time_notes, warnings
+from tools.reporting.figures import Clock, equal_time, figures, gain
+from tools.reporting.groups import Group, check_unique, groups
+from tools.reporting.pages import render
+from utils.errors import UserError
+
+R101, R18 = ("deeplabv3", "resnet101"), ("deeplabv3", "resnet18")
+NONE, LONG, KD, OURS = (20.0, 22.0, 24.0), (30.0, 31.0, 32.0), (21.0, 22.0, 23.0), (25.0, 27.0, 29.0)
+
+
+def runs(label: str, scores: tuple[float, ...], **more) -> list[dict]:
+    """A run per score on test, seeds 0, 1, ...; on val each has 50."""
+    return [make_result(label, seed, 50, test, **more) for seed, test in enumerate(scores)]
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict]:
+    """A teacher, its students, and times on machines of their own: Af-DCD takes as long as the longer plain runs."""
+    return [*runs("none", NONE), *runs("none-long", LONG, iterations=300, seconds=150), *runs("kd", KD, seconds=80),
+            *runs("afdcd", OURS, seconds=160),
+            make_result("none", 0, 70, 60, student=TEACHER, weights="t0", iterations=800)]
+
+
+def only(results: list[dict], protocol: str = "p-1", **more) -> Group:
+    group, = groups(results, protocol, **more)
+    return group
+
+
+def row_of(group: Group, label: str):
+    return next(row for row in group.rows if row.label == label)
+
+
+def cells(text: str) -> list[dict[str, str]]:
+    """The rows of the only table of a text, {header: cell}."""
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+                        if line.startswith("|"))
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def by_name(text: str) -> dict[str, dict[str, str]]:
+    return {next(iter(row.values())): row for row in cells(text)}
+
+
+# figures
+
+def test_means_spreads_and_gains_are_those_worked_out_by_hand(results) -> None:
+    group = only(results)
+    found = {one.name: one for one in figures(group, Clock.of(group))}
+    assert list(found) == ["teacher", "none", "none-long", "kd", "afdcd"]
+    ours = found["afdcd"]
+    assert (ours.mean, ours.std) == (pytest.approx(27), pytest.approx(2)) and group.split == "test"
+    assert ours.plain.mean == pytest.approx(5) and ours.kd.mean == pytest.approx(5)
+    assert found["kd"].plain.mean == pytest.approx(0) and found["kd"].kd is None and found["none"].plain is None
+    assert found["teacher"].mean == pytest.approx(60) and found["teacher"].std is found["teacher"].plain is None
+
+
+def test_constant_differences_have_an_interval_without_width() -> None:
+    one = gain({0: 25.0, 1: 27.0, 2: 29.0}, {0: 20.0, 1: 22.0, 2: 24.0})
+    assert one.paired and one.interval == (5, 5)
+
+
+def test_three_seeds_reach_from_the_least_to_the_largest_difference() -> None:
+    one = gain({0: 21.0, 1: 23.0, 2: 29.0}, {0: 20.0, 1: 20.0, 2: 20.0})
+    assert one.interval == (1, 9) and one.mean == pytest.approx(13 / 3)
+
+
+def test_more_seeds_have_the_percentiles_of_the_binomial() -> None:
+    """Twelve differences, six 0 and six 1: twelve times the mean is binomial, with percentiles 3 and 9."""
+    one = gain({s: float(s % 2) for s in range(12)}, dict.fromkeys(range(12), 0.0))
+    assert one.interval == (pytest.approx(3 / 12), pytest.approx(9 / 12))
+
+
+def test_other_seeds_are_not_paired() -> None:
+    one = gain({0: 10.0, 1: 12.0}, {5: 1.0, 6: 1.0, 7: 1.0})
+    assert not one.paired and one.seeds == (2, 3) and one.interval == (9, 11)
+
+
+def test_a_single_seed_has_no_interval() -> None:
+    assert gain({0: 3.0}, {0: 1.0}).interval is None and gain({0: 3.0}, {0: 1.0, 1: 1.0}).interval is None
+
+
+def test_the_plain_run_of_equal_time_is_the_closest_one(results) -> None:
+    group = only(results)
+    same = equal_time(group, row_of(group, "afdcd"), Clock.of(group))
+    assert same.plain.label == "none-long" and same.ratio == pytest.approx(150 / 160)
+    assert same.gain.mean == pytest.approx(-4)
+    assert equal_time(group, row_of(group, "kd"), Clock.of(group)) is None  # 50 against 80 seconds
+
+
+@pytest.mark.parametrize(("seconds", "is_equal"), [(131, True), (130, False), (176, True), (177, False)])
+def test_equal_means_within_fifteen_percent(seconds, is_equal) -> None:
+    # 150 is 1.145, 1.154, 0.852 and 0.847 times as long
+    group = only([*runs("none", NONE, seconds=150), *runs("afdcd", OURS, seconds=seconds)])
+    assert (equal_time(group, row_of(group, "afdcd"), Clock.of(group)) is not None) == is_equal
+
+
+def test_another_machine_is_not_compared_by_time() -> None:
+    group = only([*runs("none", NONE), *runs("afdcd", OURS, hardware={"cpu": "another"})])
+    assert equal_time(group, row_of(group, "afdcd"), Clock.of(group)) is None
+    assert "Machines differ: a CPU, 1 process of 1 thread in none; another" in " ".join(
+        time_notes(group, Clock.of(group)))
+
+
+def test_on_a_shared_cpu_times_are_cpu_seconds() -> None:
+    # one thread and one loading process: 2 on its own
+    group = only([*runs("none", NONE, load=2.2), *runs("afdcd", OURS, load=2.3, cpu_seconds=60)])
+    clock = Clock.of(group)
+    assert clock.cpu and clock.seconds(row_of(group, "none")) == pytest.approx(40)
+    assert clock.speed(row_of(group, "none")) == pytest.approx(100 * 8 / 40)
+    assert "shared their machine: afdcd" in " ".join(time_notes(group, clock))
+    assert by_name(render("cost p-1", [run for row in group.rows for run in row.runs]))["afdcd"]["× `none`"] == "1.50"
+
+
+@pytest.mark.parametrize("load", [9.0, None])
+def test_on_a_shared_gpu_times_are_not_shown(load) -> None:
+    gpu = {"hardware": {"gpu": "a GPU"}}
+    results = [*runs("none", NONE, **gpu), *runs("afdcd", OURS, load=load, **gpu)]
+    table = by_name(render("cost p-1", results))
+    assert (table["none"]["s"], table["none"]["images/s"]) == ("50", "16.0")
+    assert (table["afdcd"]["s"], table["afdcd"]["images/s"], table["afdcd"]["× `none`"]) == ("busy", "-", "-")
+    assert by_name(render("gains p-1", results))["afdcd"]["at equal time"] == "-"
+
+
+def test_published_figures_belong_to_their_networks_method_and_protocol() -> None:
+    def found(**more) -> list[float | None]:
+        results = [run for label in ("none", "afdcd", "afdcd-fd", "kd") for run in runs(
+            label, NONE, method=label.split("-")[0], **{"student": R18, "teacher": R101, "protocol": "paper", **more})]
+        group = only(results, results[0]["protocol"])
+        return [one.published for one in figures(group, Clock.of(group))]
+
+    assert found() == [66.92, None, 69.27, None]  # the order of rows; KD has no figure on CamVid
+    assert found(protocol="paper-2") == found(student=STUDENT) == [None] * 4
+    assert found(teacher=TEACHER) == [66.92, None, None, None]
+
+
+def test_the_difference_to_the_published_figure_is_shown() -> None:
+    results = [*runs("none", (66.0, 67.0), student=R18, protocol="paper"),
+               make_result("none", 0, 70, 70.84, student=R101, protocol="paper", weights="t0"),
+               *runs("afdcd", (69.0, 70.0), student=R18, teacher=R101, protocol="paper")]
+    table = by_name(render("gains paper", results))
+    assert [table[name]["published"] for name in ("teacher", "none", "afdcd")] == ["69.84", "66.92", "69.27"]
+    assert [table[name]["difference"] for name in ("teacher", "none", "afdcd")] == ["+1.00", "-0.42", "+0.23"]
+
+
+# what is compared
+
+def test_only_one_protocol_data_set_and_student_is_a_table(results) -> None:
+    more = [*results, *runs("none", NONE, protocol="p-2"), *runs("none", NONE, dataset="toy"),
+            *runs("none", NONE, student=R18)]
+    assert [(g.dataset, g.student) for g in groups(more, "p-1")] == [
+        ("camvid", "deeplabv3_resnet18"), ("camvid", "deeplabv3_resnet18_w0.25"), ("toy", "deeplabv3_resnet18_w0.25")]
+    assert only(more, dataset="toy").rows[0].seeds == (0, 1, 2)
+    assert only(more, student="deeplab_mobile_mobilenetv2").rows[0].scores("test") == {0: pytest.approx(60)}
+
+
+def test_the_teachers_row_is_the_training_of_its_file_in_any_protocol() -> None:
+    teachers = [make_result("none", seed, 70, 60 + seed, student=TEACHER, weights=f"t{seed}", protocol="t")
+                for seed in range(3)]
+    group = only([*runs("kd", KD, teacher_file="t2"), *teachers])
+    assert group.exact and not notes(group) and group.teachers[0].scores("test") == {2: pytest.approx(62)}
+    group = only([*runs("kd", KD, teacher_file="other"), *teachers])
+    assert group.teachers == ()
+    group = only([*runs("kd", KD, teacher_file="other", protocol="t"), *teachers], "t")
+    assert group.teachers[0].seeds == (0, 1, 2) and "not the very file" in notes(group)[0]
+
+
+def test_two_teachers_have_rows_of_their_own() -> None:
+    results = [*runs("none", NONE), *runs("kd", KD), *runs("afdcd", OURS),
+               *runs("kd", (26.0, 28.0, 30.0), teacher=R101), *runs("afdcd", OURS, teacher=R101)]
+    table = by_name(render("gains p-1", results))
+    assert table["afdcd (deeplabv3_resnet101)"]["over `kd`"].startswith("-1.00")
+    assert table["afdcd (deeplab_mobile_mobilenetv2)"]["over `kd`"].startswith("+5.00")
+
+
+def test_a_split_that_chose_is_reported_only_where_there_is_no_other() -> None:
+    assert only([make_result("none", 0, 40, 30)]).split == "test"
+    assert only([make_result("none", 0, 40, 30)], split="val").split == "val"
+    assert only([make_result("none", 0, 40)]).split == only([make_result("none", 0, 40, 30), make_result(
+        "kd", 0, 40)]).split == "val"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"scores": {}}, "afdcd/0 has no scores"), ({"classes": ["sky"]}, "differ in their classes"),
+    ({"scores": {"other": {}}}, "no split in common")])
+def test_results_that_do_not_belong_together_are_refused(change, message) -> None:
+    with pytest.raises(UserError, match=message):
+        groups([make_result("none", 0, 40), make_result("afdcd", 0, 40) | change], "p-1")
+
+
+def test_a_label_is_one_method_and_a_run_is_there_once() -> None:
+    with pytest.raises(UserError, match="differ in their method"):
+        groups([make_result("x", 0, 40, method="kd"), make_result("x", 1, 40, method="dist")], "p-1")
+    with pytest.raises(UserError, match="two result files hold the run p-1/camvid/none-"):
+        check_unique([make_result("none", 0, 40), make_result("none", 0, 41)])
+
+
+# warnings
+
+def test_rows_of_one_protocol_have_nothing_to_warn_of(results) -> None:
+    group = only(results)
+    assert not warnings(group) and not notes(group) and not time_notes(group, Clock.of(group))
+
+
+@pytest.mark.parametrize(("flags", "sentence"), [
+    ("--crop-size 200", "`crop_size` differs: 176×176 in none; 200×200 in afdcd"),
+    ("--batch-size 4", "`batch_size` differs: 8 in none; 4 in afdcd"),
+    ("--weight-decay 5e-4", "`weight_decay` differs: 0.0001 in none; 0.0005 in afdcd"),
+    ("--lr 0.01", "`lr` differs"), ("--poly-power 1", "`poly_power` differs"), ("--amp bf16", "`amp` differs"),
+    ("--selection-split test", "`selection_split` differs: none in none; test in afdcd"),
+    ("--student-pretrained-base /a/b.pth", "`student_pretrained_base` differs: none in none; b.pth in afdcd")])
+def test_a_setting_that_differs_is_named_with_its_rows(flags, sentence) -> None:
+    text, = warnings(only([*runs("none", NONE), *runs("afdcd", OURS, flags=tuple(flags.split()))]))
+    assert text.startswith("**Warning**, ") and sentence in text
+
+
+def test_the_same_file_in_another_folder_is_the_same() -> None:
+    assert not warnings(only([*runs("none", NONE, flags=("--student-pretrained-base", "/a/b.pth")),
+                              *runs("kd", KD, flags=("--student-pretrained-base", "c/b.pth"))]))
+
+
+def test_iterations_may_differ_in_longer_plain_runs_only() -> None:
+    base = runs("none", NONE)
+    assert not warnings(only([*base, *runs("none-long", LONG, iterations=101)]))
+    for label in ("none-short", "afdcd"):
+        text, = warnings(only([*base, *runs(label, LONG, iterations=99)]))
+        assert f"iterations differ: 100 in none; 99 in {label}." in text
+
+
+def test_seeds_of_a_row_that_differ_are_named() -> None:
+    text, = warnings(only([make_result("none", 0, 40), make_result("none", 1, 40, flags=("--lr", "0.5"))]))
+    assert "0.02 in none; 0.5 in none" in text
+
+
+def test_teachers_may_differ_by_seed_but_not_by_row() -> None:
+    def results(*files: str) -> list[dict]:
+        return [make_result(label, seed, 40, teacher_file=f"{files[i]}{seed}") for i, label in enumerate(
+            ("kd", "afdcd")) for seed in (0, 1)]
+
+    assert not warnings(only(results("t", "t")))
+    text, = warnings(only(results("t", "u")))
+    assert "teacher's file differs" in text and "t0 in kd" in text and "u0 in afdcd" in text
+
+
+def test_revisions_are_listed_where_they_differ() -> None:
+    other = runs("kd", KD, commit="b" * 40)
+    assert "Revisions: aaaaaaa in none; bbbbbbb in kd." in notes(only([*runs("none", NONE), *other]))
+    other[0]["revision"]["changed"] = True
+    assert "bbbbbbb* in kd; bbbbbbb in kd" in " ".join(notes(only([*runs("none", NONE), *other])))
+
+
+# tables
+
+def test_the_table_of_gains_says_all_of_it(results) -> None:
+    text = render("gains p-1", results)
+    assert by_name(text)["afdcd"] == {
+        "run": "afdcd", "n": "3", "mIoU test %": "27.00 ± 2.00", "over `none`": "+5.00 [+5.00, +5.00]",
+        "over `kd`": "+5.00 [+4.00, +6.00]", "at equal time": "-4.00 [-5.00, -3.00]", "plain run": "none-long",
+        "its time": "0.94×", "iterations": "100"}
+    assert by_name(text)["kd"]["at equal time"] == "-" and by_name(text)["teacher"]["mIoU test %"] == "60.00"
+    brief = by_name(render("gains p-1 brief rows=afdcd,none", results))
+    assert list(brief) == ["teacher", "afdcd", "none"] and "over `kd`" not in brief["afdcd"]
+    assert brief["afdcd"]["at equal time"] == "-4.00 [-5.00, -3.00]"
+
+
+def test_unpaired_gains_say_both_numbers_of_seeds(results) -> None:
+    less = [run for run in results if (run["label"], run["seed"]) != ("afdcd", 2)]
+    assert by_name(render("gains p-1", less))["afdcd"]["over `none`"].endswith("(n 2, 3)")
+
+
+def test_the_table_of_costs_has_times_speeds_and_the_most_memory(results) -> None:
+    assert by_name(render("cost p-1", results))["afdcd"] == {
+        "run": "afdcd", "n": "3", "iterations": "100", "s": "160", "× `none`": "3.20", "images/s": "5.0",
+        "peak memory MB": "502"}
+
+
+def test_the_table_of_classes_has_a_column_per_row(results) -> None:
+    assert cells(render("classes p-1 rows=none,afdcd", results)) == [
+        {"class": "road", "teacher": "55.0", "none": "17.0", "afdcd": "22.0"},
+        {"class": "car", "teacher": "65.0", "none": "27.0", "afdcd": "32.0"},
+        {"class": "mIoU", "teacher": "60.0", "none": "22.0", "afdcd": "27.0"}]
+
+
+def scanned(**scores: dict[str, float]) -> list[dict]:
+    return [make_result(f"{method}+{value}", 0, val, 99, method=method, weight=float(value), protocol="p-1-scan")
+            for method, found in scores.items() for value, val in found.items()]
+
+
+def test_a_scan_shows_the_split_that_chooses_and_the_best_value_bold() -> None:
+    results = scanned(afdcd={"2e-4": 30, "1e-3": 31, "5e-5": 29}, cwd={"50": 20, "3": 20})
+    text = render("scan p-1-scan", results)
+    assert cells(text) == [
+        {"method": "afdcd", "weights of": "fd", "trials": "3", "trial 1": "5e-5: 29.00", "trial 2": "2e-4: 30.00",
+         "trial 3": "**1e-3: 31.00**"},
+        {"method": "cwd", "weights of": "fd", "trials": "2", "trial 1": "**3: 20.00**", "trial 2": "50: 20.00",
+         "trial 3": "-"}]
+    assert "mIoU on val" in text and "different numbers of trials" in text
+    assert "different" not in render("scan p-1-scan", scanned(afdcd={"1": 30, "2": 31}, cwd={"1": 20, "3": 20}))
+    assert cells(render("scan p-1-scan brief", results))[0]["chosen"] == "1e-3: 31.00"
+
+
+def test_a_scan_needs_values_in_its_labels() -> None:
+    with pytest.raises(UserError, match=r"p-1-scan/.*/afdcd/0: expected a label METHOD\+VALUE"):
+        render("scan p-1-scan", runs("afdcd", OURS, protocol="p-1-scan"))
+
+
+# pages
+
+PAGE = """# Page
+
+```
+<!-- report: gains of-an-example -->
+```
+<!-- report: gains p-1 -->
+what was here
+<!-- end of report -->
+Text.
+<!-- report: cost p-1 brief -->
+<!-- end of report -->
+"""
+
+
+@pytest.fixture
+def page(tmp_path, results) -> tuple[Path, list[str]]:
+    """A page, and the flags to fill it."""
+    write_results(tmp_path / "results", results)
+    (tmp_path / "page.md").write_text(PAGE)
+    return tmp_path / "page.md", ["--results", str(tmp_path / "results"), "--pages", str(tmp_path / "page.md")]
+
+
+def test_blocks_are_filled_and_the_rest_stays(page, results, capsys) -> None:
+    path, argv = page
+    assert report.main([*argv, "--check"]) == 1 and path.read_text() == PAGE
+    assert re.findall(r"page\.md:(\d+: .*)", capsys.readouterr().out) == [
+        "6: gains p-1: out of date", "10: cost p-1 brief: out of date"]
+    assert report.main(argv) == 0
+    text = path.read_text()
+    assert text == PAGE.replace("what was here", render("gains p-1", results) + "\n").replace(
+        "brief -->\n", f"brief -->\n{render('cost p-1 brief', results)}\n\n")
+    assert report.main([*argv, "--check"]) == 0 and report.main(argv) == 0 and path.read_text() == text
+
+
+def test_a_new_result_makes_a_table_stale(page, tmp_path, capsys) -> None:
+    path, argv = page
+    report.main(argv)
+    write_results(tmp_path / "results", [make_result("afdcd", 3, 50, 40)])
+    capsys.readouterr()
+    assert report.main([*argv, "--check"]) == 1 and "page.md:6: gains p-1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ("<!-- report: gains p-9 -->", ["page.md:6: no results of protocol 'p-9'"]),
+    ("<!-- report: gains p-1 dataset=voc -->", ["page.md:6: no results", "dataset 'voc'"]),
+    ("<!-- report: gains p-1 rows=none,dist -->", ["page.md:6: no row dist", "afdcd, kd, none"]),
+    ("<!-- report: gains p-1 split=train -->", ["page.md:6:", "no scores of split 'train'", "val, test"]),
+    ("<!-- report: gain p-1 -->", ["page.md:6:", "KIND of gains, classes, scan, cost"]),
+    ("<!-- report: gains -->", ["page.md:6:", "KIND PROTOCOL"]),
+    ("<!-- report: gains p-1 short -->", ["page.md:6:", "brief"]),
+    ("<!-- report: scan p-1 -->", ["page.md:6:", "ends in -scan"]),
+    ("<!-- report: gains p-1 -->\n<!-- report: gains p-1 -->", ["page.md:6:", "has no <!-- end of report -->"]),
+    ("text", ["page.md:8:", "without a beginning"])])
+def test_a_block_that_cannot_be_filled_is_named_with_its_line(page, capsys, line, words) -> None:
+    path, argv = page
+    text = PAGE.replace("<!-- report: gains p-1 -->", line)
+    path.write_text(text)
+    assert_refused(capsys, report.main, argv, *words)
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["--csv", "x.csv"], ["--protocol"]), (["--protocol", "p-1"], ["--csv"]),
+    (["--protocol", "p-1", "--csv", "x.csv", "--check"], ["--check"]), (["--split", "val"], ["--split"]),
+    (["--results", "no-such-folder"], ["no-such-folder"]), (["--pages", "no-such-page.md"], ["no-such-page.md"])])
+def test_flags_that_do_not_fit_are_refused(capsys, argv, words) -> None:
+    assert_refused(capsys, report.main, argv, *words)
+
+
+def test_a_file_that_is_no_result_is_named(page, tmp_path, capsys) -> None:
+    (tmp_path / "results" / "other.json").write_text("[]")
+    assert_refused(capsys, report.main, page[1], "other.json")
+
+
+def test_the_pages_of_the_repository_agree_with_its_results() -> None:
+    assert report.main(["--check"]) == 0
+
+
+def test_a_table_that_was_changed_by_hand_is_found_among_the_pages_of_the_repository(tmp_path, capsys) -> None:
+    if (ROOT / "results").is_dir():
+        shutil.copytree(ROOT / "results", tmp_path / "results")
+    write_results(tmp_path / "results", [make_result("none", 0, 40, 30, protocol="of-this-test")])
+    pages = [Path(shutil.copy(path, tmp_path)) for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+    readme = pages[0].read_text()
+    pages[0].write_text(f"{readme}<!-- report: gains of-this-test -->\n<!-- end of report -->\n")
+    argv = ["--results", str(tmp_path / "results"), "--pages", *map(str, pages)]
+    assert report.main(argv) == 0 and report.main([*argv, "--check"]) == 0
+    assert pages[0].read_text().startswith(readme)
+    pages[0].write_text(pages[0].read_text().replace("30.00", "31.00"))
+    capsys.readouterr()
+    assert report.main([*argv, "--check"]) == 1
+    stale, = capsys.readouterr().out.splitlines()
+    assert stale.endswith("gains of-this-test: out of date") and "README.md" in stale
+
+
+# files for other programs
+
+@pytest.fixture
+def exported(tmp_path, results) -> tuple[str, str]:
+    """CSV and LaTeX of the protocol."""
+    write_results(tmp_path / "results", results)
+    paths = tmp_path / "out" / "a.csv", tmp_path / "out" / "a.tex"
+    assert report.main(["--results", str(tmp_path / "results"), "--protocol", "p-1", "--csv", str(paths[0]), "--latex",
+                        str(paths[1])]) == 0
+    return paths[0].read_text(), paths[1].read_text()
+
+
+def test_the_csv_file_holds_the_figures(exported) -> None:
+    lines = {line["label"]: line for line in csv.DictReader(exported[0].splitlines())}
+    assert list(lines) == ["teacher", "none", "none-long", "kd", "afdcd"]
+    ours = lines["afdcd"]
+    wanted = {"miou": 27, "miou_std": 2, "over_none": 5, "over_none_low": 5, "over_kd_low": 4, "over_kd_high": 6,
+              "over_equal_time": -4, "equal_time_ratio": 150 / 160, "seconds": 160, "images_per_second": 5}
+    assert {key: float(ours[key]) for key in wanted} == pytest.approx(wanted)
+    assert (ours["seeds"], ours["equal_time_run"], ours["clock"], ours["published"]) == ("0 1 2", "none-long", "s", "")
+    assert ours["teacher"] == "deeplab_mobile_mobilenetv2" and lines["none"]["over_none"] == ""
+
+
+def test_the_latex_table_has_the_same_cells_in_every_row(exported) -> None:
+    body = exported[1].split("\\midrule\n")[1].split("\\bottomrule")[0]
+    rows = [line.removesuffix(r" \\").split(" & ") for line in body.strip().splitlines()]
+    head = exported[1].split("\\toprule\n")[1].split(r" \\")[0].split(" & ")
+    columns = re.search(r"\\begin\{tabular\}\{(\w+)\}", exported[1])[1]
+    assert {len(row) for row in (*rows, head, columns)} == {6}
+    assert rows[-1] == ["afdcd", "$3$", r"$27.00 \pm 2.00$", "$+5.00$ $[+5.00, +5.00]$", "$+5.00$ $[+4.00, +6.00]$",
+                        "$-4.00$ $[-5.00, -3.00]$"]
+    assert rows[0][:3] == ["teacher", "$1$", "$60.00$"] and rows[0][3:] == ["--"] * 3
+
+
+def test_names_are_escaped_in_latex(tmp_path) -> None:
+    write_results(tmp_path / "r", [make_result("a_b", 0, 40, method="kd")])
+    report.main(["--results", str(tmp_path / "r"), "--protocol", "p-1", "--latex", str(tmp_path / "t.tex")])
+    assert r"a\_b & " in (tmp_path / "t.tex").read_text()
