@@ -134,6 +134,13 @@ def test_on_a_shared_gpu_times_are_not_shown(load) -> None:
     assert by_name(render("gains p-1", results))["afdcd"]["at equal time"] == "-"
 
 
+def test_a_teacher_trained_on_a_gpu_has_no_cpu_seconds(results) -> None:
+    shared = [run | {"load": 9.0} for run in results]
+    shared[-1]["hardware"] = {**shared[-1]["hardware"], "gpu": "a GPU"}
+    table = by_name(render("cost p-1", shared))
+    assert (table["teacher"]["CPU s"], table["none"]["CPU s"]) == ("busy", "40")
+
+
 def test_published_figures_belong_to_their_networks_method_and_protocol() -> None:
     def found(**more) -> list[float | None]:
         results = [run for label in ("none", "afdcd", "afdcd-fd", "kd") for run in runs(

@@ -67,14 +67,14 @@ def machine_of(run: Result) -> tuple:
 class Clock:
     """How the times of a group are told.
 
-    cpu: in CPU seconds of the training process, which other processes hardly change: where all ran on CPUs and some
-    shared a machine. Else in seconds on the clock, of the rows whose runs had the machine to themselves."""
+    cpu: in CPU seconds of the training process, which other processes hardly change: where all students trained on CPUs
+    and some shared a machine. Else in seconds on the clock, of rows whose runs had the machine to themselves."""
     cpu: bool
 
     @classmethod
     def of(cls, group: Group) -> Clock:
         """That of a group."""
-        runs = [run for row in (*group.rows, *group.teachers) for run in row.runs]
+        runs = [run for row in group.rows for run in row.runs]
         return cls(not all(map(had_machine, runs)) and all(run["hardware"]["gpu"] is None for run in runs))
 
     @property
@@ -84,7 +84,7 @@ class Clock:
 
     def is_known(self, row: Row) -> bool:
         """Whether the row has times that mean something."""
-        return self.cpu or all(map(had_machine, row.runs))
+        return all(run["hardware"]["gpu"] is None if self.cpu else had_machine(run) for run in row.runs)
 
     def seconds(self, row: Row) -> float | None:
         """Mean time of the iterations, without validation and what comes before; None where it is not known."""

@@ -154,8 +154,10 @@ def _rows(runs: Iterable[Result]) -> list[Row]:
         plain = run["method"] == PLAIN
         return (not plain, run["label"] not in (PLAIN, KD), run["label"], network(run["teacher"]) or "", run["seed"])
 
-    rows = [Row(label, teacher, tuple(same)) for (label, teacher), same in groupby(
-        sorted(runs, key=order), lambda run: (run["label"], network(run["teacher"])))]
+    found: dict[tuple[str, str | None], list[Result]] = {}
+    for run in sorted(runs, key=order):
+        found.setdefault((run["label"], network(run["teacher"])), []).append(run)
+    rows = [Row(label, teacher, tuple(same)) for (label, teacher), same in found.items()]
     for row in rows:
         if len(row.values(lambda run: run["method"])) > 1:
             raise UserError(f"{where(row.runs[0])} and others of its label differ in their method: expected one")

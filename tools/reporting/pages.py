@@ -32,7 +32,7 @@ def blocks(lines: Sequence[str], page: str) -> Iterator[Block]:
     begin, request, in_code = None, "", False
     for i, line in enumerate(lines):
         opening = BEGIN.fullmatch(line.strip())
-        if line.startswith("```"):
+        if line.lstrip().startswith("```"):
             in_code = not in_code
         elif not in_code and opening:
             if begin is not None:
