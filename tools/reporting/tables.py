@@ -79,7 +79,7 @@ def cost(group: Group, brief: bool = False) -> str:
     columns: list[Column] = [("run", lambda f: f.name)]
     if not brief:
         columns += [("n", lambda f: str(len(f.scores))), ("iterations", lambda f: f.iterations)]
-    columns += [(clock.unit, lambda f: number(f.seconds, ".0f", "busy")),
+    columns += [(clock.unit, lambda f: number(f.seconds, ".0f", NOTHING if clock.cpu else "busy")),
                 (f"× `{PLAIN}`", lambda f: number(f.times_plain, ".2f")),
                 (f"images/{clock.unit}", lambda f: number(f.speed, ".1f")),
                 ("peak memory MB", lambda f: number(f.memory, ".0f"))]
