@@ -13,7 +13,7 @@ from result_files import STUDENT, TEACHER, make_result, write_results
 from tools import report
 from tools.reporting.cautions import notes, time_notes, warnings
 from tools.reporting.figures import Clock, equal_time, figures, gain
-from tools.reporting.groups import Group, check_unique, groups
+from tools.reporting.groups import Group, groups
 from tools.reporting.pages import render
 from utils.errors import UserError
 
@@ -86,6 +86,12 @@ def test_more_seeds_have_the_percentiles_of_the_binomial() -> None:
 def test_other_seeds_are_not_paired() -> None:
     one = gain({0: 10.0, 1: 12.0}, {5: 1.0, 6: 1.0, 7: 1.0})
     assert not one.paired and one.seeds == (2, 3) and one.interval == (9, 11)
+    assert not gain({0: 10.0, 1: 12.0}, {1: 10.0, 2: 12.0}).paired
+
+
+def test_an_interval_is_the_same_every_time() -> None:
+    ours, theirs = ({seed: 20 + base * seed ** 0.5 for seed in range(9)} for base in (2.0, 1.3))
+    assert len({gain(ours, theirs).interval for _ in range(3)}) == 1
 
 
 def test_a_single_seed_has_no_interval() -> None:
@@ -169,6 +175,8 @@ def test_only_one_protocol_data_set_and_student_is_a_table(results) -> None:
             *runs("none", NONE, student=R18)]
     assert [(g.dataset, g.student) for g in groups(more, "p-1")] == [
         ("camvid", "deeplabv3_resnet18"), ("camvid", "deeplabv3_resnet18_w0.25"), ("toy", "deeplabv3_resnet18_w0.25")]
+    taught = [*results, *runs("kd", KD, student=TEACHER, teacher=R101)]  # a teacher that is a student too
+    assert [g.student for g in groups(taught, "p-1")] == ["deeplab_mobile_mobilenetv2", "deeplabv3_resnet18_w0.25"]
     assert only(more, dataset="toy").rows[0].seeds == (0, 1, 2)
     assert only(more, student="deeplab_mobile_mobilenetv2").rows[0].scores("test") == {0: pytest.approx(60)}
 
@@ -207,11 +215,9 @@ def test_results_that_do_not_belong_together_are_refused(change, message) -> Non
         groups([make_result("none", 0, 40), make_result("afdcd", 0, 40) | change], "p-1")
 
 
-def test_a_label_is_one_method_and_a_run_is_there_once() -> None:
+def test_a_label_is_one_method() -> None:
     with pytest.raises(UserError, match="differ in their method"):
         groups([make_result("x", 0, 40, method="kd"), make_result("x", 1, 40, method="dist")], "p-1")
-    with pytest.raises(UserError, match="two result files hold the run p-1/camvid/none-"):
-        check_unique([make_result("none", 0, 40), make_result("none", 0, 41)])
 
 
 # warnings
@@ -384,6 +390,11 @@ def test_a_block_that_cannot_be_filled_is_named_with_its_line(page, capsys, line
     path.write_text(text)
     assert_refused(capsys, report.main, argv, *words)
     assert path.read_text() == text
+
+
+def test_a_copied_result_is_refused(page, tmp_path, capsys) -> None:
+    shutil.copytree(tmp_path / "results" / "p-1", tmp_path / "results" / "p-1-copy")
+    assert_refused(capsys, report.main, page[1], "two result files hold the run p-1/camvid/")
 
 
 @pytest.mark.parametrize(("argv", "words"), [
