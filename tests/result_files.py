@@ -58,3 +58,30 @@ def write_results(folder: Path, results: list[dict[str, Any]]) -> Path:
         pair = f"{teacher}-{network_name(one['student']['model'], one['student']['backbone'])}"
         write_json(folder / one["protocol"] / one["dataset"] / pair / one["label"] / f"{one['seed']}.json", one)
     return folder
+
+
+#: scores of an example on test, by seed
+NONE, LONG, KD, OURS = (20.0, 22.0, 24.0), (30.0, 31.0, 32.0), (21.0, 22.0, 23.0), (25.0, 27.0, 29.0)
+
+
+def runs(label: str, scores: tuple[float, ...], **more: Any) -> list[dict[str, Any]]:
+    """A run per score on test, seeds 0, 1, ...; on val each has 50."""
+    return [make_result(label, seed, 50, test, **more) for seed, test in enumerate(scores)]
+
+
+def example() -> list[dict[str, Any]]:
+    """A teacher, its students, and times on machines of their own: Af-DCD takes as long as the longer plain runs."""
+    return [*runs("none", NONE), *runs("none-long", LONG, iterations=300, seconds=150), *runs("kd", KD, seconds=80),
+            *runs("afdcd", OURS, seconds=160),
+            make_result("none", 0, 70, 60, student=TEACHER, weights="t0", iterations=800)]
+
+
+def cells(text: str) -> list[dict[str, str]]:
+    """The rows of the only table of a text, {header: cell}."""
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+                        if line.startswith("|"))
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def by_name(text: str) -> dict[str, dict[str, str]]:
+    return {next(iter(row.values())): row for row in cells(text)}
