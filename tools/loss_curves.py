@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tools.markdown import spread
 from utils.cli import parse_options, run_main
 from utils.errors import UserError
 from utils.files import write_json
@@ -90,12 +91,6 @@ def read_curve(folder: Path, windows: int) -> Curve:
     losses = [statistics.mean(r["loss"] for r in steps[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
     scores = {r["split"]: r["mIoU"] for r in lines if r["kind"] in ("val", "report")}
     return Curve(losses, scores, statistics.median(r["images_per_second"] for r in steps))
-
-
-def spread(values: list[float], form: str = ".3f") -> str:
-    """'mean ± standard deviation', or the value alone."""
-    text = format(statistics.mean(values), form)
-    return f"{text} ± {statistics.stdev(values):{form}}" if len(values) > 1 else text
 
 
 def tables(curves: dict[str, list[Curve]]) -> str:

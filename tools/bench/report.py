@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tools.bench.turns import Measured
+from tools.markdown import table
 
 
 def best_rates(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -32,15 +33,6 @@ def figures(one: Measured, base: Measured, peak: Mapping[str, float]) -> dict[st
         "work_memory_ratio": work_memory / base_memory if base_memory > 0 else None, "flops": one.flops or None,
         "flops_per_second": rate, "precision": one.precision, "threads": one.threads,
         "share_of_peak": rate / limit if rate and limit else None}
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    head, *body = (" | ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
-                   for first, *cells in (header, *rows))
-    rule = "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])])
-    return "\n".join([f"| {head} |", f"|{rule}|", *(f"| {line} |" for line in body)])
 
 
 #: header, key of :func:`figures`, how it is shown, factor

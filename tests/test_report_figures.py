@@ -1,0 +1,247 @@
+"""The figures of ``tools/report.py`` worked out by hand, what it compares, and what it warns of."""
+from __future__ import annotations
+
+import pytest
+from result_files import KD, LONG, NONE, OURS, STUDENT, TEACHER, by_name, example, make_result, runs
+
+from tools.reporting.cautions import notes, time_notes, warnings
+from tools.reporting.figures import Clock, equal_time, figures, gain
+from tools.reporting.groups import Group, groups
+from tools.reporting.pages import render
+from utils.errors import UserError
+
+R101, R18 = ("deeplabv3", "resnet101"), ("deeplabv3", "resnet18")
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict]:
+    return example()
+
+
+def only(results: list[dict], protocol: str = "p-1", **more) -> Group:
+    group, = groups(results, protocol, **more)
+    return group
+
+
+def row_of(group: Group, label: str):
+    return next(row for row in group.rows if row.label == label)
+
+
+# figures
+
+def test_means_spreads_and_gains_are_those_worked_out_by_hand(results) -> None:
+    group = only(results)
+    found = {one.name: one for one in figures(group, Clock.of(group))}
+    assert list(found) == ["teacher", "none", "none-long", "kd", "afdcd"]
+    ours = found["afdcd"]
+    assert (ours.mean, ours.std) == (pytest.approx(27), pytest.approx(2)) and group.split == "test"
+    assert ours.plain.mean == pytest.approx(5) and ours.kd.mean == pytest.approx(5)
+    assert found["kd"].plain.mean == pytest.approx(0) and found["kd"].kd is None and found["none"].plain is None
+    assert found["teacher"].mean == pytest.approx(60) and found["teacher"].std is found["teacher"].plain is None
+
+
+def test_constant_differences_have_an_interval_without_width() -> None:
+    one = gain({0: 25.0, 1: 27.0, 2: 29.0}, {0: 20.0, 1: 22.0, 2: 24.0})
+    assert one.paired and one.interval == (5, 5)
+
+
+def test_three_seeds_reach_from_the_least_to_the_largest_difference() -> None:
+    one = gain({0: 21.0, 1: 23.0, 2: 29.0}, {0: 20.0, 1: 20.0, 2: 20.0})
+    assert one.interval == (1, 9) and one.mean == pytest.approx(13 / 3)
+
+
+def test_more_seeds_have_the_percentiles_of_the_binomial() -> None:
+    """Twelve differences, six 0 and six 1: twelve times the mean is binomial, with percentiles 3 and 9."""
+    one = gain({s: float(s % 2) for s in range(12)}, dict.fromkeys(range(12), 0.0))
+    assert one.interval == (pytest.approx(3 / 12), pytest.approx(9 / 12))
+
+
+def test_other_seeds_are_not_paired() -> None:
+    one = gain({0: 10.0, 1: 12.0}, {5: 1.0, 6: 1.0, 7: 1.0})
+    assert not one.paired and one.seeds == (2, 3) and one.interval == (9, 11)
+    assert not gain({0: 10.0, 1: 12.0}, {1: 10.0, 2: 12.0}).paired
+
+
+def test_an_interval_is_the_same_every_time() -> None:
+    ours, theirs = ({seed: 20 + base * seed ** 0.5 for seed in range(9)} for base in (2.0, 1.3))
+    assert len({gain(ours, theirs).interval for _ in range(3)}) == 1
+
+
+def test_a_single_seed_has_no_interval() -> None:
+    assert gain({0: 3.0}, {0: 1.0}).interval is None and gain({0: 3.0}, {0: 1.0, 1: 1.0}).interval is None
+
+
+def test_the_plain_run_of_equal_time_is_the_closest_one(results) -> None:
+    group = only(results)
+    same = equal_time(group, row_of(group, "afdcd"), Clock.of(group))
+    assert same.plain.label == "none-long" and same.ratio == pytest.approx(150 / 160)
+    assert same.gain.mean == pytest.approx(-4)
+    assert equal_time(group, row_of(group, "kd"), Clock.of(group)) is None  # 50 against 80 seconds
+
+
+@pytest.mark.parametrize(("seconds", "is_equal"), [(131, True), (130, False), (176, True), (177, False)])
+def test_equal_means_within_fifteen_percent(seconds, is_equal) -> None:
+    # 150 is 1.145, 1.154, 0.852 and 0.847 times as long
+    group = only([*runs("none", NONE, seconds=150), *runs("afdcd", OURS, seconds=seconds)])
+    assert (equal_time(group, row_of(group, "afdcd"), Clock.of(group)) is not None) == is_equal
+
+
+def test_another_machine_is_not_compared_by_time() -> None:
+    group = only([*runs("none", NONE), *runs("afdcd", OURS, hardware={"cpu": "another"})])
+    assert equal_time(group, row_of(group, "afdcd"), Clock.of(group)) is None
+    assert "Machines differ: a CPU, 1 process of 1 thread in none; another" in " ".join(
+        time_notes(group, Clock.of(group)))
+
+
+def test_on_a_shared_cpu_times_are_cpu_seconds() -> None:
+    # one thread and one loading process: 2 on its own
+    group = only([*runs("none", NONE, load=2.2), *runs("afdcd", OURS, load=2.3, cpu_seconds=60)])
+    clock = Clock.of(group)
+    assert clock.cpu and clock.seconds(row_of(group, "none")) == pytest.approx(40)
+    assert clock.speed(row_of(group, "none")) == pytest.approx(100 * 8 / 40)
+    assert "shared their machine: afdcd" in " ".join(time_notes(group, clock))
+    assert by_name(render("cost p-1", [run for row in group.rows for run in row.runs]))["afdcd"]["× `none`"] == "1.50"
+
+
+@pytest.mark.parametrize("load", [9.0, None])
+def test_on_a_shared_gpu_times_are_not_shown(load) -> None:
+    gpu = {"hardware": {"gpu": "a GPU"}}
+    results = [*runs("none", NONE, **gpu), *runs("afdcd", OURS, load=load, **gpu)]
+    table = by_name(render("cost p-1", results))
+    assert (table["none"]["s"], table["none"]["images/s"]) == ("50", "16.0")
+    assert (table["afdcd"]["s"], table["afdcd"]["images/s"], table["afdcd"]["× `none`"]) == ("busy", "-", "-")
+    assert by_name(render("gains p-1", results))["afdcd"]["at equal time"] == "-"
+
+
+def test_a_teacher_trained_on_a_gpu_has_no_cpu_seconds(results) -> None:
+    shared = [run | {"load": 9.0} for run in results]
+    shared[-1]["hardware"] = {**shared[-1]["hardware"], "gpu": "a GPU"}
+    table = by_name(render("cost p-1", shared))
+    assert (table["teacher"]["CPU s"], table["none"]["CPU s"]) == ("-", "40")
+
+
+def test_published_figures_belong_to_their_networks_method_and_protocol() -> None:
+    def found(**more) -> list[float | None]:
+        results = [run for label in ("none", "afdcd", "afdcd-fd", "kd") for run in runs(
+            label, NONE, method=label.split("-")[0], **{"student": R18, "teacher": R101, "protocol": "paper", **more})]
+        group = only(results, results[0]["protocol"])
+        return [one.published for one in figures(group, Clock.of(group))]
+
+    assert found() == [66.92, None, 69.27, None]  # the order of rows; KD has no figure on CamVid
+    assert found(protocol="paper-2") == found(student=STUDENT) == [None] * 4
+    assert found(teacher=TEACHER) == [66.92, None, None, None]
+
+
+def test_the_difference_to_the_published_figure_is_shown() -> None:
+    results = [*runs("none", (66.0, 67.0), student=R18, protocol="paper"),
+               make_result("none", 0, 70, 70.84, student=R101, protocol="paper", weights="t0"),
+               *runs("afdcd", (69.0, 70.0), student=R18, teacher=R101, protocol="paper")]
+    table = by_name(render("gains paper", results))
+    assert [table[name]["published"] for name in ("teacher", "none", "afdcd")] == ["69.84", "66.92", "69.27"]
+    assert [table[name]["difference"] for name in ("teacher", "none", "afdcd")] == ["+1.00", "-0.42", "+0.23"]
+
+
+# what is compared
+
+def test_only_one_protocol_data_set_and_student_is_a_table(results) -> None:
+    more = [*results, *runs("none", NONE, protocol="p-2"), *runs("none", NONE, dataset="toy"),
+            *runs("none", NONE, student=R18)]
+    assert [(g.dataset, g.student) for g in groups(more, "p-1")] == [
+        ("camvid", "deeplabv3_resnet18"), ("camvid", "deeplabv3_resnet18_w0.25"), ("toy", "deeplabv3_resnet18_w0.25")]
+    taught = [*results, *runs("kd", KD, student=TEACHER, teacher=R101)]  # a teacher that is a student too
+    assert [g.student for g in groups(taught, "p-1")] == ["deeplab_mobile_mobilenetv2", "deeplabv3_resnet18_w0.25"]
+    assert only(more, dataset="toy").rows[0].seeds == (0, 1, 2)
+    assert only(more, student="deeplab_mobile_mobilenetv2").rows[0].scores("test") == {0: pytest.approx(60)}
+
+
+def test_the_teachers_row_is_the_training_of_its_file_in_any_protocol() -> None:
+    teachers = [make_result("none", seed, 70, 60 + seed, student=TEACHER, weights=f"t{seed}", protocol="t")
+                for seed in range(3)]
+    group = only([*runs("kd", KD, teacher_file="t2"), *teachers])
+    assert group.exact and not notes(group) and group.teachers[0].scores("test") == {2: pytest.approx(62)}
+    group = only([*runs("kd", KD, teacher_file="other"), *teachers])
+    assert group.teachers == ()
+    group = only([*runs("kd", KD, teacher_file="other", protocol="t"), *teachers], "t")
+    assert group.teachers[0].seeds == (0, 1, 2) and "not the very file" in notes(group)[0]
+
+
+def test_two_teachers_have_rows_of_their_own() -> None:
+    results = [*runs("none", NONE), *runs("kd", KD), *runs("afdcd", OURS),
+               *runs("kd", (26.0, 28.0, 30.0), teacher=R101), *runs("afdcd", OURS, teacher=R101)]
+    table = by_name(render("gains p-1", results))
+    assert table["afdcd (deeplabv3_resnet101)"]["over `kd`"].startswith("-1.00")
+    assert table["afdcd (deeplab_mobile_mobilenetv2)"]["over `kd`"].startswith("+5.00")
+
+
+def test_a_split_that_chose_is_reported_only_where_there_is_no_other() -> None:
+    assert only([make_result("none", 0, 40, 30)]).split == "test"
+    assert only([make_result("none", 0, 40, 30)], split="val").split == "val"
+    assert only([make_result("none", 0, 40)]).split == only([make_result("none", 0, 40, 30), make_result(
+        "kd", 0, 40)]).split == "val"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"scores": {}}, "afdcd/0 has no scores"), ({"classes": ["sky"]}, "differ in their classes"),
+    ({"scores": {"other": {}}}, "no split in common")])
+def test_results_that_do_not_belong_together_are_refused(change, message) -> None:
+    with pytest.raises(UserError, match=message):
+        groups([make_result("none", 0, 40), make_result("afdcd", 0, 40) | change], "p-1")
+
+
+def test_a_label_is_one_method() -> None:
+    with pytest.raises(UserError, match="differ in their method"):
+        groups([make_result("x", 0, 40, method="kd"), make_result("x", 1, 40, method="dist")], "p-1")
+
+
+# warnings
+
+def test_rows_of_one_protocol_have_nothing_to_warn_of(results) -> None:
+    group = only(results)
+    assert not warnings(group) and not notes(group) and not time_notes(group, Clock.of(group))
+
+
+@pytest.mark.parametrize(("flags", "sentence"), [
+    ("--crop-size 200", "`crop_size` differs: 176×176 in none; 200×200 in afdcd"),
+    ("--batch-size 4", "`batch_size` differs: 8 in none; 4 in afdcd"),
+    ("--weight-decay 5e-4", "`weight_decay` differs: 0.0001 in none; 0.0005 in afdcd"),
+    ("--lr 0.01", "`lr` differs"), ("--poly-power 1", "`poly_power` differs"), ("--amp bf16", "`amp` differs"),
+    ("--selection-split test", "`selection_split` differs: none in none; test in afdcd"),
+    ("--student-pretrained-base /a/b.pth", "`student_pretrained_base` differs: none in none; b.pth in afdcd")])
+def test_a_setting_that_differs_is_named_with_its_rows(flags, sentence) -> None:
+    text, = warnings(only([*runs("none", NONE), *runs("afdcd", OURS, flags=tuple(flags.split()))]))
+    assert text.startswith("**Warning**, ") and sentence in text
+
+
+def test_the_same_file_in_another_folder_is_the_same() -> None:
+    assert not warnings(only([*runs("none", NONE, flags=("--student-pretrained-base", "/a/b.pth")),
+                              *runs("kd", KD, flags=("--student-pretrained-base", "c/b.pth"))]))
+
+
+def test_iterations_may_differ_in_longer_plain_runs_only() -> None:
+    base = runs("none", NONE)
+    assert not warnings(only([*base, *runs("none-long", LONG, iterations=101)]))
+    for label in ("none-short", "afdcd"):
+        text, = warnings(only([*base, *runs(label, LONG, iterations=99)]))
+        assert f"iterations differ: 100 in none; 99 in {label}." in text
+
+
+def test_seeds_of_a_row_that_differ_are_named() -> None:
+    text, = warnings(only([make_result("none", 0, 40), make_result("none", 1, 40, flags=("--lr", "0.5"))]))
+    assert "0.02 in none; 0.5 in none" in text
+
+
+def test_teachers_may_differ_by_seed_but_not_by_row() -> None:
+    def results(*files: str) -> list[dict]:
+        return [make_result(label, seed, 40, teacher_file=f"{files[i]}{seed}") for i, label in enumerate(
+            ("kd", "afdcd")) for seed in (0, 1)]
+
+    assert not warnings(only(results("t", "t")))
+    text, = warnings(only(results("t", "u")))
+    assert "teacher's file differs" in text and "t0 in kd" in text and "u0 in afdcd" in text
+
+
+def test_revisions_are_listed_where_they_differ() -> None:
+    other = runs("kd", KD, commit="b" * 40)
+    assert "Revisions: aaaaaaa in none; bbbbbbb in kd." in notes(only([*runs("none", NONE), *other]))
+    other[0]["revision"]["changed"] = True
+    assert "bbbbbbb* in kd; bbbbbbb in kd" in " ".join(notes(only([*runs("none", NONE), *other])))

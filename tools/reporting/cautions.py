@@ -1,0 +1,121 @@
+"""What a reader of a table has to know: settings that differ between its rows, revisions, busy machines."""
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+from tools.reporting.figures import Clock, had_machine, machine_of
+from tools.reporting.groups import PLAIN, Group, Result, Row
+
+#: settings that have to be equal for rows to be compared
+COMPARED = ("crop_size", "batch_size", "weight_decay", "lr", "poly_power", "momentum", "sampling", "selection_split",
+            "student_pretrained", "student_pretrained_base", "amp")
+WIDTH = 120
+
+
+def shown(value: Any) -> str:
+    """A setting for people: (176, 176) -> '176×176'; of a path its last part, the same on every machine."""
+    if isinstance(value, (list, tuple)):
+        return "×".join(map(str, value))
+    return Path(value).name if isinstance(value, str) else str(value).lower()
+
+
+def differing(group: Group, rows: Sequence[Row], read: Callable[[Result], Hashable]) -> dict[Hashable, list[str]]:
+    """{value: names of the rows that have it} where there is more than one; else empty."""
+    found: dict[Hashable, list[str]] = {}
+    for row in rows:
+        for value in row.values(read):
+            found.setdefault(value, []).append(group.name(row))
+    return found if len(found) > 1 else {}
+
+
+def sentence(what: str, values: Mapping[str, Sequence[str]]) -> str:
+    """'WHAT: a in x, y; b in z.'"""
+    parts = [f"{value} in {', '.join(names)}" for value, names in values.items()]
+    return f"{what}: {'; '.join(parts)}."
+
+
+def warnings(group: Group) -> list[str]:
+    """Sentences about what differs between rows that are compared."""
+    found = []
+    iterations = differing(group, [row for row in group.compared if not is_longer_plain(group, row)],
+                           lambda run: run["iterations"])
+    if iterations:
+        found.append(sentence("iterations differ", iterations))
+    for name in COMPARED:
+        values = differing(group, group.compared, lambda run, name=name: shown(run["settings"][name]))
+        if values:
+            found.append(sentence(f"`{name}` differs", values))
+    files = teacher_files(group)
+    if files:
+        found.append(sentence("the teacher's file differs (start of its SHA-256)", files))
+    return [f"**Warning**, {text}" for text in found]
+
+
+def is_longer_plain(group: Group, row: Row) -> bool:
+    """Whether a row is plain training for more iterations than the baseline's, such as as long as a method took."""
+    base = group.plain
+    return (base is not None and row is not base and row.method == PLAIN
+            and min(run["iterations"] for run in row.runs) > max(run["iterations"] for run in base.runs))
+
+
+def teacher_files(group: Group) -> dict[str, list[str]]:
+    """{hash: names of the rows that learned from this file}, where rows of the same teacher and seed differ."""
+    by_seed: dict[tuple[str, int], set[str]] = {}
+    found: dict[str, list[str]] = {}
+    for row in group.compared:
+        for run in row.runs:
+            if run["teacher"]:
+                digest = str(run["teacher"]["sha256"])[:8]
+                by_seed.setdefault((row.teacher, run["seed"]), set()).add(digest)
+                found.setdefault(digest, []).append(group.name(row))
+    return {k: list(dict.fromkeys(v)) for k, v in found.items()} if any(len(v) > 1 for v in by_seed.values()) else {}
+
+
+def notes(group: Group) -> list[str]:
+    """Sentences about where the scores come from."""
+    found = []
+    if not group.exact:
+        found.append("The teacher's row is a training of its network, not the very file that the students learned "
+                     "from.")
+    commits = differing(group, group.compared, commit)
+    if commits:
+        found.append(sentence("Revisions", commits))
+    return found
+
+
+def commit(run: Result) -> str:
+    """The revision of the code that made a result, with a star where the code of training was changed."""
+    revision = run["revision"]
+    return f"{(revision['commit'] or 'unknown')[:7]}{'*' if revision['changed'] else ''}"
+
+
+def time_notes(group: Group, clock: Clock) -> list[str]:
+    """Sentences about the times of a group."""
+    rows = (*group.rows, *group.teachers)
+    shared = [group.name(row) for row in rows if not all(map(had_machine, row.runs))]
+    found = []
+    if clock.cpu:
+        found.append("Times are CPU seconds of the training process, without its loading processes, since these shared "
+                     f"their machine: {', '.join(shared)}.")
+    elif shared:
+        found.append(f"busy: other processes ran on the machine of {', '.join(shared)}, or nothing says that none did.")
+    machines = differing(group, rows, lambda run: machine_text(machine_of(run)))
+    if machines:
+        found.append(sentence("Machines differ", machines))
+    return found
+
+
+def machine_text(machine: tuple) -> str:
+    """A machine for people."""
+    gpu, cpu, processes, threads = machine
+    return f"{gpu or cpu}, {processes} process{'es' if processes > 1 else ''} of {threads} thread" \
+           f"{'s' if threads > 1 else ''}"
+
+
+def bullets(sentences: Sequence[str]) -> str:
+    """A Markdown list."""
+    return "\n".join(fill(f"- {text}", WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+                     for text in sentences)

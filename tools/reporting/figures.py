@@ -1,0 +1,215 @@
+"""Figures of rows: gains with their intervals, times, the plain run that took as long, published figures."""
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tools.make_scripts import METHODS, NETWORKS, R101, TABLES, Network
+from tools.reporting.groups import PLAIN, Group, Result, Row
+
+RESAMPLES, CONFIDENCE = 20000, 0.95
+#: a plain run that took as long as a method: their times differ by no more than this share
+SAME_TIME = 0.15
+#: what other processes may add to the load of a machine that is still called a run's own
+OTHERS_LOAD = 0.25
+#: the protocol whose results are compared with published figures
+PAPER = "paper"
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A difference of means in points, with the bootstrap interval of :data:`CONFIDENCE`, None with a single seed.
+
+    seeds: number of those of either side; paired: whether both sides have the same ones."""
+    mean: float
+    interval: tuple[float, float] | None
+    seeds: tuple[int, int]
+    paired: bool
+
+
+def gain(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Gain:
+    """What ``ours`` is above ``theirs``, both {seed: percent}.
+
+    With the same seeds on both sides, their differences are resampled; else either side on its own. The percentiles of
+    a fixed generator: with three seeds the interval reaches from the smallest difference to the largest."""
+    paired, seeds = ours.keys() == theirs.keys(), (len(ours), len(theirs))
+    generator = np.random.default_rng(0)
+
+    def resampled(values: Sequence[float]) -> np.ndarray:
+        """[RESAMPLES]: means of samples drawn with replacement."""
+        return np.asarray(values)[generator.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
+
+    interval = None
+    if min(seeds) > 1:
+        means = resampled([ours[s] - theirs[s] for s in ours]) if paired \
+            else resampled(list(ours.values())) - resampled(list(theirs.values()))
+        low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        interval = float(low), float(high)
+    return Gain(statistics.fmean(ours.values()) - statistics.fmean(theirs.values()), interval, seeds, paired)
+
+
+def had_machine(run: Result) -> bool:
+    """Whether the machine was the run's own: no more wanted to run than its threads and its loading processes."""
+    hardware = run["hardware"]
+    own = hardware["processes"] * (hardware["threads"] + run["settings"]["workers"])
+    return run["load"] is not None and run["load"] <= own + OTHERS_LOAD
+
+
+def machine_of(run: Result) -> tuple:
+    """What has to be equal for times to be compared."""
+    return tuple(run["hardware"][key] for key in ("gpu", "cpu", "processes", "threads"))
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How the times of a group are told.
+
+    cpu: in CPU seconds of the training process, which other processes hardly change: where all students trained on CPUs
+    and some shared a machine. Else in seconds on the clock, of rows whose runs had the machine to themselves."""
+    cpu: bool
+
+    @classmethod
+    def of(cls, group: Group) -> Clock:
+        """That of a group."""
+        runs = [run for row in group.rows for run in row.runs]
+        return cls(not all(map(had_machine, runs)) and all(run["hardware"]["gpu"] is None for run in runs))
+
+    @property
+    def unit(self) -> str:
+        """Of the times."""
+        return "CPU s" if self.cpu else "s"
+
+    def is_known(self, row: Row) -> bool:
+        """Whether the row has times that mean something."""
+        return all(run["hardware"]["gpu"] is None if self.cpu else had_machine(run) for run in row.runs)
+
+    def seconds(self, row: Row) -> float | None:
+        """Mean time of the iterations, without validation and what comes before; None where it is not known."""
+        key = "training_cpu" if self.cpu else "training"
+        return statistics.fmean(run["seconds"][key] for run in row.runs) if self.is_known(row) else None
+
+    def speed(self, row: Row) -> float | None:
+        """Mean images per second (of CPU time with that clock); None where it is not known."""
+        if not self.is_known(row):
+            return None
+        if self.cpu:
+            speeds = [run["iterations"] * run["settings"]["batch_size"] / run["seconds"]["training_cpu"]
+                      for run in row.runs if run["seconds"]["training_cpu"]]
+        else:
+            speeds = [run["images_per_second"] for run in row.runs if run["images_per_second"] is not None]
+        return statistics.fmean(speeds) if len(speeds) == len(row.runs) else None
+
+
+def memory(row: Row) -> float | None:
+    """The most that a run of the row held, in MB; None where a log does not say it."""
+    found = [run["peak_memory_mb"] for run in row.runs]
+    return None if None in found else max(found)
+
+
+@dataclass(frozen=True)
+class EqualTime:
+    """The plain run that took as long as a row: its time as a share of the row's, and what the row is above it."""
+    plain: Row
+    ratio: float
+    gain: Gain
+
+
+def equal_time(group: Group, row: Row, clock: Clock) -> EqualTime | None:
+    """Of the plain rows on the same machine the one whose time is closest; None when it is not within
+    :data:`SAME_TIME` and when times are not known."""
+    own = clock.seconds(row)
+    if not own:
+        return None
+    machines = set(row.values(machine_of))
+    times = [(one, clock.seconds(one)) for one in group.rows
+             if one.method == PLAIN and clock.seconds(one) and set(one.values(machine_of)) == machines]
+    if not times:
+        return None
+    plain, seconds = min(times, key=lambda pair: abs(pair[1] - own))
+    if abs(seconds / own - 1) > SAME_TIME:
+        return None
+    return EqualTime(plain, seconds / own, gain(row.scores(group.split), plain.scores(group.split)))
+
+
+def published(group: Group, row: Row) -> float | None:
+    """The mIoU in percent of the published table that the row repeats: networks, method and protocol are its own."""
+    table = TABLES.get(group.dataset)
+    if group.protocol != PAPER or table is None:
+        return None
+    student, teacher = row.runs[0]["student"], row.runs[0]["teacher"]
+    if row in group.teachers:
+        return table.teacher_miou if _is(NETWORKS[R101], student) else None
+    method = METHODS.get(row.method)
+    if method is None or row.label != row.method or (method.teacher and not _is(NETWORKS[R101], teacher)):
+        return None
+    short = next((name for name, one in NETWORKS.items() if _is(one, student)), None)
+    return table.published.get(short, {}).get(row.method)
+
+
+def _is(one: Network, part: Mapping[str, str] | None) -> bool:
+    """Whether a network of the tables is the one of a result."""
+    return part is not None and (one.model, one.backbone) == (part["model"], part["backbone"])
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Everything that tables say of a row. None: there is none, or it is not known. Unit: percent, points, seconds of
+    the clock of the group, MB.
+
+    plain, kd: what it is above the baseline and above KD alone from the same teacher; same_time: above plain training
+    of the same duration; times_plain: its time as a multiple of the baseline's."""
+    name: str
+    row: Row
+    scores: tuple[float, ...]
+    plain: Gain | None
+    kd: Gain | None
+    same_time: EqualTime | None
+    published: float | None
+    seconds: float | None
+    times_plain: float | None
+    speed: float | None
+    memory: float | None
+
+    @property
+    def mean(self) -> float:
+        """Mean score over the seeds, in percent."""
+        return statistics.fmean(self.scores)
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation of the scores; None with a single seed."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+    @property
+    def difference(self) -> float | None:
+        """The mean score less the published one."""
+        return None if self.published is None else self.mean - self.published
+
+    @property
+    def iterations(self) -> str:
+        """Those of the runs, usually one number."""
+        return ", ".join(map(str, self.row.values(lambda run: run["iterations"])))
+
+
+def figures(group: Group, clock: Clock) -> list[Figures]:
+    """Those of the teachers, then of the rows that are shown."""
+    base = group.plain
+    base_seconds = clock.seconds(base) if base else None
+
+    def above(row: Row, other: Row | None) -> Gain | None:
+        return None if other in (None, row) else gain(row.scores(group.split), other.scores(group.split))
+
+    found = []
+    for row in (*group.teachers, *group.shown):
+        ours, distilled = row not in group.teachers, row.method != PLAIN
+        seconds = clock.seconds(row)
+        found.append(Figures(
+            group.name(row), row, tuple(row.scores(group.split).values()), above(row, base) if ours else None,
+            above(row, group.kd_of(row)) if distilled else None, equal_time(group, row, clock) if distilled else None,
+            published(group, row), seconds,
+            seconds / base_seconds if ours and base_seconds and seconds is not None else None, clock.speed(row),
+            memory(row)))
+    return found

@@ -1,0 +1,99 @@
+"""The tables of scores, costs and classes, in Markdown."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from textwrap import fill
+
+from tools.markdown import spread, table
+from tools.reporting.cautions import WIDTH, bullets, notes, time_notes, warnings
+from tools.reporting.figures import Clock, Figures, Gain, figures
+from tools.reporting.groups import KD, PLAIN, Group
+
+NOTHING = "-"
+#: header, and the cell of a row
+Column = tuple[str, Callable[[Figures], str]]
+
+
+def number(value: float | None, form: str, missing: str = NOTHING) -> str:
+    """A figure, or what stands for one that is not known."""
+    return missing if value is None else format(value, form)
+
+
+def gain_text(one: Gain | None) -> str:
+    """'+1.20 [+0.40, +2.00]', with the number of seeds of both sides where they are not the same seeds."""
+    if one is None:
+        return NOTHING
+    text = f"{one.mean:+.2f}"
+    if one.interval is not None:
+        text += " [{:+.2f}, {:+.2f}]".format(*one.interval)
+    return text if one.paired else f"{text} (n {one.seeds[0]}, {one.seeds[1]})"
+
+
+def title(group: Group, what: str, brief: bool) -> str:
+    """The lines above a table; brief: without the networks."""
+    teachers = dict.fromkeys(row.teacher for row in group.shown if row.teacher)
+    learned = f", teacher {', '.join(teachers)}" if teachers else ""
+    networks = "" if brief else f", student {group.student}{learned}"
+    return fill(f"`{group.protocol}` ({group.dataset}{networks}), {what}:", WIDTH, break_long_words=False,
+                break_on_hyphens=False)
+
+
+def parts(*texts: str) -> str:
+    """Paragraphs, without empty ones."""
+    return "\n\n".join(filter(None, texts))
+
+
+def assemble(text: str, columns: Sequence[Column], rows: Sequence[Figures], remarks: Sequence[str]) -> str:
+    """Title, table and remarks."""
+    body = [[cell(row) for _, cell in columns] for row in rows]
+    return parts(text, table([header for header, _ in columns], body), bullets(remarks))
+
+
+def gains(group: Group, brief: bool = False) -> str:
+    """Scores and what each row is above the baseline, above KD and above plain training of the same duration.
+
+    brief: without KD, without what stands beside the last, and without notes; warnings stay."""
+    clock = Clock.of(group)
+    rows = figures(group, clock)
+    columns: list[Column] = [
+        ("run", lambda f: f.name), ("n", lambda f: str(len(f.scores))),
+        (f"mIoU {group.split} %", lambda f: spread(f.scores, ".2f")), (f"over `{PLAIN}`", lambda f: gain_text(f.plain))]
+    if not brief:
+        columns.append((f"over `{KD}`", lambda f: gain_text(f.kd)))
+    columns.append(("at equal time", lambda f: gain_text(f.same_time.gain) if f.same_time else NOTHING))
+    if not brief:
+        columns += [("plain run", lambda f: f.same_time.plain.label if f.same_time else NOTHING),
+                    ("its time", lambda f: f"{f.same_time.ratio:.2f}×" if f.same_time else NOTHING),
+                    ("iterations", lambda f: f.iterations)]
+    if not brief and any(f.published is not None for f in rows):
+        columns += [("published", lambda f: number(f.published, ".2f")),
+                    ("difference", lambda f: number(f.difference, "+.2f"))]
+    remarks = [*warnings(group), *([] if brief else [*notes(group), *time_notes(group, clock)])]
+    what = "mean ± standard deviation over n seeds [95 % bootstrap interval]"
+    return assemble(title(group, what, brief), columns, rows, remarks)
+
+
+def cost(group: Group, brief: bool = False) -> str:
+    """Iterations, times, speeds, memory; brief: without the first."""
+    clock = Clock.of(group)
+    columns: list[Column] = [("run", lambda f: f.name)]
+    if not brief:
+        columns += [("n", lambda f: str(len(f.scores))), ("iterations", lambda f: f.iterations)]
+    columns += [(clock.unit, lambda f: number(f.seconds, ".0f", NOTHING if clock.cpu else "busy")),
+                (f"× `{PLAIN}`", lambda f: number(f.times_plain, ".2f")),
+                (f"images/{clock.unit}", lambda f: number(f.speed, ".1f")),
+                ("peak memory MB", lambda f: number(f.memory, ".0f"))]
+    return assemble(title(group, "training without validation, mean over n seeds; memory: the most", brief), columns,
+                    figures(group, clock), time_notes(group, clock))
+
+
+def classes(group: Group, brief: bool = False) -> str:
+    """IoU of every class, a column per row of the group; brief: without rows whose label is not their method."""
+    rows = [row for row in (*group.teachers, *group.shown)
+            if not brief or row in group.teachers or row.label == row.method]
+    columns = [row.iou_per_class(group.split) for row in rows]
+    body = [[name, *(f"{column[i]:.1f}" for column in columns)] for i, name in enumerate(group.classes)]
+    means = [list(row.scores(group.split).values()) for row in rows]
+    body.append(["mIoU", *(f"{sum(scores) / len(scores):.1f}" for scores in means)])
+    return parts(title(group, f"IoU on {group.split} in percent, mean over the seeds", brief),
+                 table(["class", *map(group.name, rows)], body), bullets(warnings(group)))
