@@ -9,7 +9,6 @@ teacher is a file of this repository; the trainings are the first two rows of th
 """
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from dataset.toy_streets import write_toy_streets
 from engine.evaluate import evaluate
 from engine.results import read_result
 from models import NetworkChoice, save_state_dict
+from tools.markdown import spread
 from tools.planning.plan import ROOT, Expansion, Job, Places, read_plan
 from tools.planning.runner import Runner
 from tools.planning.status import DONE, status
@@ -136,17 +136,11 @@ def picture(path: Path, jobs: Mapping[str, Job], images: int) -> dict[str, Any]:
     return looks["teacher"][0]
 
 
-def spread(values: list[float]) -> str:
-    """'12.34', or '12.34 ± 0.56' of several values."""
-    more = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{more}"
-
-
 def table(rows: Mapping[str, list[dict[str, Any]]]) -> str:
     """mIoU and pixel accuracy in percent: a line per row, mean ± standard deviation over seeds."""
     lines = [f"{'':18s}{'mIoU %':>14s}{'pixel accuracy %':>18s}"]
     for title, scores in rows.items():
-        cells = [spread([100 * one[key] for one in scores]) for key in ("mIoU", "pixAcc")]
+        cells = [spread([100 * one[key] for one in scores], ".2f") for key in ("mIoU", "pixAcc")]
         lines.append(f"{title:18s}{cells[0]:>14s}{cells[1]:>18s}")
     return "\n".join(lines)
 
