@@ -20,7 +20,7 @@ import train_kd
 from tools import compare
 from tools.comparison import figures
 from tools.comparison.answers import Score, by_change, error_map, row_shares
-from tools.comparison.page import duration, percent, points
+from tools.comparison.page import Comparison, build_page, duration, percent, points
 from tools.comparison.pictures import MOST_WIDTH, source
 from tools.comparison.runs import check_pair, differences, read_run, unfair
 from utils.errors import UserError
@@ -129,6 +129,17 @@ def test_every_picture_has_six_views(page) -> None:
     views = [image["data-view"] for image in page.of("img") if "data-view" in image]
     assert views == ["image", "truth", "teacher", "plain", "distilled", "errors"] * 2
     assert all(image["alt"] for image in page.of("img") if "data-view" in image)
+
+
+def test_a_method_without_a_teacher_has_a_page_of_two(place) -> None:
+    options = compare.parse_options(compare.Options, arguments(place), prog="", description="")
+    runs = compare.read_runs(options)
+    dataset = compare.build_dataset(runs, None, "val")
+    answers = compare.evaluate_all(runs, dataset, options)
+    page = Page(build_page(Comparison(runs, dataset, {r: answers[r] for r in ("plain", "distilled")}), 1))
+    assert [trace["name"] for trace in specifications(page)["classes"]["data"]] == ["plain", "distilled"]
+    assert [image["data-view"] for image in page.of("img") if "data-view" in image] == [
+        "image", "truth", "plain", "distilled", "errors"]
 
 
 def test_the_order_is_that_of_the_change() -> None:

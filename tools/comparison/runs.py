@@ -4,7 +4,6 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,15 @@ SHARED = ("student_model", "student_backbone", "student_pretrained", "student_pr
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """One run. flag: the option that named its folder. weights: file of the network that is compared."""
+    """One run. flag: the option that named its folder. weights: file of the network that is compared. digest: what the
+    log says, as `engine.results.digest` gives it, and "iterations"."""
 
     flag: str
     folder: Path
     settings: Settings
     weights: Path
     log: Path
+    digest: dict[str, Any]
 
     @property
     def network(self) -> NetworkChoice:
@@ -47,41 +48,28 @@ class TrainedRun:
         """Name of the method, "none" for plain training."""
         return self.settings.distillation.method or "afdcd"
 
-    @cached_property
-    def digest(self) -> dict[str, Any]:
-        """What the log says, as `engine.results.digest` gives it, with "iterations". UserError for a log that holds no
-        iteration, or of a version of this code that wrote down less."""
-        records = [r for r in read_log(self.log) if isinstance(r, dict)]
-        trained = [r for r in records if r.get("kind") == "train"]
-        if not trained:
-            raise UserError(f"{self.log}: no trained iteration; expected the log of a finished run")
-        try:
-            return {**digest(records), "iterations": trained[-1]["step"]}
-        except KeyError as error:
-            raise UserError(f"{self.log}: its records have no {error}; expected the log of a run of this version"
-                            ) from error
-
 
 def read_run(flag: str, folder: Path, weights: str = "best") -> TrainedRun:
     """The run of a folder. flag: named in errors. weights: "best" on the validation split, or "last".
 
-    UserError for a folder without exactly one run, and for files that are missing or cannot be read."""
+    UserError for a folder without exactly one run, for files that are missing or cannot be read, and for a log without
+    an iteration, or of a version of this code that wrote down less."""
     configs = sorted(folder.glob("*_config.json"))
     if len(configs) != 1:
         held = ", ".join(path.name for path in configs) or "none" if folder.is_dir() else "no such folder"
         raise UserError(f"{flag} {folder}: expected the --save-dir of one run, with its kd_..._config.json ({held})")
     settings = _settings(configs[0])
-    log_directory = settings.running.log_dir
     files = RunFiles(replace(settings, running=replace(settings.running, save_dir=str(folder), resume=None)))
     path = {"best": files.best, "last": files.student}[weights]
     if not path.is_file():
         other = "; of a run without validation, --weights last can be compared" if weights == "best" else ""
         raise UserError(f"{flag} {folder}: no {path.name}; expected the weights of a finished run{other}")
-    return TrainedRun(flag, folder, settings, path, _find_log(flag, folder, log_directory, settings, files.log_name))
+    log = _find_log(flag, folder, settings, files.log_name)
+    return TrainedRun(flag, folder, settings, path, log, _read_digest(log))
 
 
 def _settings(path: Path) -> Settings:
-    """The settings of a saved configuration. Those that are newer than it have the value that changes nothing."""
+    """The settings of a saved configuration. Those that are newer than it have their defaults."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))["config"]
         return from_flat({**vars(build_parser().parse_args([])), **saved})
@@ -89,14 +77,26 @@ def _settings(path: Path) -> Settings:
         raise UserError(f"{path}: not a configuration of a run that can be read ({error})") from error
 
 
-def _find_log(flag: str, folder: Path, log_directory: str, settings: Settings, name: str) -> Path:
+def _find_log(flag: str, folder: Path, settings: Settings, name: str) -> Path:
     """The JSON lines of a run: in its folder, where they lay relative to it when it ran, or where they were written."""
-    moved = Path(os.path.normpath(folder / os.path.relpath(log_directory, settings.running.save_dir)))
-    places = list(dict.fromkeys((folder, moved, Path(log_directory))))
+    written = settings.running.log_dir
+    moved = Path(os.path.normpath(folder / os.path.relpath(written, settings.running.save_dir)))
+    places = list(dict.fromkeys((folder, moved, Path(written))))
     for place in places:
         if (place / f"{name}.jsonl").is_file():
             return place / f"{name}.jsonl"
     raise UserError(f"{flag} {folder}: no log {name}.jsonl; looked into {', '.join(map(str, places))}")
+
+
+def _read_digest(log: Path) -> dict[str, Any]:
+    records = [r for r in read_log(log) if isinstance(r, dict)]
+    trained = [r for r in records if r.get("kind") == "train"]
+    if not trained:
+        raise UserError(f"{log}: no trained iteration; expected the log of a finished run")
+    try:
+        return {**digest(records), "iterations": trained[-1]["step"]}
+    except KeyError as error:
+        raise UserError(f"{log}: its records have no {error}; expected the log of a run of this version") from error
 
 
 def check_pair(plain: TrainedRun, distilled: TrainedRun) -> None:
@@ -175,5 +175,6 @@ def _text(name: str, value: Any) -> str:
         return Path(str(value)).name
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else " ".join(map(str, value)) \
-        if isinstance(value, tuple) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
