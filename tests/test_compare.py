@@ -22,7 +22,7 @@ from tools.comparison import figures
 from tools.comparison.answers import Score, by_change, error_map, row_shares
 from tools.comparison.page import Comparison, build_page, duration, percent, points
 from tools.comparison.pictures import MOST_WIDTH, source
-from tools.comparison.runs import check_pair, differences, read_run, unfair
+from tools.comparison.runs import check_pair, differences, only_distilled, read_run, unfair
 from utils.errors import UserError
 
 STUDENT = "deeplab_mobile-mobilenetv2_w0.25"
@@ -193,9 +193,11 @@ def test_numbers_are_written_for_people() -> None:
 def test_settings_that_differ_are_those_that_count(place) -> None:
     plain, distilled = (read_run(f"--{role}", place / role) for role in ("plain", "distilled"))
     rows = {name: values for name, *values in differences(plain, distilled)}
-    assert rows["--lr"] == ["0.02", "0.03"] and rows["--method"] == ["none", "not set"]
-    assert rows["--teacher-pretrained"] == ["-", "teacher.pth"] and rows["--lambda-fd"] == ["0", "1e-05"]
-    assert not {"--save-dir", "--log-dir", "--crop-size", "--cwd-temperature"} & set(rows)
+    assert rows == {"--lr": ["0.02", "0.03"], "--method": ["none", "afdcd"], "--lambda-kd": ["0", "1"],
+                    "--lambda-fd": ["0", "1e-05"], "--lambda-ctr": ["0", "0.005"]}
+    own = dict(only_distilled(plain, distilled))
+    assert own["--teacher-pretrained"] == "teacher.pth" and own["--pool-size"] == "2"
+    assert not {"--save-dir", "--crop-size", "--cwd-temperature", "--teacher-pretrained-base"} & set(own)
     assert unfair(plain, distilled) == ["--lr"]
 
 

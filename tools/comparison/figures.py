@@ -31,8 +31,12 @@ def _figure(height: int, x: Mapping[str, Any], y: Mapping[str, Any], **layout: A
         "font": {"color": "var(--ink)", "size": 13, "family": "var(--sans)"},
         "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
         "hoverlabel": {"bgcolor": "var(--paper)", "bordercolor": "var(--line)", "font": {"color": "var(--ink)"}},
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom"},
-        "xaxis": {**axis, **x}, "yaxis": {**axis, **y}, **layout})
+        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom"}, "showlegend": True,
+        "xaxis": axis | x, "yaxis": axis | y, **layout})
+
+
+def _title(text: str) -> dict[str, Any]:
+    return {"text": text, "font": {"size": 13}, "standoff": 6}
 
 
 def as_json(figure: go.Figure) -> dict[str, Any]:
@@ -43,7 +47,7 @@ def as_json(figure: go.Figure) -> dict[str, Any]:
 def validation(curves: Mapping[str, Sequence[Mapping[str, float]]], goal: float | None = None) -> go.Figure:
     """mIoU on the validation split over the iterations. curves: {role: points with "step" and "mIoU", a fraction}.
     goal: that of the teacher."""
-    figure = _figure(320, {"title": {"text": "iteration"}, "rangemode": "tozero", "showgrid": False},
+    figure = _figure(320, {"title": _title("iteration"), "rangemode": "tozero", "showgrid": False},
                      {"ticksuffix": " %", "rangemode": "tozero"}, hovermode="x unified")
     for role, points in curves.items():
         figure.add_scatter(x=[p["step"] for p in points], y=[100 * p["mIoU"] for p in points], name=role,
@@ -68,10 +72,10 @@ def terms(losses: Mapping[str, Mapping[str, Any]]) -> dict[str, go.Figure]:
     names = list(dict.fromkeys(term for one in losses.values() for term in one["weighted"]))
     axis: dict[str, Any] = {"rangemode": "tozero"}
     if logarithmic and positive:
-        axis = {"type": "log", "exponentformat": "power", "dtick": 1, "range": _decades(min(positive), max(positive))}
+        axis = {"type": "log", "tickformat": "~g", "dtick": 1, "range": _decades(min(positive), max(positive))}
     figures = {}
     for role, one in losses.items():
-        figure = _figure(320, {"title": {"text": "iteration"}, "rangemode": "tozero", "showgrid": False}, axis,
+        figure = _figure(320, {"title": _title("iteration"), "rangemode": "tozero", "showgrid": False}, axis,
                          hovermode="x unified")
         for term, line in one["weighted"].items():
             place = names.index(term)
@@ -126,8 +130,8 @@ def _matrix(classes: Sequence[str], values: Shares, scale: Sequence, low: float,
     names = list(classes)
     labels = {"showticklabels": len(names) <= MOST_NAMES, "showgrid": False, "dtick": 1, "tickfont": {"size": 11},
               "type": "category"}
-    figure = _figure(400, {**labels, "tickangle": -60, "title": {"text": "predicted"}},
-                     {**labels, "autorange": "reversed", "title": {"text": "truth"}})
+    figure = _figure(400, {**labels, "tickangle": -60, "title": _title("predicted")},
+                     {**labels, "autorange": "reversed", "title": _title("truth")})
     figure.add_heatmap(z=[[None if v is None else 100 * v for v in row] for row in values], x=names, y=names,
                        colorscale=scale, zmin=low, zmax=high, xgap=1, ygap=1,
                        colorbar={"thickness": 8, "outlinewidth": 0, "len": 0.9, "tickfont": {"size": 11}},

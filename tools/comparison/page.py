@@ -13,7 +13,7 @@ from dataset import SegmentationDataset
 from tools.comparison import figures
 from tools.comparison.answers import Answers, by_change, row_shares
 from tools.comparison.pictures import ERRORS, as_css, views
-from tools.comparison.runs import TrainedRun, differences, unfair
+from tools.comparison.runs import TrainedRun, differences, only_distilled, unfair
 from utils.files import sha256
 from utils.machine import revision
 from utils.visualize import IGNORE_COLOR
@@ -42,7 +42,8 @@ def build_page(comparison: Comparison, images: int) -> str:
         terms=active_terms(distilled), iterations={role: run.digest["iterations"] for role, run in
                                                    comparison.runs.items()},
         seeds={role: run.settings.optimization.seed for role, run in comparison.runs.items()},
-        unfair=unfair(plain, distilled), differences=differences(plain, distilled), figures=drawn,
+        unfair=unfair(plain, distilled), differences=differences(plain, distilled),
+        only_distilled=only_distilled(plain, distilled), figures=drawn,
         class_rows=class_rows(comparison), bars_left_out=spec.num_class > figures.MOST_BARS,
         time_ratio=time_ratio(comparison), cost_roles=list(ordered_runs(comparison)), cost_rows=cost_rows(comparison),
         shots=shots(comparison, images), commit=revision()["commit"],

@@ -23,6 +23,7 @@ NOT_OF_THE_TRAINING = frozenset((
 #: settings that both runs of a fair comparison share
 SHARED = ("student_model", "student_backbone", "student_pretrained", "student_pretrained_base", "crop_size",
           "batch_size", "max_iterations", "lr", "poly_power", "momentum", "weight_decay", "amp")
+NOT_SET = "not set"
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,17 @@ def teacher_network(distilled: TrainedRun, teacher: TrainedRun | None) -> Networ
 
 
 def differences(plain: TrainedRun, distilled: TrainedRun) -> list[tuple[str, str, str]]:
-    """(flag, value in the plain run, value in the distilled run) of each setting of the training that differs.
-
-    A setting that a run does not read, such as the teacher of a plain one, is "-"."""
+    """(flag, value in the plain run, value in the distilled run) of each setting of the training that differs and that
+    both runs read."""
     before, after = _read_values(plain), _read_values(distilled)
     return [(flag(name), before[name], after[name]) for name in before
-            if name not in NOT_OF_THE_TRAINING and before[name] != after[name]]
+            if name in after and name not in NOT_OF_THE_TRAINING and before[name] != after[name]]
+
+
+def only_distilled(plain: TrainedRun, distilled: TrainedRun) -> list[tuple[str, str]]:
+    """(flag, value) of the settings that the plain run does not read: of the teacher and of methods."""
+    before, after = _read_values(plain), _read_values(distilled)
+    return [(flag(name), value) for name, value in after.items() if name not in before and value != NOT_SET]
 
 
 def unfair(plain: TrainedRun, distilled: TrainedRun) -> list[str]:
@@ -153,24 +159,25 @@ def unfair(plain: TrainedRun, distilled: TrainedRun) -> list[str]:
 
 
 def _read_values(run: TrainedRun) -> dict[str, str]:
-    """{setting: value as text}, "-" for what the run does not read."""
-    owners: dict[str, list[str]] = {}
+    """{setting: value as text} of those that the run reads."""
+    owners: dict[str, set[str]] = {}
     for name, cls in methods().items():
         for one in options_of(cls.Options):
-            owners.setdefault(one.name, []).append(name)
+            owners.setdefault(one.name, set()).add(name)
     active, values = set(run.settings.methods), {}
     for name, value in run.settings.flat().items():
         unread = (name.startswith("teacher_") and not run.settings.needs_teacher
-                  or name in owners and not active.intersection(owners[name])
+                  or name in owners and not active & owners[name]
                   or name in ("group_size", "compat") and not active)
-        values[name] = "-" if unread else _text(name, value)
+        if not unread:
+            values[name] = run.method if name == "method" else _text(name, value)
     return values
 
 
 def _text(name: str, value: Any) -> str:
     """A value as one would type it; of a file its name, without the folders of somebody's machine."""
     if value is None:
-        return "not set"
+        return NOT_SET
     if name.endswith(("_pretrained", "_pretrained_base", "_list", "_masks")):
         return Path(str(value)).name
     if isinstance(value, bool):
