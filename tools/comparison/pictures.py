@@ -16,7 +16,7 @@ from utils.visualize import IGNORE_COLOR, color_mask
 #: wider pictures are made smaller
 MOST_WIDTH = 960
 #: what an error map shows: title and color, in the order of its values
-ERRORS = {BOTH_RIGHT: ("both right", (228, 232, 236)), ONLY_DISTILLED: ("only distilled right", (0, 114, 178)),
+ERRORS = {BOTH_RIGHT: ("both right", (203, 209, 215)), ONLY_DISTILLED: ("only distilled right", (0, 114, 178)),
           ONLY_PLAIN: ("only plain right", (230, 159, 0)), BOTH_WRONG: ("both wrong", (66, 72, 80)),
           IGNORED: ("not labeled", IGNORE_COLOR)}
 
