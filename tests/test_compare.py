@@ -209,6 +209,12 @@ def test_a_run_that_was_moved_is_read_where_it_is(place, tmp_path) -> None:
     assert read_run("--plain", tmp_path / "moved").log.is_relative_to(place)  # where it was written
 
 
+def test_the_legend_has_the_classes_of_the_pictures(page) -> None:
+    names = [name for name in page.parts["li"] if name]
+    assert names == [*(f"class{k}" for k in range(CLASSES)), "not labeled", "both right", "only distilled right",
+                     "only plain right", "both wrong", "not labeled"]
+
+
 def test_the_teacher_run_takes_the_place_of_a_file_that_is_gone(place, tmp_path) -> None:
     shutil.copytree(place / "distilled", tmp_path / "distilled")
     (config,) = (tmp_path / "distilled").glob("*_config.json")

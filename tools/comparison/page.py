@@ -1,12 +1,13 @@
 """The page of a comparison: one HTML file with everything in it, made of the files ``page.*`` beside this one."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from plotly.offline import get_plotlyjs
 
 from dataset import SegmentationDataset
@@ -35,7 +36,7 @@ def build_page(comparison: Comparison, images: int) -> str:
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(percent=percent, points=points)
     spec, plain, distilled = comparison.dataset.spec, comparison.runs["plain"], comparison.runs["distilled"]
-    drawn = draw(comparison)
+    drawn, shown = draw(comparison), shots(comparison, images)
     return environment.get_template("page.html").render(
         roles=list(comparison.answers), answers=comparison.answers, spec_title=spec_title(comparison),
         split=comparison.dataset.split, count=len(comparison.dataset), method=distilled.method, gain=gain(comparison),
@@ -46,9 +47,7 @@ def build_page(comparison: Comparison, images: int) -> str:
         only_distilled=only_distilled(plain, distilled), figures=drawn,
         class_rows=class_rows(comparison), bars_left_out=spec.num_class > figures.MOST_BARS,
         time_ratio=time_ratio(comparison), cost_roles=list(ordered_runs(comparison)), cost_rows=cost_rows(comparison),
-        shots=shots(comparison, images), commit=revision()["commit"],
-        legend=[(name, as_css(color)) for name, color in zip(spec.classes, spec.palette, strict=True)]
-        + [("not labeled", as_css(IGNORE_COLOR))],
+        shots=shown, commit=revision()["commit"], legend=legend(comparison, shown),
         error_legend=[(name, as_css(color)) for name, color in ERRORS.values()], plotly=get_plotlyjs())
 
 
@@ -148,11 +147,22 @@ def duration(seconds: float) -> str:
 
 
 def shots(comparison: Comparison, images: int) -> list[dict[str, Any]]:
-    """The images that distillation changes most: name, both students' scores, and {title: source} of the views."""
+    """The images that distillation changes most: name, both students' scores, {title: source} of the views, and the
+    classes that occur in them."""
     answers, dataset = comparison.answers, comparison.dataset
     plain, distilled = answers["plain"].scores, answers["distilled"].scores
-    return [{"name": dataset.samples[i].name, "plain": plain[i], "distilled": distilled[i],
-             "change": distilled[i].miou - plain[i].miou,
-             "views": views(dataset[i], {role: one.prediction(i) for role, one in answers.items()},
-                            dataset.spec.palette)}
-            for i in by_change(plain, distilled)[:images]]
+    found = []
+    for i in by_change(plain, distilled)[:images]:
+        item, maps = dataset[i], {role: one.prediction(i) for role, one in answers.items()}
+        occurring = {int(k) for x in (item["label"].numpy(), *maps.values()) for k in np.unique(x) if k >= 0}
+        found.append({"name": dataset.samples[i].name, "plain": plain[i], "distilled": distilled[i],
+                      "change": distilled[i].miou - plain[i].miou, "classes": occurring,
+                      "views": views(item, maps, dataset.spec.palette)})
+    return found
+
+
+def legend(comparison: Comparison, shown: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(name, color) of the classes that occur in the pictures, and of pixels without a label."""
+    spec, occurring = comparison.dataset.spec, set().union(*(shot["classes"] for shot in shown))
+    entries = [(spec.classes[k], as_css(spec.palette[k])) for k in sorted(occurring)]
+    return [*entries, ("not labeled", as_css(IGNORE_COLOR))]
