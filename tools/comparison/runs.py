@@ -1,0 +1,187 @@
+"""A finished run as its folder tells it: settings, log, weights. And in which settings two runs differ."""
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engine.results import digest, read_log
+from engine.run_files import RunFiles
+from engine.settings import Settings, build_parser, from_flat
+from losses.core import methods
+from models import NetworkChoice
+from utils.errors import UserError
+from utils.options import flag, options_of
+
+#: settings that say where things lie, what is written and how it is loaded: they do not change a training
+NOT_OF_THE_TRAINING = frozenset((
+    "data", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters", "val_per_iters", "skip_val", "results",
+    "protocol", "label", "resume", "tensorboard", "panels", "workers", "local_rank", "no_cuda", "start_epoch",
+    "save_epoch", "val_epoch"))
+#: settings that both runs of a fair comparison share
+SHARED = ("student_model", "student_backbone", "student_pretrained", "student_pretrained_base", "crop_size",
+          "batch_size", "max_iterations", "lr", "poly_power", "momentum", "weight_decay", "amp")
+NOT_SET = "not set"
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """One run. flag: the option that named its folder. weights: file of the network that is compared. digest: what the
+    log says, as `engine.results.digest` gives it, and "iterations"."""
+
+    flag: str
+    folder: Path
+    settings: Settings
+    weights: Path
+    log: Path
+    digest: dict[str, Any]
+
+    @property
+    def network(self) -> NetworkChoice:
+        """The trained network, with its weights; its preprocessing is what these say."""
+        return replace(self.settings.networks.student, pretrained=str(self.weights), pretrained_base=None,
+                       preprocess=None)
+
+    @property
+    def method(self) -> str:
+        """Name of the method, "none" for plain training."""
+        return self.settings.distillation.method or "afdcd"
+
+
+def read_run(flag: str, folder: Path, weights: str = "best") -> TrainedRun:
+    """The run of a folder. flag: named in errors. weights: "best" on the validation split, or "last".
+
+    UserError for a folder without exactly one run, for files that are missing or cannot be read, and for a log without
+    an iteration, or of a version of this code that wrote down less."""
+    configs = sorted(folder.glob("*_config.json"))
+    if len(configs) != 1:
+        held = ", ".join(path.name for path in configs) or "none" if folder.is_dir() else "no such folder"
+        raise UserError(f"{flag} {folder}: expected the --save-dir of one run, with its kd_..._config.json ({held})")
+    settings = _settings(configs[0])
+    files = RunFiles(replace(settings, running=replace(settings.running, save_dir=str(folder), resume=None)))
+    path = {"best": files.best, "last": files.student}[weights]
+    if not path.is_file():
+        other = "; of a run without validation, --weights last can be compared" if weights == "best" else ""
+        raise UserError(f"{flag} {folder}: no {path.name}; expected the weights of a finished run{other}")
+    log = _find_log(flag, folder, settings, files.log_name)
+    return TrainedRun(flag, folder, settings, path, log, _read_digest(log))
+
+
+def _settings(path: Path) -> Settings:
+    """The settings of a saved configuration. Those that are newer than it have their defaults."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))["config"]
+        return from_flat({**vars(build_parser().parse_args([])), **saved})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a configuration of a run that can be read ({error})") from error
+
+
+def _find_log(flag: str, folder: Path, settings: Settings, name: str) -> Path:
+    """The JSON lines of a run: in its folder, where they lay relative to it when it ran, or where they were written."""
+    written = settings.running.log_dir
+    moved = Path(os.path.normpath(folder / os.path.relpath(written, settings.running.save_dir)))
+    places = list(dict.fromkeys((folder, moved, Path(written))))
+    for place in places:
+        if (place / f"{name}.jsonl").is_file():
+            return place / f"{name}.jsonl"
+    raise UserError(f"{flag} {folder}: no log {name}.jsonl; looked into {', '.join(map(str, places))}")
+
+
+def _read_digest(log: Path) -> dict[str, Any]:
+    records = [r for r in read_log(log) if isinstance(r, dict)]
+    trained = [r for r in records if r.get("kind") == "train"]
+    if not trained:
+        raise UserError(f"{log}: no trained iteration; expected the log of a finished run")
+    try:
+        return {**digest(records), "iterations": trained[-1]["step"]}
+    except KeyError as error:
+        raise UserError(f"{log}: its records have no {error}; expected the log of a run of this version") from error
+
+
+def check_pair(plain: TrainedRun, distilled: TrainedRun) -> None:
+    """UserError unless one run is plain, the other distilled, and both are of one data set."""
+    for run, wanted in ((plain, False), (distilled, True)):
+        if bool(run.settings.methods) != wanted:
+            raise UserError(f"{run.flag} {run.folder}: a run of --method {run.method}; expected "
+                            f"{'a distilled run' if wanted else 'a plain one, of --method none'}")
+    names = [run.settings.data.dataset for run in (plain, distilled)]
+    if names[0] != names[1]:
+        raise UserError(f"{plain.flag} {plain.folder} and {distilled.flag} {distilled.folder} are runs of different "
+                        f"data sets: {names[0]} and {names[1]}; expected the same")
+
+
+def check_teacher(teacher: TrainedRun, distilled: TrainedRun) -> None:
+    """UserError unless the run trained the network that the other one learned from, on the same data set."""
+    wanted, own = distilled.settings.networks.teacher, teacher.settings.networks.student
+    if not distilled.settings.needs_teacher:
+        raise UserError(f"{teacher.flag} {teacher.folder}: {distilled.method} reads no teacher; leave it out")
+    if (own.model, own.backbone) != (wanted.model, wanted.backbone):
+        raise UserError(f"{teacher.flag} {teacher.folder}: a run of {own.model}-{own.backbone}; the distilled run "
+                        f"learned from {wanted.model}-{wanted.backbone}")
+    if teacher.settings.data.dataset != distilled.settings.data.dataset:
+        raise UserError(f"{teacher.flag} {teacher.folder}: a run on {teacher.settings.data.dataset}; the distilled "
+                        f"run is on {distilled.settings.data.dataset}")
+
+
+def teacher_network(distilled: TrainedRun, teacher: TrainedRun | None) -> NetworkChoice | None:
+    """The teacher: of its own run where that is given, else as the distilled run read it; None if it read none."""
+    if teacher is not None:
+        return replace(teacher.network, preprocess=distilled.settings.networks.teacher_preprocess)
+    if not distilled.settings.needs_teacher:
+        return None
+    choice = distilled.settings.networks.teacher
+    if choice.pretrained is not None and not Path(choice.pretrained).expanduser().is_file():
+        raise UserError(f"{distilled.flag} {distilled.folder}: its teacher {choice.pretrained} is not there any more; "
+                        "name the folder of the teacher's run with --teacher")
+    return choice
+
+
+def differences(plain: TrainedRun, distilled: TrainedRun) -> list[tuple[str, str, str]]:
+    """(flag, value in the plain run, value in the distilled run) of each setting of the training that differs and that
+    both runs read."""
+    before, after = _read_values(plain), _read_values(distilled)
+    return [(flag(name), before[name], after[name]) for name in before
+            if name in after and name not in NOT_OF_THE_TRAINING and before[name] != after[name]]
+
+
+def only_distilled(plain: TrainedRun, distilled: TrainedRun) -> list[tuple[str, str]]:
+    """(flag, value) of the settings that the plain run does not read: of the teacher and of methods."""
+    before, after = _read_values(plain), _read_values(distilled)
+    return [(flag(name), value) for name, value in after.items() if name not in before and value != NOT_SET]
+
+
+def unfair(plain: TrainedRun, distilled: TrainedRun) -> list[str]:
+    """The settings that differ although a fair comparison shares them."""
+    before, after = _read_values(plain), _read_values(distilled)
+    return [flag(name) for name in SHARED if before[name] != after[name]]
+
+
+def _read_values(run: TrainedRun) -> dict[str, str]:
+    """{setting: value as text} of those that the run reads."""
+    owners: dict[str, set[str]] = {}
+    for name, cls in methods().items():
+        for one in options_of(cls.Options):
+            owners.setdefault(one.name, set()).add(name)
+    active, values = set(run.settings.methods), {}
+    for name, value in run.settings.flat().items():
+        unread = (name.startswith("teacher_") and not run.settings.needs_teacher
+                  or name in owners and not active & owners[name]
+                  or name in ("group_size", "compat") and not active)
+        if not unread:
+            values[name] = run.method if name == "method" else _text(name, value)
+    return values
+
+
+def _text(name: str, value: Any) -> str:
+    """A value as one would type it; of a file its name, without the folders of somebody's machine."""
+    if value is None:
+        return NOT_SET
+    if name.endswith(("_pretrained", "_pretrained_base", "_list", "_masks")):
+        return Path(str(value)).name
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
