@@ -32,7 +32,7 @@ class Journal:
     """
 
     def __init__(self, run: Run, resumed: bool) -> None:
-        self.run, self.logger = run, None
+        self.run, self.logger, self.resumed = run, None, resumed
         self.clock, self._peak = Stopwatch(), None  # FLOP/s of a device
         running, distributed = run.settings.running, run.distributed
         if distributed.is_main_process:
@@ -73,6 +73,9 @@ class Journal:
         if self.logger is not None and (device.type == "cuda" or settings.optimization.max_iterations >= LONG_RUN):
             dtype = settings.speed.amp_dtype or settings.speed.teacher_dtype or torch.get_default_dtype()
             self._peak = peak_flops(device, dtype)
+        if self.logger is not None and not self.resumed:
+            window = self.clock.read()
+            self.logger.record("stages", 1, **{k: round(window[k], 4) for k in ("seconds", "cpu_seconds")})
         self.clock.restart()
         self.progress.unpause()
 

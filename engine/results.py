@@ -61,12 +61,15 @@ def digest(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     train = [r for r in records if r["kind"] == "train"]
     val = [r for r in records if r["kind"] == "val"]
+    stages = [r for r in records if r["kind"] == "stages"]  # before the first iteration
     best = max(val, key=lambda r: r["mIoU"], default=None)
     chosen = {best["split"]: _scores(best)} if best else {}
     reported = {r["split"]: _scores(r) for r in records if r["kind"] == "report"}
     loads = [r["load"] for r in train if r["load"] is not None]
     return {
-        "seconds": {"training": round(sum(r["seconds"] for r in train), 2),
+        "seconds": {"stages": round(sum(r["seconds"] for r in stages), 2),
+                    "stages_cpu": round(sum(r["cpu_seconds"] for r in stages), 2),
+                    "training": round(sum(r["seconds"] for r in train), 2),
                     "training_cpu": round(sum(r["cpu_seconds"] for r in train), 2),
                     "validation": round(sum(r["seconds"] for r in val), 2)},
         "images_per_second": round(statistics.median(r["images_per_second"] for r in train), 3) if train else None,

@@ -30,7 +30,7 @@ def make_result(label: str, seed: int, val: float, test: float | None = None, *,
                 protocol: str = "p-1", dataset: str = "camvid", student: tuple[str, str] = STUDENT,
                 teacher: tuple[str, str] = TEACHER, teacher_file: str = "t0", weights: str | None = None,
                 iterations: int = 100, seconds: float = 50.0, cpu_seconds: float = 40.0, load: float | None = 1.0,
-                flags: tuple[str, ...] = (), weight: float = 1.0, commit: str = "a" * 40,
+                stages: float = 0, flags: tuple[str, ...] = (), weight: float = 1.0, commit: str = "a" * 40,
                 hardware: dict[str, Any] | None = None) -> dict[str, Any]:
     """A run of 8 images a step with these scores in percent and these times. label 'none...': plain training."""
     method = method or ("none" if label.startswith("none") else label)
@@ -38,7 +38,8 @@ def make_result(label: str, seed: int, val: float, test: float | None = None, *,
              "seconds": seconds, "cpu_seconds": cpu_seconds, "images_per_second": 8 * iterations / seconds,
              "memory_mb": 500 + seed, "load": load}
     reports = [] if test is None else [score("test", "report", iterations, test)]
-    records = [train, score("val", "val", iterations, val), *reports]
+    before = {"kind": "stages", "step": 1, "seconds": stages, "cpu_seconds": stages}
+    records = [before, train, score("val", "val", iterations, val), *reports]
     learned = None if method == "none" else {"model": teacher[0], "backbone": teacher[1], "sha256": teacher_file}
     return {
         "format": FORMAT, "protocol": protocol, "dataset": dataset, "teacher": learned,

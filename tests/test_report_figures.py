@@ -113,6 +113,11 @@ def test_on_a_shared_gpu_times_are_not_shown(load) -> None:
     assert by_name(render("gains p-1", results))["afdcd"]["at equal time"] == "-"
 
 
+def test_stages_before_training_count(results) -> None:
+    group = only([*runs("none", NONE, seconds=150), *runs("maskd", OURS, seconds=100, stages=60)])
+    assert Clock.of(group).seconds(row_of(group, "maskd")) == pytest.approx(160)
+
+
 def test_a_teacher_trained_on_a_gpu_has_no_cpu_seconds(results) -> None:
     shared = [run | {"load": 9.0} for run in results]
     shared[-1]["hardware"] = {**shared[-1]["hardware"], "gpu": "a GPU"}

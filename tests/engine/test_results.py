@@ -103,7 +103,8 @@ def test_a_long_log_is_thinned_by_means() -> None:
 
 def test_seconds_add_up_and_memory_is_the_most() -> None:
     got = digest([record(1, 1), record(2, 1, memory_mb=30, load=None)])
-    assert got["seconds"] == {"training": 4.0, "training_cpu": 2.0, "validation": 0} and got["peak_memory_mb"] == 30
+    assert got["seconds"] == {"stages": 0, "stages_cpu": 0, "training": 4.0, "training_cpu": 2.0, "validation": 0}
+    assert got["peak_memory_mb"] == 30
     assert got["load"] == 1.0 and got["scores"] == {} and got["last"] is None
 
 

@@ -87,9 +87,11 @@ class Clock:
         return all(run["hardware"]["gpu"] is None if self.cpu else had_machine(run) for run in row.runs)
 
     def seconds(self, row: Row) -> float | None:
-        """Mean time of the iterations, without validation and what comes before; None where it is not known."""
-        key = "training_cpu" if self.cpu else "training"
-        return statistics.fmean(run["seconds"][key] for run in row.runs) if self.is_known(row) else None
+        """Mean time of the iterations and of the stages before them, without validation; None where it is not known."""
+        parts = [f"{part}_cpu" if self.cpu else part for part in ("stages", "training")]
+        if not self.is_known(row):
+            return None
+        return statistics.fmean(sum(run["seconds"][part] for part in parts) for run in row.runs)
 
     def speed(self, row: Row) -> float | None:
         """Mean images per second (of CPU time with that clock); None where it is not known."""
