@@ -175,6 +175,12 @@ class TestRunning:
         assert said.index(f"done after {'0.'}") < said.index(f"[2/2] tiny-1/folder/{PAIR}/fd/1")
         teacher, student = (one for one in sorted(read_results(place / "results"), key=lambda r: r["label"] == "fd"))
         assert student["teacher"]["sha256"] == teacher["weights"]["best"]
+        jobs = expand(place)
+        for path in jobs[0].folder.glob("*.pth"):  # as in a clone, where results are but no weights
+            path.unlink()
+        states = {job.name: status(job) for job in jobs}
+        assert jobs[0] in reproduce.to_run(jobs, states)
+        assert jobs[0] not in reproduce.to_run(jobs[:3], states)
 
     def test_a_failed_teacher_leaves_its_students_waiting(self, place, capsys) -> None:
         (place / "data" / "classes.txt").unlink()

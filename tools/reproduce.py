@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools.planning.plan import Expansion, Job, Places, plan_names, read_plan
+from tools.planning.plan import ROOT, Expansion, Job, Places, plan_names, read_plan
 from tools.planning.published import published_jobs, published_names
 from tools.planning.runner import Runner, write_lists
 from tools.planning.status import BEGUN, DONE, NEW, Status, status
@@ -78,12 +78,20 @@ def overview(jobs: list[Job], states: dict[str, Status]) -> str:
     return "\n".join([*lines, "", f"{len(jobs)} runs: {', '.join(counts)}"])
 
 
+def to_run(jobs: list[Job], states: dict[str, Status]) -> list[Job]:
+    """The runs without a result, and teachers whose result is there but whose weights, which they need, are not."""
+    missing = {job.name for job in jobs if states[job.name].state != DONE}
+    needed = {name for job in jobs if job.name in missing for name in job.needs}
+    gone = {job.name for job in jobs if job.name in needed and not (ROOT / job.best).is_file()}
+    return [job for job in jobs if job.name in missing | gone]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing of a plan. Returns 1 when a run failed, 0 otherwise."""
     plan, options = parse(argv)
     jobs = find_jobs(plan, options)
     states = {job.name: status(job) for job in jobs}
-    missing = [job for job in jobs if states[job.name].state != DONE]
+    missing = to_run(jobs, states)
     print(overview(jobs, states), flush=True)
     if options.dry_run:
         print("\n".join(["", *(job.shown for job in missing)]))
