@@ -68,6 +68,8 @@ def test_a_run_has_three_parts_with_medians() -> None:
 def test_the_verdict_is_of_the_end_and_names_another_beginning() -> None:
     lines = [record(1, fd=(20.0, 0.3), kd=(0.5, 0.5)), record(2, fd=(1.0, 0.3), kd=(0.5, 0.5)),
              record(3, fd=(0.35, 0.3), kd=(0.4, 0.2))]
+    unknown = [record(1, kd=(None, None)), lines[2]]
+    assert verdicts(spans(unknown))["kd"] == "alive (40 %, cosine 0.2)"
     assert verdicts(spans(lines)) == {
         "fd": "alive (35 %, cosine 0.3). Early in the run: drowns the cross entropy (20 times, cosine 0.3)",
         "kd": "alive (40 %, cosine 0.2)"}
@@ -95,8 +97,8 @@ def place(tmp_path_factory) -> Path:
 def test_the_log_of_a_run(place, capsys, tmp_path) -> None:
     out = tmp_path / "all.json"
     assert diagnose.main([str(place / "logged"), "--json", str(out)]) == 0
-    text, content = capsys.readouterr().out, json.loads(out.read_text())
-    assert "2 records from its log" in text and "| early, step 2 |" in text and "| late, step 4 |" in text
+    text, content = " ".join(capsys.readouterr().out.split()), json.loads(out.read_text())
+    assert "2 records from its log" in text and "| fd | early, step 2 |" in text and "| kd | late, step 4 |" in text
     assert content["records"] == records(place / "logged", "diagnose")
     assert set(content["verdicts"]) == {"fd", "kd"} and f"kd: {content['verdicts']['kd']}" in text
 

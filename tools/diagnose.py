@@ -184,15 +184,15 @@ def sentence(term: str, figures: Mapping[str, float | None]) -> str:
 
 
 def verdicts(parts: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> dict[str, str]:
-    """{term: verdict} of every term but the cross entropy ``task``: of the last part, and of the first one where it was
-    in another state."""
+    """{term: verdict} of every term but the cross entropy ``task``: of the last part, and of the first one where it is
+    known to have been in another state."""
     first, last = next(iter(parts.values())), list(parts.values())[-1]
     result = {}
     for term in last:
         if term == "task":
             continue
         result[term] = sentence(term, last[term])
-        if term in first and state(first[term]) != state(last[term]):
+        if term in first and state(first[term]) not in ("unknown", state(last[term])):
             result[term] += f". Early in the run: {sentence(term, first[term]).split(';')[0]}"
     return result
 

@@ -90,7 +90,8 @@ def place(tmp_path_factory) -> Path:
 
 def arguments(place: Path, method: str, save: str, *more: str) -> list[str]:
     if method == "afdcd":
-        return train_arguments(place / "data", place / save, *distil_arguments(place / "teacher.pth"), *more)
+        method = distil_arguments(place / "teacher.pth", "--skip-val", *more)
+        return train_arguments(place / "data", place / save, *method)
     teacher = place / "run_teacher.pth"
     return run_arguments(method, place / "data", teacher, place / save, "--max-iterations", "4", *more)
 
@@ -141,6 +142,17 @@ def ready(argv: list[str]) -> Run:
     run = build_run(parse_settings(argv), init_distributed(True))
     get_ready(run)
     return run
+
+
+def test_compiled_networks_are_run_as_they_were(place) -> None:
+    """Their backward pass can be made only once. They stay in place."""
+    def compiled(images):
+        raise AssertionError("not this one")
+
+    run = ready(train_arguments(place / "data", place / "compiled", "--method", "none"))
+    run.objective.run_student = compiled
+    assert diagnose(run, next(iter(training_batches(run))))["task"]["gradient"] == pytest.approx(1)
+    assert run.objective.run_student is compiled
 
 
 @pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--no-fast"], ["--grad-accumulation", "2"]])
