@@ -221,7 +221,8 @@ def main(argv: list[str] | None = None) -> int:
         records, source, is_main = measured(run, options.batches), "its training state", run.distributed.is_main_process
         del run
     if is_main:
-        print(f"{folder}: {len(records)} records from {source}\n\n{report(records)}")
+        count = f"{len(records)} record{'s' if len(records) > 1 else ''}"
+        print(f"{folder}: {count} from {source}\n\n{report(records)}")
         if options.json:
             write_json(Path(options.json), {"run": str(folder), "source": source, "records": records,
                                             "parts": spans(records), "verdicts": verdicts(spans(records))})
