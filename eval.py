@@ -165,6 +165,12 @@ class PredictionWriter:
             save_rgb(self.folder / "overlay" / name, overlay(image, index, palette))
 
 
+def pictures_folder(settings: EvalSettings, split: str) -> Path:
+    """Where the pictures of a split go."""
+    network = settings.network
+    return settings.output.save_dir / f"{network.model}_{network.backbone}_{settings.data.dataset}_{split}"
+
+
 def output_names(images: list[str]) -> list[str]:
     """One PNG name per image: its stem, or with its folders when two images share a stem."""
     stems = [Path(image).stem for image in images]
@@ -247,11 +253,10 @@ def run(settings: EvalSettings, distributed: Distributed) -> None:
     """Evaluate; the main process prints the table and writes the JSON file, every process its pictures."""
     setup_logging(distributed.is_main_process)
     dataset, net = build(settings, distributed)
-    network, prediction, speed, output = settings.network, settings.prediction, settings.speed, settings.output
+    prediction, speed, output = settings.prediction, settings.speed, settings.output
     writer = None
     if output.pictures:
-        name = f"{network.model}_{network.backbone}_{settings.data.dataset}_{dataset.split}"
-        writer = PredictionWriter(dataset, output.save_dir / name, output)
+        writer = PredictionWriter(dataset, pictures_folder(settings, dataset.split), output)
     metric = SegmentationMetric(dataset.spec.num_class, output.reference_metric,
                                 ignore_label=settings.data.ignore_label)
     result = evaluate(net, dataset, device=distributed.device, metric=metric, scales=prediction.scales,
@@ -271,7 +276,12 @@ def run(settings: EvalSettings, distributed: Distributed) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, evaluate, report. Returns the exit code."""
-    settings = parse_settings(argv)
+    execute(parse_settings(argv))
+    return 0
+
+
+def execute(settings: EvalSettings) -> None:
+    """Check the settings, evaluate in all processes, and leave their group."""
     gpu = check(settings)
     distributed = init_distributed(settings.running.no_cuda, gpu)
     check_precision([HALF_PRECISIONS.get(settings.speed.amp)], distributed.device)
@@ -279,7 +289,6 @@ def main(argv: list[str] | None = None) -> int:
         keep_freed_memory()
     run(settings, distributed)
     cleanup()  # not after an error: the other processes may wait in a collective operation
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 
 from engine.build import build_run
 from engine.checkpoint import resume, save_run
+from engine.diagnose import diagnose_step
 from engine.journal import Journal
 from engine.log import setup_logging
 from engine.method_list import method_table
@@ -34,6 +35,7 @@ def train(run: Run) -> None:
     journal.start()
     for batch in training_batches(run):
         journal.clock.got_batch()
+        diagnose_step(run, batch, journal)
         result = train_batch(run, batch)
         run.step += 1
         journal.finished_step(len(batch["name"]))

@@ -1,4 +1,4 @@
-"""ADE20K, scene parsing benchmark (20210/2000 images): 150 classes stored as 1..150, 0 = not labeled."""
+"""ADE20K, scene parsing benchmark (20210/2000/3352 images): 150 classes stored as 1..150, 0 = not labeled."""
 from __future__ import annotations
 
 from dataset.spec import DatasetSpec, SplitSpec, id_tables, register_dataset
@@ -23,6 +23,7 @@ ADE20K = register_dataset(DatasetSpec(
     splits={
         "train": SplitSpec("images/training", "annotations/training", (".jpg",), id_list=True, published=20210),
         "val": SplitSpec("images/validation", "annotations/validation", (".jpg",), id_list=True, published=2000),
+        "test": SplitSpec("images/testing", None, (".jpg",), id_list=True, published=3352),
     },
     train_crop=(512, 512),
     **id_tables({stored: stored - 1 for stored in range(151)}),

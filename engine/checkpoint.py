@@ -24,8 +24,8 @@ FORMAT = 1
 #: settings that may differ between a run and its continuation without changing the result
 FREE_TO_CHANGE = frozenset((
     "resume", "workers", "data", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters", "val_per_iters",
-    "skip_val", "results", "protocol", "label", "tensorboard", "panels", "local_rank", "no_cuda", "teacher_pretrained",
-    "teacher_pretrained_base", "student_pretrained", "student_pretrained_base"))
+    "diagnose_every", "skip_val", "results", "protocol", "label", "tensorboard", "panels", "local_rank", "no_cuda",
+    "teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base"))
 
 
 def versions() -> dict[str, str]:

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -148,6 +150,14 @@ class Stopwatch:
         now, cpu_now = time.perf_counter(), time.process_time()
         self.start, self.mark = self.start + now - self.mark, now
         self.cpu_start, self.cpu_mark = self.cpu_start + cpu_now - self.cpu_mark, cpu_now
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside, between a batch and its step, does not count."""
+        start, cpu_start = time.perf_counter(), time.process_time()
+        yield
+        self.start += time.perf_counter() - start
+        self.cpu_start += time.process_time() - cpu_start
 
     def got_batch(self) -> None:
         """A batch has arrived: what passed since the last step was waiting."""

@@ -76,15 +76,21 @@ def to_device(run: Run, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
     return images, valid, target.long()
 
 
-def train_batch(run: Run, batch: dict) -> StepResult:
-    """Train on one batch from the loader (uint8 images, int16 labels): normalize for each network, then step."""
+def network_inputs(run: Run, batch: dict) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(images of the student, of the teacher if there is one, float [B, 3, H, W]; target int64 [B, H, W]) of a batch of
+    the loader (uint8 images, int16 labels), normalized for each network."""
     images, valid, target = to_device(run, batch)
     student_images = run.student.preprocess(images, valid)
     teacher_images = None
     if run.teacher is not None:
         same = run.teacher.preprocess == run.student.preprocess
         teacher_images = student_images if same else run.teacher.preprocess(images, valid)
-    return run.step_fn(student_images, teacher_images, target, run.step)
+    return student_images, teacher_images, target
+
+
+def train_batch(run: Run, batch: dict) -> StepResult:
+    """Train on one batch from the loader."""
+    return run.step_fn(*network_inputs(run, batch), run.step)
 
 
 def run_stages(run: Run) -> None:

@@ -187,6 +187,8 @@ class Running(OptionGroup):
     log_iter: int = option(10, "steps between log lines", at_least=1)
     save_per_iters: int = option(800, "steps between training states", at_least=1)
     val_per_iters: int = option(800, "steps between validations", at_least=1)
+    diagnose_every: int = option(0, "steps between measurements of every term's gradient, for tools/diagnose.py; one "
+                                    "takes about a backward pass per term; 0 = none", at_least=0)
     skip_val: bool = option(False, "no validation, hence no best model and no final report")
     tensorboard: bool = option(True, "write TensorBoard scalars and prediction panels")
     panels: int = option(3, "validation images drawn at every validation", at_least=0)

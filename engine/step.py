@@ -60,8 +60,7 @@ class TrainStep:
         return result
 
     def _train(self, images: Tensor, teacher_images: Tensor | None, target: Tensor, step: int) -> StepResult:
-        seed_everything(self.seed, "step", step, self.rank)
-        generator = step_generator(target.device, self.seed, "distiller", step, self.rank)
+        generator = self.seed_streams(step, target.device)
         lr = poly_lr(self.lr, step, self.max_iterations, self.power)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -80,6 +79,11 @@ class TrainStep:
         self._remember_finite(total)
         return StepResult(terms, weighted, total, lr, norms)
 
+    def seed_streams(self, step: int, device: torch.device) -> torch.Generator:
+        """Start the random numbers of a step: dropout draws from torch's own stream, distillers from the generator."""
+        seed_everything(self.seed, "step", step, self.rank)
+        return step_generator(device, self.seed, "distiller", step, self.rank)
+
     def _parts(self, *tensors: Tensor | None) -> Iterator[tuple[list[Tensor | None], AbstractContextManager]]:
         """Each part of the batch, and the context for it: processes exchange gradients in the last one only."""
         split = [[None] * self.parts if x is None else x.chunk(self.parts) for x in tensors]
@@ -90,16 +94,21 @@ class TrainStep:
     def _backward(self, images: Tensor, teacher_images: Tensor | None, target: Tensor, step: int,
                   generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Add the gradient of one part. Returns its share of the terms and of the weighted terms."""
+        terms = self.compute_terms(self.model, images, teacher_images, target, step, generator)
+        terms = {name: value / self.parts for name, value in terms.items()}
+        weighted = self.objective.weighted(terms, step)
+        self.scaler.scale(sum(weighted.values())).backward()
+        return {k: v.detach() for k, v in terms.items()}, {k: v.detach() for k, v in weighted.items()}
+
+    def compute_terms(self, model: nn.Module, images: Tensor, teacher_images: Tensor | None, target: Tensor, step: int,
+                      generator: torch.Generator) -> dict[str, Tensor]:
+        """{term: unweighted scalar} of one forward pass of both networks. model: the objective, or DDP around it."""
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
             teacher_output = None
             if self.teacher is not None:
                 with torch.no_grad():
                     teacher_output = self.teacher(teacher_images)
-            terms = self.model(images, teacher_output, target, step, generator)
-        terms = {name: value / self.parts for name, value in terms.items()}
-        weighted = self.objective.weighted(terms, step)
-        self.scaler.scale(sum(weighted.values())).backward()
-        return {k: v.detach() for k, v in terms.items()}, {k: v.detach() for k, v in weighted.items()}
+            return model(images, teacher_output, target, step, generator)
 
     def _clip(self) -> dict[str, Tensor]:
         """Clip the gradient of every distiller that asks for it; {method: norm before clipping}."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 
 from models import get_segmentation_model
 from models.weights import save_state_dict
@@ -88,6 +89,21 @@ def records(save: Path, kind: str = "train") -> list[dict]:
     """The JSON lines of one kind that a run wrote."""
     (path,) = (save / "logs").glob("*.jsonl")
     return [r for r in map(json.loads, path.read_text().splitlines()) if r["kind"] == kind]
+
+
+def assert_same(a, b, where: str = "") -> None:
+    """Bit for bit, through dicts, lists and tensors."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
 
 
 def assert_refused(capsys, main, argv: list[str], *words: str) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -24,3 +26,15 @@ def seed_everything(*parts: int | str) -> None:
 def step_generator(device: torch.device, *parts: int | str) -> torch.Generator:
     """A generator on ``device`` seeded from ``derive_seed(*parts)``."""
     return torch.Generator(device).manual_seed(derive_seed(*parts))
+
+
+@contextmanager
+def random_numbers_kept(device: torch.device) -> Iterator[None]:
+    """The streams of Python, numpy and torch (CPU and ``device``) go on afterwards as if nothing had been drawn."""
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)

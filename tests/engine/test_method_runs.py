@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, launch, records, write_folder_dataset
+from helpers import ROOT, assert_same, launch, records, write_folder_dataset
 from method_cases import (
     CLASSES,
     RUN_STUDENT,
@@ -48,7 +48,7 @@ def material(tmp_path_factory) -> tuple[Path, Path]:
 def two_processes(material, tmp_path_factory) -> dict[str, str]:
     """{method: "" or what went wrong} of a run of every method with two processes."""
     base = tmp_path_factory.mktemp("two_processes")
-    jobs = {n: run_arguments(n, *material, base / n) for n in NAMES}
+    jobs = {n: run_arguments(n, *material, base / n, "--diagnose-every", "2") for n in NAMES}
     (base / "jobs.json").write_text(json.dumps(jobs))
     program = ROOT / "tests" / "programs" / "train_methods.py"
     done = launch(str(program), [str(base / "jobs.json"), str(base / "results.json")])
@@ -65,21 +65,6 @@ def load(save: Path, suffix: str = "") -> dict:
     return torch.load(save / f"{STEM}{suffix}.pth", weights_only=True)
 
 
-def assert_same(a, b, where: str) -> None:
-    """Bit for bit, through dicts, lists and tensors."""
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}]")
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_killed_run_resumes_to_the_same_end(material, tmp_path, monkeypatch, name) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -93,12 +78,15 @@ def test_a_killed_run_resumes_to_the_same_end(material, tmp_path, monkeypatch, n
     with monkeypatch.context() as patch:
         patch.setattr(train_kd, "save_run", also_for_later)
         assert train_kd.main(run_arguments(name, *material, whole)) == 0
-    assert train_kd.main(run_arguments(name, *material, resumed, "--resume", "auto")) == 0
+    measured = "--diagnose-every", "1"  # which changes nothing
+    assert train_kd.main(run_arguments(name, *material, resumed, "--resume", "auto", *measured)) == 0
 
     for part in ("model", "distillers", "optimizer"):
         assert_same(load(whole, "_state")[part], load(resumed, "_state")[part], part)
     logged = [[(r["step"], r["loss"], r["raw"]) for r in records(p)] for p in (whole, resumed)]
     assert logged[0] == logged[1] and len(logged[0]) == 2
+    (diagnosis,) = records(resumed, "diagnose")
+    assert {n: x["raw"] for n, x in diagnosis["terms"].items()} == pytest.approx(logged[0][1][2], rel=1e-12)
 
     student = get_segmentation_model(model=RUN_STUDENT[0], backbone=RUN_STUDENT[1], num_class=CLASSES)
     student.load_state_dict(load(whole), strict=True)  # nothing of the method is in the exported file
