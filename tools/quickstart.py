@@ -9,6 +9,7 @@ teacher is a file of this repository; the trainings are the first two rows of th
 """
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from dataset.toy_streets import write_toy_streets
 from engine.evaluate import evaluate
 from engine.results import read_result
 from models import NetworkChoice, save_state_dict
+from tools import compare
 from tools.markdown import spread
 from tools.planning.plan import ROOT, Expansion, Job, Places, read_plan
 from tools.planning.runner import Runner
@@ -160,11 +162,15 @@ def main(argv: list[str] | None = None) -> int:
     rows = {label: [job for job in jobs if job.settings.running.label == label] for label in ROWS}
     pictures = ROOT / places.results.parent / "pictures.png"
     teacher = picture(pictures, {label: same[0] for label, same in rows.items()}, min(4, test))
+    page = pictures.with_name("page.html")
+    with contextlib.chdir(ROOT):  # where the runs were, which the teacher's path is relative to
+        compare.main(["--plain", str(rows["none"][0].folder), "--distilled", str(rows["afdcd"][0].folder), "--no-cuda",
+                      "--data", str(ROOT / plan["data"]), "--out", str(page)])
     figures = {"teacher": [teacher], **{ROWS[label]: [read_result(job.result)["scores"]["test"] for job in same]
                                         for label, same in rows.items()}}
     minutes = (time.perf_counter() - start) / 60
     print(f"\nToy streets, {test} test images, seeds {', '.join(map(str, options.seeds))}\n\n{table(figures)}\n\n"
-          f"Pictures: {pictures}\nRuns:     {ROOT / places.work}\nTime:     {minutes:.1f} min")
+          f"Pictures: {pictures}\nPage:     {page}\nRuns:     {ROOT / places.work}\nTime:     {minutes:.1f} min")
     return 0
 
 

@@ -25,6 +25,7 @@
     [scan.lambda-fd]                    # more runs, of the first seed and of protocol camvid-cpu-1-scan
     of = "afdcd"                        # the run whose weight is looked for; chosen on val, before test is looked at
     values = [2e-4, 1e-3, 5e-3]
+    flags = {max-iterations = 500}      # on top of that run's
 """
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ FOLDER = ROOT / "train_scripts" / "plans"
 KEYS = {"": {"title", "protocol", "dataset", "data", "student", "seeds", "gpus", "flags", "student-flags",
              "teachers", "runs", "scan"},
         "teachers": {"network", "file", "flags"}, "runs": {"method", "teacher", "flags", "seeds"},
-        "scan": {"of", "values"}}
+        "scan": {"of", "values", "flags"}}
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def check_keys(plan: Mapping[str, Any], path: Path) -> None:
     parts = [("", plan), *((f"{kind}.{name}", entry) for kind in ("teachers", "runs", "scan")
                            for name, entry in plan.get(kind, {}).items())]
     for where, entry in parts:
-        if where.startswith("scan.") and (missing := KEYS["scan"] - entry.keys()):
+        if where.startswith("scan.") and (missing := {"of", "values"} - entry.keys()):
             raise UserError(f"{path}: [{where}] {', '.join(sorted(missing))} is missing")
         if unknown := entry.keys() - KEYS[where.partition(".")[0]]:
             raise UserError(f"{path}: {f'[{where}] ' if where else ''}has no {', '.join(sorted(unknown))}; expected "
@@ -219,7 +220,8 @@ class Expansion:
                                     f"{', '.join(self.plan['runs'])}")
                 run = self.plan["runs"][label]
                 for value in entry["values"]:
-                    changed = {**run, "flags": {**run.get("flags", {}), setting: value}}
+                    changed = {**run, "flags": {**run.get("flags", {}), **entry.get("flags", {}),
+                                               setting: value}}
                     yield self._run(label, changed, self.plan["seeds"][0], scanned=f"{value:g}")
 
     def _run(self, label: str, entry: Mapping[str, Any], seed: int, scanned: str | None = None) -> Job:

@@ -77,7 +77,7 @@ class Runner:
                 break
             self.left.remove(job)
             self.begun += 1
-            self.say(f"[{self.begun}/{self.count}] {job.name}\n    {job.shown}")
+            self.say(f"[{self.begun}/{self.count}] {job.name}\n    its output: {shown_path(job.folder / OUTPUT)}")
             self.running[job.name] = (job, start(job, self.side_by_side), time.monotonic())
         return self.begun > before
 
@@ -94,8 +94,7 @@ class Runner:
                 self.say(f"done after {minutes:.1f} min: {name}")
             else:
                 self.outcome.failed.append(name)
-                self.say(f"failed after {minutes:.1f} min with exit code {code}: {name}\n    {last_line(job)} (all of "
-                         f"it: {job.folder / OUTPUT})")
+                self.say(f"failed after {minutes:.1f} min with exit code {code}: {name}\n    {last_line(job)}")
 
     def _tell_news(self) -> None:
         """Say now and then how far the running ones are."""
@@ -128,8 +127,15 @@ def start(job: Job, side_by_side: int) -> subprocess.Popen:
         environment["OMP_NUM_THREADS"] = str(max(available_cpus() // side_by_side, 1))
     job.folder.mkdir(parents=True, exist_ok=True)
     with open(job.folder / OUTPUT, "a", encoding="utf-8") as output:
+        output.write(f"$ {job.shown}\n")
+        output.flush()
         return subprocess.Popen(job.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
                                 stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def shown_path(path: Path) -> str:
+    """A path from the root of the repository where it lies in it."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def tell(process: subprocess.Popen, what: signal.Signals) -> None:
