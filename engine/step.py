@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from engine.optimizer import set_learning_rate
 from losses.core.objective import Objective
 from utils.distributed import is_distributed
 from utils.errors import UserError
@@ -62,8 +63,7 @@ class TrainStep:
     def _train(self, images: Tensor, teacher_images: Tensor | None, target: Tensor, step: int) -> StepResult:
         generator = self.seed_streams(step, target.device)
         lr = poly_lr(self.lr, step, self.max_iterations, self.power, self.min_lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
         done = []
         for part, gradients in self._parts(images, teacher_images, target):

@@ -12,8 +12,8 @@ from tools.reporting.figures import Clock, had_machine, machine_of
 from tools.reporting.groups import PLAIN, Group, Result, Row
 
 #: settings that have to be equal for rows to be compared
-COMPARED = ("crop_size", "batch_size", "weight_decay", "lr", "min_lr", "poly_power", "momentum", "sampling",
-            "selection_split", "student_pretrained", "student_pretrained_base", "amp")
+COMPARED = ("crop_size", "batch_size", "weight_decay", "lr", "min_lr", "poly_power", "momentum", "nesterov",
+            "head_lr_factor", "sampling", "selection_split", "student_pretrained", "student_pretrained_base", "amp")
 #: of settings that a result may be older than
 DEFAULTS = asdict(Optimization())
 WIDTH = 120
