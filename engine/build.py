@@ -49,7 +49,8 @@ def build_run(settings: Settings, distributed: Distributed) -> Run:
             to_channels_last(teacher)
     optimizer = build_optimizer(settings, objective)
     step_fn = TrainStep(model, teacher, optimizer, lr=o.lr, max_iterations=o.max_iterations, power=o.poly_power,
-                        seed=o.seed, rank=distributed.rank, amp=speed.amp_dtype, parts=speed.grad_accumulation)
+                        min_lr=o.min_lr, seed=o.seed, rank=distributed.rank, amp=speed.amp_dtype,
+                        parts=speed.grad_accumulation)
     for name, folder in (("--save-dir", files.directory), ("--log-dir", files.log_directory)):
         check_target(Path(folder), name, is_folder=True)
     return Run(settings, distributed, spec, train_set, val_set, report_sets, student, teacher, objective, model,

@@ -120,8 +120,8 @@ def method_table(settings: Settings, width: int | None = None) -> str:
              f"{data.crop_size[0]}x{data.crop_size[1]}). parameters: trained beside the student; state: "
              "buffers and frozen networks (queues, masks, a method's own teacher). None of it is part of the exported "
              "student. taps: what is read of either network. What the preset takes from other methods is counted too. "
-             "preset: weights of the loss terms, then the other options that --method sets; --weight-decay and "
-             "--aux-weight among them depart from the protocol that the methods have in common.")
+             "preset: weights of the loss terms, then the other options that --method sets; --weight-decay, --min-lr "
+             "and --aux-weight among them depart from the protocol that the methods have in common.")
     header = "  ".join([t.ljust(size) for t, size in zip(titles, (*WIDTHS, 0), strict=True)])
     rows = [_row(method_facts(name, settings, student, teacher), width) for name in methods()]
     return "\n".join([*textwrap.wrap(intro, width), "", header, "-" * width, *rows])

@@ -4,20 +4,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from engine.settings import Settings
 from losses.core.objective import Objective
 
 
 def build_optimizer(settings: Settings, objective: Objective) -> torch.optim.SGD:
-    """SGD over student and distillers with one learning rate and one weight decay, as in the reference."""
-    groups = [{"params": list(objective.student.parameters())}]
+    """SGD over student and distillers with one weight decay and, but for ``--head-lr-factor``, one learning rate, as in
+    the reference."""
+    o = settings.optimization
+    groups = student_groups(objective.student, o.head_lr_factor)
     own = [p for d in objective.distillers.values() for p in d.trained_parameters()]
     if own:
-        groups.append({"params": own})
-    o, parameters = settings.optimization, [p for group in groups for p in group["params"]]
+        groups.append({"params": own, "lr_factor": 1.0})
+    parameters = [p for group in groups for p in group["params"]]
     fused = settings.speed.fast and all(p.device.type in ("cpu", "cuda") for p in parameters)
-    optimizer = torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay, fused=fused or None)
+    optimizer = torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay, nesterov=o.nesterov,
+                                fused=fused or None)
     if fused and o.momentum:
         # torch allocates them in the first step, and leaves them as they are if that one is skipped (fp16)
         for parameter in parameters:
@@ -25,9 +29,27 @@ def build_optimizer(settings: Settings, objective: Objective) -> torch.optim.SGD
     return optimizer
 
 
+def student_groups(student: nn.Module, head_lr_factor: float) -> list[dict[str, Any]]:
+    """The student as one group of parameters, or backbone and the rest where their learning rates differ. lr_factor:
+    times the learning rate of the step."""
+    if head_lr_factor == 1:
+        return [{"params": list(student.parameters()), "lr_factor": 1.0}]
+    backbone = list(student.pretrained.parameters())
+    known = set(map(id, backbone))
+    heads = [p for p in student.parameters() if id(p) not in known]
+    return [{"params": backbone, "lr_factor": 1.0}, {"params": heads, "lr_factor": head_lr_factor}]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the coming step, times each group's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_factor", 1.0)
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Take up a saved state, but for what says how the update is computed: that stays as the optimizer was built."""
-    kernels = [{name: group[name] for name in ("fused", "foreach")} for group in optimizer.param_groups]
+    kept = ("fused", "foreach", "nesterov", "lr_factor")
+    kernels = [{name: group[name] for name in kept if name in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, kernel in zip(optimizer.param_groups, kernels, strict=True):
         group.update(kernel)

@@ -110,8 +110,12 @@ class Optimization(OptionGroup):
     batch_size: int = option(16, "images per step over all processes together", at_least=1)
     max_iterations: int = option(40000, "steps of the whole run", at_least=1)
     lr: float = option(0.02, "learning rate of the first step", above=0)
-    poly_power: float = option(0.9, "lr * (1 - step / max_iterations) ** power", at_least=0)
+    min_lr: float = option(0.0, "learning rate that the decay tends to", at_least=0, metavar="LR")
+    poly_power: float = option(0.9, "min_lr + (lr - min_lr) * (1 - step / max_iterations) ** power", at_least=0)
     momentum: float = option(0.9, "momentum of SGD", at_least=0, at_most=1)
+    nesterov: bool = option(False, "Nesterov's form of the momentum; not in stages before training")
+    head_lr_factor: float = option(1.0, "times the learning rate: for what the student has behind its backbone, not "
+                                        "for what methods train", above=0, metavar="F")
     weight_decay: float = option(1e-4, "on every parameter, batch norm included", at_least=0)
     seed: int = option(0, "of weights, sample order, augmentation, masks, dropout", at_least=0)
     sync_bn: bool = option(True, "share batch-norm statistics when there are several processes")
@@ -337,6 +341,12 @@ def check_settings(settings: Settings) -> None:
         names = [name for name, cls in settings.methods.items() if cls.needs.teacher]
         raise UserError(f"--teacher-pretrained is missing: a trained teacher (a .pth file) for {', '.join(names)}; "
                         f"without one: {', '.join(f'--method {name}' for name in ('none', *without_teacher()))}")
+    o = settings.optimization
+    if o.min_lr > o.lr:
+        raise UserError(f"--min-lr {o.min_lr:g} is above --lr {o.lr:g}: expected at most that (a method's preset may "
+                        "have set it; --min-lr 0 takes it back)")
+    if o.nesterov and not o.momentum:
+        raise UserError("--nesterov needs a --momentum above 0")
     height, width = settings.data.crop_size
     if min(height, width) < 32:
         raise UserError(f"--crop-size {height} {width}: expected at least 32 pixels a side")

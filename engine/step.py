@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from engine.optimizer import set_learning_rate
 from losses.core.objective import Objective
 from utils.distributed import is_distributed
 from utils.errors import UserError
@@ -38,11 +39,11 @@ class TrainStep:
     """
 
     def __init__(self, model: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer, *, lr: float,
-                 max_iterations: int, power: float = 0.9, seed: int = 0, rank: int = 0,
+                 max_iterations: int, power: float = 0.9, min_lr: float = 0.0, seed: int = 0, rank: int = 0,
                  amp: torch.dtype | None = None, parts: int = 1) -> None:
         self.model, self.teacher, self.optimizer = model, teacher, optimizer
         self.objective: Objective = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        self.lr, self.max_iterations, self.power = lr, max_iterations, power
+        self.lr, self.max_iterations, self.power, self.min_lr = lr, max_iterations, power, min_lr
         self.seed, self.rank, self.amp, self.parts = seed, rank, amp, parts
         device = next(self.objective.parameters()).device.type
         self.scaler = torch.amp.GradScaler(device, enabled=amp is torch.float16)
@@ -61,9 +62,8 @@ class TrainStep:
 
     def _train(self, images: Tensor, teacher_images: Tensor | None, target: Tensor, step: int) -> StepResult:
         generator = self.seed_streams(step, target.device)
-        lr = poly_lr(self.lr, step, self.max_iterations, self.power)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        lr = poly_lr(self.lr, step, self.max_iterations, self.power, self.min_lr)
+        set_learning_rate(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
         done = []
         for part, gradients in self._parts(images, teacher_images, target):

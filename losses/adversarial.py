@@ -4,9 +4,10 @@ A discriminator (self-attention GAN: Zhang et al., ICML 2019) learns to tell the
 and the student to be taken for the teacher. It has its own Adam, stepped after the student's update; parameters,
 power-iteration vectors and Adam's moments are in the method's state_dict.
 
-Several processes have the same discriminator: gradients are averaged, the power iteration depends on the weights only,
-and batch norm uses statistics of ``group_size`` images of one process. So DDP has nothing to synchronize, and rank 0
-saves the state of all. (The running statistics of the batch norm do differ; nothing reads them while training.)
+Several processes have the same discriminator: the power iteration depends on the weights only, and batch norm uses the
+statistics of all images of all processes, as in the published runs. Gradients are averaged; in the published runs they
+were not (the student's backward pass had used up DDP's hooks), so that every GPU trained a discriminator of its own. So
+DDP has nothing to synchronize, and rank 0 saves the state of all.
 """
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from losses import core
 from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, Term, option, register
-from utils.distributed import average_gradients
+from utils.distributed import average_gradients, centered_over_processes
 from utils.errors import UserError
 
 #: Smallest side of the logits: four halvings leave the 4x4 that the last convolution covers.
@@ -68,14 +69,13 @@ class SelfAttention(nn.Module):
         return x + self.gamma * (value @ attention.transpose(1, 2)).view_as(x)
 
 
-class GroupedBatchNorm2d(nn.Module):
-    """Batch norm of [B, C, h, w] over ``group_size`` images at a time (0 = all), the last group possibly smaller. Not a
-    subclass of torch's, which would be turned into a synchronized one: that has no second derivative, which the
-    gradient penalty needs, and the published runs used the two images of one GPU."""
+class WholeBatchNorm2d(nn.Module):
+    """Batch norm of [B, C, h, w] over the images of every process. Not a subclass of torch's, which would be turned
+    into ``SyncBatchNorm`` on GPUs: that has no second derivative, which the gradient penalty needs."""
 
-    def __init__(self, channels: int, group_size: int = 2) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.group_size, self.eps, self.momentum = group_size, 1e-5, 0.1
+        self.eps, self.momentum = 1e-5, 0.1
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
@@ -83,26 +83,21 @@ class GroupedBatchNorm2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        normal = torch.cat([self._normalize(part).flatten(0, 1) for part in core.split_groups(x, self.group_size)])
-        return normal * self.weight[:, None, None] + self.bias[:, None, None]
-
-    def _normalize(self, groups: Tensor) -> Tensor:
-        var, mean = torch.var_mean(groups, dim=(1, 3, 4), correction=0, keepdim=True)
+        centered, mean, var, count = centered_over_processes(x)
         with torch.no_grad():
-            count = groups[0, :, 0].numel()
-            self.running_mean.lerp_(mean.mean(0).flatten(), self.momentum)
-            self.running_var.lerp_(var.mean(0).flatten() * (count / max(count - 1, 1)), self.momentum)
-        return (groups - mean) * torch.rsqrt(var + self.eps)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (count / (count - 1).clamp(min=1)), self.momentum)
+        return centered * (self.weight * torch.rsqrt(var + self.eps))[:, None, None] + self.bias[:, None, None]
 
 
 class Discriminator(nn.Module):
     """Raw logits [B, K, h, w], h and w at least 64 -> scores [B, 1, h // 16 - 3, w // 16 - 3], high = teacher. The
     names of parameters and buffers are those of the reference."""
 
-    def __init__(self, num_class: int, width: int = 64, group_size: int = 2) -> None:
+    def __init__(self, num_class: int, width: int = 64) -> None:
         super().__init__()
         widths = [num_class, *(width * 2 ** i for i in range(4))]
-        self.preprocess_additional = GroupedBatchNorm2d(num_class, group_size)
+        self.preprocess_additional = WholeBatchNorm2d(num_class)
         self.l1, self.l2, self.l3, self.l4 = (
             nn.Sequential(SpectralNorm(nn.Conv2d(a, b, 4, stride=2, padding=1)), nn.LeakyReLU(0.1))
             for a, b in zip(widths[:-1], widths[1:], strict=True))
@@ -174,7 +169,7 @@ class Adversarial(Distiller):
                  width: int = 64) -> None:
         super().__init__()
         self.options = options
-        self.discriminator = Discriminator(run.num_class, width, run.group_size)
+        self.discriminator = Discriminator(run.num_class, width)
         self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=options.adv_lr, betas=(0.9, 0.99))
         self._last: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._diagnostics: dict[str, Tensor] = {}

@@ -10,13 +10,14 @@ a 1x1 convolution and batch norm, each divided by its Frobenius norm over a grou
     L = sum over the maps of  1/N |A_S / |A_S| - A_T / |A_T||^2
 
 Kept from the released code: the teacher's CBAM is random, is never trained and normalizes by the batch; the
-convolutions towards the teacher's width (connectors) learn alone for one epoch, with ten times the learning rate and a
-student in train mode, and are frozen before the student learns. Not kept: a teacher in train mode and with gradients.
+convolutions towards the teacher's width (connectors) start as N(0, sqrt(2 / C_t)), learn alone for one epoch, at the
+run's learning rate and with a student in train mode, and are frozen before the student learns. Not kept: a teacher in
+train mode and with gradients. ``run.as_released``: the linear layers of the student's CBAM are in no optimizer.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +51,10 @@ class CBAM(nn.Module):
 
 
 def connector(student_channels: int, teacher_channels: int) -> nn.Sequential:
-    """1x1 convolution and batch norm, [B, C_s, h, w] -> [B, C_t, h, w]."""
-    return nn.Sequential(nn.Conv2d(student_channels, teacher_channels, 1, bias=False), nn.BatchNorm2d(teacher_channels))
+    """1x1 convolution, of the released initialization, and batch norm, [B, C_s, h, w] -> [B, C_t, h, w]."""
+    convolution = nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
+    nn.init.normal_(convolution.weight, std=(2 / teacher_channels) ** 0.5)
+    return nn.Sequential(convolution, nn.BatchNorm2d(teacher_channels))
 
 
 def attnfd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], group_size: int = 0) -> Tensor:
@@ -77,11 +80,22 @@ class AttnFDOptions(OptionGroup):
               "they learn with the student (default: one epoch)", at_least=0, metavar="N")
 
 
+@dataclass(frozen=True)
+class ConnectorRecipe:
+    """How the connectors learn beyond ``StageSettings``. weight: of the term. The learning rate decays with this power
+    over the iterations of the run, of which the released program counts the stage as the first ones."""
+    momentum: float
+    weight_decay: float
+    weight: float
+    power: float
+    iterations: int
+
+
 @register("attnfd")
 class AttnFD(Distiller):
     """The last backbone stage and the last feature before the classifier (``head``: a 3x3 block after ASPP or pyramid
     pooling, whose own output the released code takes) of both networks. settings: of the stage in which the connectors
-    learn, its steps 0 for one epoch, or None. recipe: momentum and weight decay of the stage, weight of the term."""
+    learn, its steps 0 for one epoch, or None. recipe: of the stage."""
     title = "attention-guided feature distillation"
     paper = "Mansourian et al., Attention-guided Feature Distillation for Semantic Segmentation"
     year = 2024
@@ -97,12 +111,17 @@ class AttnFD(Distiller):
     def __init__(self, options: AttnFDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> None:
         super().__init__()
         self.group_size, self.settings, steps = run.group_size, None, options.attnfd_connector_steps
-        self.recipe = run.momentum, run.weight_decay, run.active["attnfd"]
+        self.recipe = ConnectorRecipe(run.momentum, run.weight_decay, run.active["attnfd"], run.poly_power,
+                                      run.max_iterations)
         if steps != 0:
-            self.settings = stage_settings(run, "attnfd", "connectors", steps or 0, run.batch_size, 10 * run.lr,
-                                           *self.recipe, train_mode=True, shared_norm=run.sync_bn, lr_setting="lr")
+            self.settings = stage_settings(run, "attnfd", "connectors", steps or 0, run.batch_size, run.lr,
+                                           *astuple(self.recipe), train_mode=True, shared_norm=run.sync_bn,
+                                           lr_setting="lr")
         of_student, of_teacher = ([net.channels[tap] for tap in TAPS] for net in (student, teacher))
         self.student_attention = nn.ModuleList(map(CBAM, of_student))
+        if run.as_released:
+            for attention in self.student_attention:
+                attention.mlp.requires_grad_(False)
         self.teacher_attention = nn.ModuleList(map(CBAM, of_teacher)).requires_grad_(False)
         self.connectors = nn.ModuleList(map(connector, of_student, of_teacher)).requires_grad_(steps == 0)
 
@@ -138,7 +157,9 @@ class ConnectorState(TrainedState):
     """The connectors in training, between the networks (student, which does not learn, and teacher)."""
 
     def __init__(self, method: AttnFD, networks: tuple[nn.Module, nn.Module], settings: StageSettings) -> None:
-        super().__init__(method.connectors, settings, *method.recipe[:2], power=0.0)
+        recipe = method.recipe
+        super().__init__(method.connectors, settings, recipe.momentum, recipe.weight_decay, recipe.power,
+                         max(recipe.iterations, settings.steps))
         self._others = method, networks  # a tuple: they are no part of the state
 
     def learn(self, images: tuple[Tensor, Tensor], target: Tensor, done: int) -> dict[str, Tensor]:
@@ -148,5 +169,5 @@ class ConnectorState(TrainedState):
         with torch.no_grad():
             maps = method.refined(*(net(x) for net, x in zip(networks, images, strict=True)))
         loss = method.compare(*maps)
-        self.descend(method.recipe[2] * loss, done)
+        self.descend(method.recipe.weight * loss, done)
         return {"attnfd": loss}

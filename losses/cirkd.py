@@ -52,7 +52,8 @@ class CIRKD(Distiller):
         return memory.relation_needs(cls.method, options, run)
 
     def forward(self, batch: Batch, generator: Generator | None = None) -> dict[str, Tensor]:
-        """``generator`` differs between processes and is not used: the queues need the same draws on all of them."""
+        """``generator`` differs between processes and is not used: what enters the queues has to be the same on all of
+        them. (The slots that they compare with are not: ``draw_slots``.)"""
         heads, losses = (batch.student.head, batch.teacher.head), {}
         if self.batch_options is not None:
             losses["cirkd_batch"] = minibatch_pixel_loss(*heads, **self.batch_options)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from losses.core import Batch, Distiller, Needs, NetInfo, RunFacts, Term, memory, option, register
 from losses.core.checks import at_least_float32, check_maps
 from losses.core.feature_losses import CriterionFitNet
-from losses.core.queues import FeatureQueue, gather_batch, queue_names
+from losses.core.queues import FeatureQueue, draw_slots, gather_batch, queue_names
 from losses.core.relations import grouped_relation_loss, minibatch_pixel_loss, queue_relation_loss
 from utils.distributed import rank_and_world
 from utils.errors import UserError
@@ -69,7 +69,8 @@ class ChannelRelations(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor, *, draws: tuple[Tensor, Tensor] | None = None,
                 generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """{term: scalar} of maps [B, C, h, w] and [B, D, h, w], of the queue's size or UserError. draws: permutations
-        of the B * D channels of all processes' images and of the slots; default: of ``generator``, the same on all."""
+        of the B * D channels of all processes' images, the same on all of them, and of the slots, each process its own;
+        default: of ``generator``, equally seeded on every process."""
         check_maps("cirkdv2", student, teacher)
         if self.channel is not None and tuple(student.shape[-2:]) != self.size:
             raise UserError(f"cirkdv2: the channel queue was made for {self.size[0]}x{self.size[1]} head maps, got "
@@ -87,8 +88,9 @@ class ChannelRelations(nn.Module):
                 generator: torch.Generator | None) -> Tensor:
         batch, channels, _ = teacher.shape
         if draws is None:
-            counts = (rank_and_world()[1] * batch * channels, self.channel.size)
-            draws = tuple(torch.randperm(n, device=teacher.device, generator=generator) for n in counts)
+            count = rank_and_world()[1] * batch * channels
+            draws = (torch.randperm(count, device=teacher.device, generator=generator),
+                     draw_slots(self.channel.size, teacher.device, generator))
         rows = gather_batch(teacher).flatten(0, 1)[draws[0][:UPDATE]]
         self.channel.push(rows[None, None], draws[0].new_full((1, 1), len(rows)))
         keys = self.channel.sample(draws[1], self.contrast)[0].to(student.dtype)
@@ -159,7 +161,8 @@ class CIRKDv2(Distiller):
         return memory.relation_needs(cls.method, options, run)
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """``generator`` differs between processes and is not used: the queues need the same draws on all of them."""
+        """``generator`` differs between processes and is not used: what enters the queues has to be the same on all of
+        them. (The slots that they compare with are not: ``draw_slots``.)"""
         student, teacher = batch.student.head, batch.teacher.head
         check_maps("cirkdv2", student, teacher)
         if self.gcn is not None:

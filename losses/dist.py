@@ -58,7 +58,8 @@ class DIST(Distiller):
     terms = (core.Term("dist", 0.0, "weight of DIST's correlations (main and auxiliary logits)"),)
     needs = Needs.both("logits", same_classes=True)
     # the authors' Cityscapes scripts: no KD, five times the weight decay of the rows that their table compares with
-    preset = {"*": {"lambda_dist": 1.0, "weight_decay": 5e-4}}
+    preset = {"*": {"lambda_dist": 1.0, "weight_decay": 5e-4, "min_lr": 1e-4}}
+    rows = {"*": {"val_per_iters": 400, "save_per_iters": 400}}
     cost = "softmaxes and correlations of the logits"
 
     def __init__(self, options: DISTOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> None:

@@ -79,7 +79,8 @@ class MasKD(Distiller):
     terms = (Term("maskd", 0.0, "weight of MasKD's masked logit differences (main and auxiliary)"),)
     needs = Needs.both("logits", same_classes=True)
     # the authors' Cityscapes scripts: no KD, more weight decay than the rows that their table compares with (1e-4)
-    preset = {"*": {"lambda_maskd": 1.0, "weight_decay": 5e-4}, "*/mobilenetv2": {"weight_decay": 2e-4}}
+    preset = {"*": {"lambda_maskd": 1.0, "weight_decay": 5e-4, "min_lr": 1e-4}, "*/mobilenetv2": {"weight_decay": 2e-4}}
+    rows = {"*": {"compat": "reference", "val_per_iters": 400, "save_per_iters": 400}}
     cost = "masks and one matrix product on the logits; before training, a stage of teacher passes"
     trial = {"maskd_steps": 2, "maskd_batch_size": 2}
     stage_options = ("maskd_masks", "maskd_steps", "maskd_batch_size", "maskd_lr")
@@ -93,7 +94,8 @@ class MasKD(Distiller):
         else:
             tokens = initial_tokens((o.maskd_tokens, classes), run.seed, self.method)
             self.settings = check_shares(stage_settings(run, self.method, "masks", o.maskd_steps, o.maskd_batch_size,
-                                                        o.maskd_lr, train_mode=run.as_released))
+                                                        o.maskd_lr, train_mode=run.as_released,
+                                                        shared_norm=run.as_released and run.sync_bn))
         self.register_buffer("tokens", tokens)
         self.aux_weight = o.maskd_aux_weight if both_have_aux(student, teacher) else 0.0
         self.ignore_label, self.group_size = run.ignore_label, run.group_size

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.presets import preset, published
+from engine.presets import preset, published, published_row
 from engine.settings import build_parser, parse_settings
 from tools import make_scripts
 
@@ -109,8 +109,10 @@ def test_every_script_parses_and_agrees_with_the_preset(script):
     schedule = next(row for name, row in PUBLISHED["scripts"].items() if name.split("/")[0] == script.split("/")[0])
     keys = {"dataset", "max_iterations", "batch_size", "lr", "momentum", "weight_decay", "poly_power", "aux_weight",
             "val_per_iters"}
+    row = published_row(method, config.dataset, config.student_model, config.student_backbone) \
+        if expected_method != "none" else {}
     for key in keys:  # but for methods whose own scripts had another value
-        assert getattr(config, key) == expected.get(key, schedule[key]), key
+        assert getattr(config, key) == row.get(key, schedule[key]), key
     assert config.crop_size == tuple(schedule["crop_size"])
     if method == "teacher":
         assert (config.student_model, config.student_backbone) == ("deeplabv3", "resnet101")
@@ -139,8 +141,18 @@ def test_weight_decay_of_rows_from_other_papers(script, decay):
 
 
 @pytest.mark.parametrize("script", TRAINING)
+def test_maskd_and_dist_have_their_schedule_and_the_others_that_of_the_protocol(script):
+    own = script.endswith(("_maskd.sh", "_dist.sh"))
+    config, text = parsed(script), (SCRIPTS / script).read_text()
+    assert (config.min_lr, config.val_per_iters, config.save_per_iters) == ((1e-4, 400, 400) if own else (0, 800, 800))
+    head = " ".join(line.lstrip("# ") for line in text.split("set -euo")[0].splitlines())
+    assert ("tends to 0.0001 in place of 0, and it is validated every 400 iterations" in head) == own
+    assert ("teacher in train mode, dropout and synchronized batch norm included" in head) == ("_maskd" in script)
+
+
+@pytest.mark.parametrize("script", TRAINING)
 def test_rows_that_were_published_with_a_defect_have_it(script):
-    rows = script.endswith("_cirkd.sh") or script == "cityscapes/deeplabv3_r101_mbv2_dsd.sh"
+    rows = script.endswith(("_cirkd.sh", "_maskd.sh")) or script == "cityscapes/deeplabv3_r101_mbv2_dsd.sh"
     assert parsed(script).compat == ("reference" if rows else "fixed")
     assert ("--compat reference" in (SCRIPTS / script).read_text().split("set -euo")[0]) == (
         rows or script.endswith("_kt.sh"))

@@ -26,8 +26,10 @@ from utils.files import write_text
 from utils.options import OptionGroup, flag, option
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "train_scripts"
-OPTIMIZATION = ("batch_size", "lr", "momentum", "weight_decay", "poly_power", "aux_weight")
+OPTIMIZATION = ("batch_size", "lr", "min_lr", "momentum", "weight_decay", "poly_power", "aux_weight")
 RUNNING = ("workers", "val_per_iters", "save_per_iters", "log_iter")
+#: shown in the scripts of the few rows that depart from the default
+RARE = ("min_lr", "compat")
 #: of the settings of ``train_kd.py``
 DEFAULTS = {action.dest: action.default for action in build_parser()._actions}
 
@@ -94,6 +96,8 @@ TABLES = {
 
 MORE_DECAY = "Published with a larger weight decay than the other rows."
 NO_TWIN = f"{MORE_DECAY} The student alone was not trained again with it."
+ITS_SCHEDULE = ("As published, the learning rate of this row tends to 0.0001 in place of 0, and it is validated every "
+                "400 iterations, which doubles the candidates for the best model.")
 CITYS_ONLY = "Only Cityscapes scripts of this row were released: the same weights on this data set are an assumption."
 NO_ADVERSARIAL = ("A crop of 360 gives logits of 45x45, on which the released discriminator crashes: this row runs "
                   "without the adversarial term (--lambda-adv 0.001 --adv-upsample switches it on).")
@@ -117,11 +121,14 @@ METHODS = {
         "*": "The released code fills the pixel queues with pixels of other classes, and the published figure was made "
              "with it: hence --compat reference. Without it the queues are correct."}),
     "maskd": Method("MasKD", (("lambda_maskd", "maskd_aux_weight"),
-                              ("maskd_tokens", "maskd_steps", "maskd_batch_size", "maskd_lr")), {
-        "*": f"Learns its masks first (10k iterations, cached in the run's folder). {NO_TWIN}"}),
+                              ("maskd_tokens", "maskd_steps", "maskd_batch_size", "maskd_lr", "compat")), {
+        "*": "Learns its masks first (10k iterations, cached in the run's folder). The released code does so with the "
+             "teacher in train mode, dropout and synchronized batch norm included: hence --compat reference. Without "
+             f"it the teacher is in eval mode. {NO_TWIN} {ITS_SCHEDULE}"}),
     "dist": Method("DIST", (("lambda_dist", "dist_aux_weight"),
                             ("dist_temperature", "dist_beta", "dist_gamma", "group_size")), {
-        "*": NO_TWIN, ("citys", PSP): f"{NO_TWIN} Others who ran the released code report 75.37 to 75.53."}),
+        "*": f"{NO_TWIN} {ITS_SCHEDULE}",
+        ("citys", PSP): f"{NO_TWIN} {ITS_SCHEDULE} Others who ran the released code report 75.37 to 75.53."}),
     "kt": Method("KT", (("lambda_kd", "lambda_kt_logit", "lambda_kt_feature", "lambda_kt_contrast"),
                         ("lambda_kt_aux", "kd_temperature", "kt_temperature", "kt_switch")), {
         "*": f"{MORE_DECAY} The released code compares the logits at crop size, as --compat reference does: the same "
@@ -191,8 +198,7 @@ def assemble(dataset: str, student: str, method: str, comment: list[str]) -> str
               "dataset": dataset, "crop_size": table.crop, "max_iterations": table.iterations}
 
     def show(names: Iterable[str]) -> str:
-        # a defect that only some figures were made with is shown where it is wanted
-        return " ".join(written(n, values[n]) for n in names if n != "compat" or values[n] == "reference")
+        return " ".join(written(n, values[n]) for n in names if n not in RARE or values[n] != DEFAULTS[n])
 
     commands = [f'--dataset {dataset} --data "$DATA" {show(("crop_size", "max_iterations"))}', show(OPTIMIZATION)]
     if described.teacher:

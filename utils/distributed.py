@@ -134,6 +134,19 @@ def broadcast_state(module: nn.Module) -> None:
             dist.broadcast(parameter.data, 0)
 
 
+def centered_over_processes(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x - mean, mean [C], variance [C], count) of [B, C, h, w] over images and positions of every process, in float32
+    or wider. Gradients, also second ones, equal those of one process with the whole batch."""
+    def total(values: Tensor) -> Tensor:
+        return all_reduce(values) if is_distributed() else values
+
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    sums = total(torch.cat([wide.sum((0, 2, 3)), wide.new_full((1,), wide.numel() / wide.shape[1])]))
+    mean, count = sums[:-1] / sums[-1], sums[-1].detach()
+    centered = wide - mean[:, None, None]
+    return centered, mean, total(centered.square().sum((0, 2, 3))) / count, count
+
+
 class CrossProcessBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the images of every process, for CPUs, where torch has no ``SyncBatchNorm``.
 
@@ -143,16 +156,11 @@ class CrossProcessBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and is_distributed()):
             return super().forward(x)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        count = wide.new_full((1,), wide.numel() / wide.shape[1])
-        mean = all_reduce(torch.cat([wide.sum((0, 2, 3)), count]))
-        mean, total = mean[:-1] / mean[-1], mean[-1].detach()
-        centered = wide - mean[:, None, None]
-        var = all_reduce(centered.square().sum((0, 2, 3))) / total
+        centered, mean, var, count = centered_over_processes(x)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((var * total / (total - 1)).to(self.running_var.dtype), self.momentum)
+            self.running_var.lerp_((var * count / (count - 1)).to(self.running_var.dtype), self.momentum)
         scale = (self.weight * torch.rsqrt(var + self.eps))[:, None, None]
         return (centered * scale + self.bias[:, None, None]).to(x.dtype)
 

@@ -47,7 +47,7 @@ class Distiller(nn.Module):
                  "*/BACKBONE" (of the student, without a width suffix), "DATASET" or "DATASET/BACKBONE"; of two keys
                  that set the same, the later one in this order wins
         rows     like preset, with "DATASET/MODEL-BACKBONE" as the most specific key: what only the scripts of the
-                 published rows set, such as a defect that the figure was made with
+                 published rows set, such as a defect that the figure was made with, or when to validate
         dataset_options   own options that hold on a data set whatever was asked for, {data set: {option: value}}
         clip_norm  largest L2 norm of the gradient of the method's own parameters, None = not clipped
         trial    settings that make a trial of a few steps cheap (a short stage before training), for tests, benchmark

@@ -11,7 +11,15 @@ from losses.core.facts import NetInfo, RunFacts
 from losses.core.groups import image_weights
 from losses.core.labels import class_members, position_labels
 from losses.core.needs import Needs
-from losses.core.queues import FeatureQueue, class_means, gather_batch, pick_pixels, random_priorities, take_pixels
+from losses.core.queues import (
+    FeatureQueue,
+    class_means,
+    draw_slots,
+    gather_batch,
+    pick_pixels,
+    random_priorities,
+    take_pixels,
+)
 from losses.core.relations import pixel_rows, queue_relation_loss
 from utils.errors import UserError
 from utils.options import OptionGroup, option
@@ -85,8 +93,8 @@ class MemorySettings:
 
 @dataclass(frozen=True)
 class Draws:
-    """The random choices of a step, the same on all processes: priorities of this process's pixels int64 [B, P]
-    (``pick_pixels``), and the order int64 [size] in which the slots of either queue are taken."""
+    """The random choices of a step: priorities of this process's pixels int64 [B, P] (``pick_pixels``), drawn for all
+    processes alike, and the order int64 [size] in which the slots of either queue are taken, each process its own."""
     priority: Tensor
     pixel_order: Tensor | None
     region_order: Tensor | None
@@ -134,8 +142,8 @@ class MemoryRelations(nn.Module):
         return losses
 
     def draw(self, batch: int, positions: int, device: torch.device, generator: torch.Generator | None = None) -> Draws:
-        """Random choices for a batch of so many images (per process) and positions."""
-        orders = [None if queue is None else torch.randperm(queue.size, device=device, generator=generator)
+        """Random choices for a batch of so many images (per process) and positions. generator: as in ``forward``."""
+        orders = [None if queue is None else draw_slots(queue.size, device, generator)
                   for queue in (self.pixel, self.region)]
         return Draws(random_priorities(batch, positions, device, generator), *orders)
 

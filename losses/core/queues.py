@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from losses.core.checks import at_least_float32, full_precision
 from utils.distributed import is_distributed, rank_and_world
 from utils.errors import UserError
+from utils.randomness import step_generator
 
 PRIORITIES = 2 ** 32  # random numbers below this order the pixels of a class
 
@@ -154,3 +155,13 @@ def random_priorities(batch: int, positions: int, device: torch.device,
     rank, processes = rank_and_world()
     draw = torch.randint(PRIORITIES, (processes * batch, positions), device=device, generator=generator)
     return draw[rank * batch:(rank + 1) * batch]
+
+
+def draw_slots(size: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """The order int64 [size] in which this process takes the slots of a queue: as released, every process draws its
+    own. generator: equally seeded on all of them, and as far on afterwards; the first process takes what it draws."""
+    order, rank = torch.randperm(size, device=device, generator=generator), rank_and_world()[0]
+    if rank == 0 or generator is None:
+        return order
+    own = step_generator(device, generator.initial_seed(), "slots", rank)
+    return order[torch.randperm(size, device=device, generator=own)]

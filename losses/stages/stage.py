@@ -84,12 +84,14 @@ class StageState(nn.Module):
 
 
 class TrainedState(StageState):
-    """A module in training by SGD, on its device, with momentum in buffers. power: exponent of the decay of lr to 0."""
+    """A module in training by SGD, on its device, with momentum in buffers. power: exponent of the decay of lr, to 0 at
+    the end of so many iterations (default: of the stage)."""
 
     def __init__(self, module: nn.Module, settings: StageSettings, momentum: float, weight_decay: float,
-                 power: float) -> None:
+                 power: float, iterations: int | None = None) -> None:
         super().__init__()
-        self.module, self._settings, self._power = module.requires_grad_(True), settings, power
+        self.module, self._settings = module.requires_grad_(True), settings
+        self._decay = iterations or settings.steps, power
         self.step = self.step.to(next(module.parameters()).device)
         self._optimizer = torch.optim.SGD(module.parameters(), settings.lr, momentum, weight_decay=weight_decay)
         for i, parameter in enumerate(module.parameters()):
@@ -99,7 +101,7 @@ class TrainedState(StageState):
 
     def descend(self, loss: Tensor, done: int) -> None:
         """One step of all processes against the mean of their losses, which adds 1 to ``step``."""
-        self._optimizer.param_groups[0]["lr"] = poly_lr(self._settings.lr, done, self._settings.steps, self._power)
+        self._optimizer.param_groups[0]["lr"] = poly_lr(self._settings.lr, done, *self._decay)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients(self.module.parameters())

@@ -1,8 +1,8 @@
 """The stage before training (see ``stage.py``) of MasKD and FreeKD: tokens of masks, learned on the frozen teacher."""
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from losses.core.facts import Preparation
-from losses.stages.stage import StageSettings, StageState, run_stage, train_mode
+from losses.stages.stage import StageSettings, StageState, run_stage
 from models.output import SegOutput
-from utils.distributed import average_gradients, rank_and_world
+from utils.distributed import average_gradients, rank_and_world, synchronize_batch_norm
 from utils.errors import UserError
 from utils.randomness import seed_everything, step_generator
 from utils.schedule import poly_lr
@@ -58,10 +58,17 @@ def initial_tokens(shape: tuple[int, ...], seed: int, method: str) -> Tensor:
 def learn_tokens(stage: Preparation, tokens: Tensor, settings: StageSettings, loss: StageLoss) -> Tensor:
     """The learned tokens [..., K]: from the cache, or trained from ``tokens`` on; see :func:`run_stage`."""
     settings = replace(settings, depends_on=(*settings.depends_on, *tokens.shape))
-    state = TokenState(tokens, stage.teacher, settings, loss).to(stage.device)
-    with train_mode(stage.teacher) if settings.train_mode else nullcontext():
-        run_stage(stage, state, stage.teacher, settings)
+    state = TokenState(tokens, shown_teacher(stage, settings), settings, loss).to(stage.device)
+    run_stage(stage, state, stage.teacher, settings)
     return state.tokens
+
+
+def shown_teacher(stage: Preparation, settings: StageSettings) -> nn.Module:
+    """The teacher as the stage runs it: as it is, or in train mode a copy, whose statistics may drift."""
+    if not settings.train_mode:
+        return stage.teacher
+    teacher = copy.deepcopy(stage.teacher).train()
+    return synchronize_batch_norm(teacher, stage.device) if settings.shared_norm else teacher
 
 
 def read_tokens(path: Path, shape: tuple[int | None, ...], setting: str) -> Tensor:

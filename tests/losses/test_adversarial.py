@@ -6,25 +6,27 @@ import io
 
 import pytest
 import torch
+from helpers import ROOT, launch
 from method_cases import batch as batch_of
 from method_cases import facts, make, options_of_method
+from programs import discriminator
 from reference import fill, golden
 from torch import nn
 
-import losses.adversarial as adversarial
 from engine.presets import preset
 from losses.adversarial import (
     Adversarial,
     Discriminator,
-    GroupedBatchNorm2d,
     SelfAttention,
     SpectralNorm,
+    WholeBatchNorm2d,
     discriminator_loss,
     generator_loss,
     gradient_penalty,
 )
 from losses.core import NetInfo, methods
 from models.output import SegOutput
+from utils.distributed import Distributed
 from utils.errors import UserError
 
 DTYPES = (torch.float32, torch.float64)
@@ -40,11 +42,11 @@ def output(x) -> SegOutput:
     return SegOutput(**{**dict.fromkeys(SegOutput._fields), "logits": x})
 
 
-def narrow(seed=0, dtype=torch.float32, **settings) -> Adversarial:
+def narrow(seed=0, dtype=torch.float32, group_size=2, **settings) -> Adversarial:
     """A narrow discriminator whose attention takes part."""
     torch.manual_seed(seed)
     options = options_of_method("adv", **{f"adv_{name}": value for name, value in settings.items()})
-    method = Adversarial(options, facts(CLASSES, group_size=2), NET, NET, width=8).to(dtype)
+    method = Adversarial(options, facts(CLASSES, group_size=group_size), NET, NET, width=8).to(dtype)
     with torch.no_grad():
         method.discriminator.attn1.gamma.fill_(0.3)
         method.discriminator.attn2.gamma.fill_(-0.2)
@@ -119,22 +121,22 @@ class TestParts:
                 wanted[n, :, i] += 0.7 * (value[n] * (scores / scores.sum())).sum(dim=1)
         torch.testing.assert_close(layer(x), wanted.view_as(x))
 
-    @pytest.mark.parametrize(("group", "batch", "sizes"), [(2, 4, [2, 2]), (2, 5, [2, 2, 1]), (0, 3, [3]), (8, 3, [3])])
-    def test_batch_norm_of_groups(self, group, batch, sizes):
+    def test_batch_norm_is_that_of_torch_over_all_images(self):
         torch.manual_seed(0)
-        layer, x = GroupedBatchNorm2d(4, group), torch.randn(batch, 4, 6, 5) * 3 + 1
+        layer, x = WholeBatchNorm2d(4), torch.randn(5, 4, 6, 5) * 3 + 1
         nn.init.normal_(layer.weight)
         nn.init.normal_(layer.bias)
         twin = nn.BatchNorm2d(4)
         twin.load_state_dict(layer.state_dict(), strict=False)
-        torch.testing.assert_close(layer(x), torch.cat([twin(part) for part in x.split(sizes)]))
-        if len(sizes) == 1:
-            torch.testing.assert_close((layer.running_mean, layer.running_var), (twin.running_mean, twin.running_var))
-            torch.testing.assert_close(layer.eval()(x), twin.eval()(x))
+        torch.testing.assert_close(layer(x), twin(x))
+        torch.testing.assert_close((layer.running_mean, layer.running_var), (twin.running_mean, twin.running_var))
+        torch.testing.assert_close(layer.eval()(x), twin.eval()(x))
 
-    def test_batch_norm_stays_local_when_others_are_synchronised(self):
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(2), GroupedBatchNorm2d(2)))
-        assert [type(layer) for layer in net] == [nn.SyncBatchNorm, GroupedBatchNorm2d]
+    def test_batch_norm_keeps_its_second_derivative_when_others_are_synchronised(self):
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(2), WholeBatchNorm2d(2)))
+        assert [type(layer) for layer in net] == [nn.SyncBatchNorm, WholeBatchNorm2d]
+        assert torch.autograd.gradgradcheck(WholeBatchNorm2d(2).double(), torch.randn(3, 2, 2, 2, dtype=torch.float64,
+                                                                                      requires_grad=True))
 
     @pytest.mark.parametrize(("size", "scores"), [((64, 64), (1, 1)), ((71, 95), (1, 2)), ((64, 128), (1, 5))])
     def test_score_map(self, size, scores):
@@ -158,6 +160,22 @@ class TestParts:
 
 
 class TestGeneratorTerm:
+    @pytest.mark.parametrize("group_size", [0, 1, 2])
+    def test_gradient_is_that_of_a_plain_batch_norm_over_the_whole_batch(self, group_size):
+        """As released, where the discriminator's batch norm is synchronized, whatever ``group_size``."""
+        method = narrow(dtype=torch.float64, group_size=group_size)
+        twin = copy.deepcopy(method.discriminator)
+        twin.preprocess_additional = nn.BatchNorm2d(CLASSES).double()
+        # images of different brightness: two images have other statistics than four
+        student = logits("s", 4, dtype=torch.float64) + 2 * torch.arange(4).view(-1, 1, 1, 1)
+        ours, theirs = (student.clone().requires_grad_() for _ in range(2))
+        method(batch_of(output(ours), output(logits("t", 4, dtype=torch.float64))))["adv"].backward()
+        (-twin(theirs).mean()).backward()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-14)
+        pairs = torch.cat([torch.autograd.grad(-copy.deepcopy(twin)(x).mean(), x)[0]
+                           for x in student.requires_grad_().split(2)])
+        assert torch.cosine_similarity(pairs.flatten(), ours.grad.flatten(), dim=0) < 0.9
+
     def test_gradients_reach_the_student_only(self):
         method, student, teacher = narrow(), logits("s").requires_grad_(), logits("t").requires_grad_()
         before = copy.deepcopy(dict(method.discriminator.named_parameters()))
@@ -230,20 +248,14 @@ class TestDiscriminatorStep:
         method.after_step(1)
         assert all(torch.equal(v, before[k]) for k, v in method.discriminator.state_dict().items())
 
-    def test_two_processes_average_to_one(self, monkeypatch):
-        """The mean of the gradients of two halves of a batch is the gradient of the whole, two images a group."""
-        seen = []
-        monkeypatch.setattr(adversarial, "average_gradients",
-                            lambda parameters: seen.append([p.grad.clone() for p in parameters]))
-        student, teacher = (logits(n, 4, dtype=torch.float64) for n in "st")
-        for part in (slice(None), slice(0, 2), slice(2, 4)):
-            method = narrow(dtype=torch.float64)
-            method(batch_of(output(student[part]), output(teacher[part])))
-            method.after_step(0)
-        whole, *halves = seen
-        assert len(whole) == len(list(narrow().parameters()))
-        for one, first, second in zip(whole, *halves, strict=True):
-            torch.testing.assert_close((first + second) / 2, one, rtol=1e-9, atol=1e-14)
+    def test_two_processes_equal_one(self, tmp_path):
+        """Gradients of the student and the discriminator's own training: those of one process with the whole batch."""
+        done = launch(str(ROOT / "tests/programs/discriminator.py"), [str(tmp_path / "two.pt")], 2)
+        assert done.returncode == 0, done.stderr[-3000:]
+        two = torch.load(tmp_path / "two.pt")
+        one = {loss: discriminator.train(Distributed(0, 1, 0, torch.device("cpu")), loss) for loss in two}
+        torch.testing.assert_close(two, one, rtol=1e-7, atol=1e-10)
+        assert all(one[loss][f"body.weight {step}"].norm() > 1e-3 for loss in one for step in (0, 1))
 
     def test_it_belongs_to_neither_ddp_nor_the_students_optimizer(self):
         method = narrow()
@@ -299,11 +311,8 @@ def test_method_and_options():
     assert (o.adv_d_weight, o.adv_lr, o.adv_loss, o.adv_upsample) == (0.1, 4e-4, "hinge", False)
     group = method.optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (4e-4, (0.9, 0.99), 0)
-    assert method.discriminator.preprocess_additional.group_size == 2
-    method = build("--adv-d-weight", "0.5", "--adv_lr", "1e-3", "--adv-loss", "wgan-gp", group_size=0)
-    o = method.options
+    o = build("--adv-d-weight", "0.5", "--adv_lr", "1e-3", "--adv-loss", "wgan-gp").options
     assert (o.adv_d_weight, o.adv_lr, o.adv_loss) == (0.5, 1e-3, "wgan-gp")
-    assert method.discriminator.preprocess_additional.group_size == 0
 
 
 def test_preset():

@@ -160,7 +160,7 @@ def staged(folder, steps: int | None = 3, images: int = 0) -> tuple[AttnFD, Net,
     """(method after its stage, student, teacher, the method before its stage); the student has to be as it was."""
     torch.manual_seed(0)
     method = make("attnfd", net("small", 8, 6), net("large", 10, 7), attnfd_connector_steps=steps, batch_size=2,
-                  lr=0.01, momentum=0.9, weight_decay=1e-3, active={"attnfd": 2.0})
+                  lr=0.1, momentum=0.9, weight_decay=1e-3, active={"attnfd": 2.0}, max_iterations=10)
     student, teacher = Net(8, 6).train(), Net(10, 7).eval()
     before, untouched = copy.deepcopy(method), copy.deepcopy(student.state_dict())
     method.prepare(preparation(teacher, folder, batches, images=images, student=student))
@@ -168,11 +168,36 @@ def staged(folder, steps: int | None = 3, images: int = 0) -> tuple[AttnFD, Net,
     return method, student, teacher, before
 
 
-def test_the_stage_trains_the_connectors_alone_at_ten_times_the_rate(tmp_path):
+def test_connectors_start_as_released():
+    """N(0, sqrt(2 / C_out)) for the convolution, 1 and 0 for the batch norm."""
+    torch.manual_seed(0)
+    convolution, norm = connector(400, 300)
+    assert convolution.weight.std().item() == pytest.approx((2 / 300) ** 0.5, rel=0.01)
+    assert convolution.weight.mean().abs() < 1e-3
+    assert norm.weight.eq(1).all() and norm.bias.eq(0).all() and convolution.bias is None
+
+
+@pytest.mark.parametrize("compat", ["fixed", "reference"])
+def test_compat_reference_trains_only_convolutions_and_batch_norms_of_the_students_attention(compat):
+    """As the released optimizer, which collects the parameters of these two kinds of modules."""
+    method = make("attnfd", net("small", 32, 16), net("large", 48, 24), compat=compat, attnfd_connector_steps=2)
+    kinds = (nn.Conv2d, nn.BatchNorm2d) if compat == "reference" else (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
+    collected = [p for m in method.student_attention.modules() if isinstance(m, kinds) for p in m.parameters()]
+    trained = set(map(id, method.trained_parameters())) - set(map(id, method.connectors.parameters()))
+    assert trained == set(map(id, collected)) and len(trained) == (2 * 3 if compat == "reference" else 2 * 7)
+    s, t = (output(torch.randn(2, i.channels["c4"], 4, 6).requires_grad_(), torch.randn(2, i.channels["head"], 4, 6))
+            for i in (net("small", 32, 16), net("large", 48, 24)))
+    method(batch(s, t))["attnfd"].backward()
+    assert s.c4.grad.abs().max() > 0, "the student learns through them all the same"
+
+
+def test_the_stage_trains_the_connectors_alone_at_the_rate_of_the_run(tmp_path):
+    """As released: its scheduler gives the only group of their optimizer lr (1 - i/N)^0.9, N of the whole run."""
     method, student, teacher, twin = staged(tmp_path)
     twin.connectors.requires_grad_(True)
     optimizer = torch.optim.SGD(twin.connectors.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
-    for images, _ in batches(3, 2, 0, "both"):
+    for i, (images, _) in enumerate(batches(3, 2, 0, "both")):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - i / 10) ** 0.9
         optimizer.zero_grad()
         (2 * twin(batch(student(images[0]), teacher(images[1])))["attnfd"]).backward()
         optimizer.step()
@@ -191,3 +216,8 @@ def test_the_stage_is_one_epoch_long_by_default_and_cached(tmp_path):
     again, *_ = staged(tmp_path, steps=None, images=9)
     assert all(a.equal(b) for a, b in zip(method.connectors.parameters(), again.connectors.parameters(), strict=True))
     assert staged(tmp_path, steps=0)[0].connectors[0][0].weight.requires_grad
+
+
+def test_a_stage_longer_than_the_run_decays_over_itself(tmp_path):
+    method, *_ = staged(tmp_path, steps=12)
+    assert all(p.isfinite().all() for p in method.connectors.parameters())

@@ -1,4 +1,4 @@
-"""CIRKD's queues with two processes: equal on both, and those of one process with the whole batch."""
+"""CIRKD's queues with two processes: equal on both, and those of one process; each compares with slots of its own."""
 from __future__ import annotations
 
 import subprocess
@@ -25,3 +25,7 @@ def test_two_processes_equal_one(tmp_path):
         else:
             assert two["state"][name].equal(value), name
     assert one["state"]["cirkd.memory.pixel.filled"].min() == 50
+    # as released: every process draws the slots that it compares with; the first one draws what a single one does
+    assert two["slots"].shape == (2, 2, 50) and two["slots"].sort(-1).values.equal(torch.arange(50).expand(2, 2, 50))
+    assert two["slots"][0].equal(one["slots"][0])
+    assert len({tuple(order.tolist()) for order in two["slots"].flatten(0, 1)}) == 4

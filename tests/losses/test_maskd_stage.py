@@ -18,19 +18,27 @@ from losses.stages.stage import StageSettings, stage_digest
 from losses.stages.tokens import initial_tokens, learn_tokens
 from models.output import SegOutput
 from utils.errors import UserError
+from utils.randomness import seed_everything
 
 NET = NetInfo("net", {"logits": 4}, 4)
+
+
+class Modes(list):
+    """Whether each pass was in train mode; a copy of the teacher writes into the same list."""
+
+    def __deepcopy__(self, memo):
+        return self
 
 
 class Teacher(nn.Module):
     """Everything that makes train mode differ from eval mode."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.2) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.2),
+        self.layers = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(dropout),
                                     nn.Conv2d(6, 4, 3, stride=2, padding=1))
         fill.fill_module(self, 5).eval().requires_grad_(False)
-        self.modes: list[bool] = []
+        self.modes = Modes()
 
     def forward(self, images) -> SegOutput:
         self.modes.append(self.training)
@@ -167,7 +175,7 @@ def test_compat_reference_learns_with_the_teacher_in_train_mode_and_leaves_it_as
     teacher, fixed = Teacher(), learned(make_stage(tmp_path))
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     got = learned(make_stage(tmp_path, teacher=teacher), compat="reference")
-    assert all(teacher.modes) and not any(m.training for m in teacher.modules())
+    assert teacher.modes == [True] * 8 and not any(m.training for m in teacher.modules())
     assert all(v.equal(before[k]) for k, v in teacher.state_dict().items())
     assert not torch.allclose(got, fixed, rtol=1e-3)
     torch.manual_seed(99)
@@ -176,6 +184,22 @@ def test_compat_reference_learns_with_the_teacher_in_train_mode_and_leaves_it_as
     assert learned(make_stage(tmp_path / "cut"), compat="reference").equal(got)
     with pytest.raises(UserError, match="maskd: .* a batch of 1 leaves one image per batch norm"):
         learned(make_stage(tmp_path), compat="reference", maskd_batch_size=1)
+
+
+def test_compat_reference_equals_the_released_loop(tmp_path, make_stage):
+    """The teacher in train mode on every batch, its statistics and dropout included; the tokens by plain SGD."""
+    got = learned(make_stage(tmp_path), compat="reference")
+    teacher, tokens = Teacher().train(), nn.Parameter(method().tokens.clone())
+    optimizer = torch.optim.SGD([tokens], lr=0.1, momentum=0.9, weight_decay=1e-3)
+    for step, (images, target) in enumerate(Batches()(8, 2, 0)):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 8) ** 0.9
+        seed_everything(0, "maskd stage", step, 0)  # dropout as in the stage
+        with torch.no_grad():
+            logits = teacher(images).logits
+        optimizer.zero_grad()
+        sum(mask_learning_losses(logits, tokens, target).values()).backward()
+        optimizer.step()
+    torch.testing.assert_close(got, tokens.detach(), rtol=1e-5, atol=1e-7)
 
 
 def test_only_the_main_process_writes(tmp_path, make_stage):
@@ -237,9 +261,10 @@ def batches(steps, batch_size, start, role):
     for images, target in parts.LabelledBatches()(steps, batch_size, start):
         yield images.chunk(2)[rank], target.chunk(2)[rank]
 
-for run in range(2):
-    method = parts.method(maskd_steps=5, maskd_batch_size=4)
-    method.prepare(parts.preparation(parts.Teacher(), folder / ("cache", "empty")[rank], batches, main=rank == 0))
+for run, compat in enumerate(("fixed", "fixed", "reference")):
+    method = parts.method(maskd_steps=5, maskd_batch_size=4, compat=compat)
+    teacher = parts.Teacher(dropout=0)  # that differs between processes
+    method.prepare(parts.preparation(teacher, folder / ("cache", "empty")[rank], batches, main=rank == 0))
     torch.save(method.tokens, folder / f"tokens_{run}_{rank}.pth")
 try:
     parts.method(maskd_batch_size=3).prepare(parts.preparation(parts.Teacher(), folder, batches, main=rank == 0))
@@ -265,10 +290,15 @@ def test_two_processes_learn_the_tokens_of_one(tmp_path, make_stage):
     for process in running:
         error = process.communicate(timeout=240)[1]
         assert process.returncode == 0, error[-3000:]
-    found = [torch.load(tmp_path / f"tokens_{run}_{rank}.pth") for run in (0, 1) for rank in (0, 1)]
-    assert all(x.equal(found[0]) for x in found) and not (tmp_path / "empty").exists()
-    one = learned(make_stage(tmp_path / "one", LabelledBatches()), maskd_steps=5, maskd_batch_size=4)
-    torch.testing.assert_close(found[0], one, rtol=1e-4, atol=1e-6)
+    found = [torch.load(tmp_path / f"tokens_{run}_{rank}.pth") for run in (0, 1, 2) for rank in (0, 1)]
+    assert all(x.equal(found[0]) for x in found[:4]) and found[4].equal(found[5])
+    assert not (tmp_path / "empty").exists()
+    # in train mode too: the teacher's batch norm is synchronized
+    for tokens, compat in ((found[0], "fixed"), (found[4], "reference")):
+        one = learned(make_stage(tmp_path / "one", LabelledBatches(), Teacher(dropout=0)), maskd_steps=5,
+                      maskd_batch_size=4, compat=compat)
+        torch.testing.assert_close(tokens, one, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(found[0], found[4], rtol=1e-2)
     assert "a batch of 3 does not divide by 2" in (tmp_path / "refused_1.txt").read_text()
 
 

@@ -22,7 +22,8 @@ NOT_OF_THE_TRAINING = frozenset((
     "save_epoch", "val_epoch"))
 #: settings that both runs of a fair comparison share
 SHARED = ("student_model", "student_backbone", "student_pretrained", "student_pretrained_base", "crop_size",
-          "batch_size", "max_iterations", "lr", "poly_power", "momentum", "weight_decay", "amp")
+          "batch_size", "max_iterations", "lr", "min_lr", "poly_power", "momentum", "nesterov",
+          "head_lr_factor", "weight_decay", "amp")
 NOT_SET = "not set"
 
 

@@ -2,16 +2,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from engine.settings import Optimization
 from tools.reporting.figures import Clock, had_machine, machine_of
 from tools.reporting.groups import PLAIN, Group, Result, Row
 
 #: settings that have to be equal for rows to be compared
-COMPARED = ("crop_size", "batch_size", "weight_decay", "lr", "poly_power", "momentum", "sampling", "selection_split",
-            "student_pretrained", "student_pretrained_base", "amp")
+COMPARED = ("crop_size", "batch_size", "weight_decay", "lr", "min_lr", "poly_power", "momentum", "nesterov",
+            "head_lr_factor", "sampling", "selection_split", "student_pretrained", "student_pretrained_base", "amp")
+#: of settings that a result may be older than
+DEFAULTS = asdict(Optimization())
 WIDTH = 120
 
 
@@ -31,6 +35,11 @@ def differing(group: Group, rows: Sequence[Row], read: Callable[[Result], Hashab
     return found if len(found) > 1 else {}
 
 
+def setting(run: Result, name: str) -> Any:
+    """A setting of a result; the default of one that is newer than the result."""
+    return run["settings"][name] if name in run["settings"] else DEFAULTS[name]
+
+
 def sentence(what: str, values: Mapping[str, Sequence[str]]) -> str:
     """'WHAT: a in x, y; b in z.'"""
     parts = [f"{value} in {', '.join(names)}" for value, names in values.items()]
@@ -45,7 +54,7 @@ def warnings(group: Group) -> list[str]:
     if iterations:
         found.append(sentence("iterations differ", iterations))
     for name in COMPARED:
-        values = differing(group, group.compared, lambda run, name=name: shown(run["settings"][name]))
+        values = differing(group, group.compared, lambda run, name=name: shown(setting(run, name)))
         if values:
             found.append(sentence(f"`{name}` differs", values))
     files = teacher_files(group)

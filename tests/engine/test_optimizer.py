@@ -1,0 +1,77 @@
+"""Learning rate and optimizer of a run against literal twins."""
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_refused, train_arguments, write_folder_dataset
+from torch import nn
+
+import train_kd
+from engine.build import build_run
+from engine.optimizer import load_optimizer
+from engine.run import Run, network_inputs, train_batch, training_batches
+from engine.settings import parse_settings
+from utils.distributed import init_distributed
+from utils.schedule import poly_lr
+
+
+def small_run(data: Path, save: Path, *more: str) -> Run:
+    """A plain training of three steps whose rate decays to 0.005."""
+    argv = train_arguments(data, save, "--method", "none", "--max-iterations", "3", "--min-lr", "0.005", *more)
+    return build_run(parse_settings(argv), init_distributed(no_cuda=True))
+
+
+def released_groups(student: nn.Module, factor: float) -> list[dict]:
+    """AttnFD's two groups: backbone, and heads at a multiple of its learning rate."""
+    heads = [p for name, p in student.named_parameters() if not name.startswith("pretrained.")]
+    return [{"params": list(student.pretrained.parameters()), "times": 1.0}, {"params": heads, "times": factor}]
+
+
+@pytest.mark.parametrize(("flags", "nesterov", "factor"), [
+    ([], False, 1.0), (["--nesterov", "--head-lr-factor", "10"], True, 10.0), (["--nesterov", "--no-fast"], True, 1.0)])
+def test_a_run_equals_plain_sgd(tmp_path, flags, nesterov, factor) -> None:
+    run = small_run(write_folder_dataset(tmp_path / "set", train=4, val=1), tmp_path / "run", *flags)
+    twin = copy.deepcopy(run.objective).train()
+    optimizer = torch.optim.SGD(released_groups(twin.student, factor), lr=0.02, momentum=0.9, weight_decay=1e-4,
+                                nesterov=nesterov)
+    for i, batch in enumerate(training_batches(run)):
+        for group in optimizer.param_groups:
+            group["lr"] = group["times"] * (0.005 + (0.02 - 0.005) * (1 - i / 3) ** 0.9)
+        images, _, target = network_inputs(run, batch)
+        optimizer.zero_grad()
+        twin(images, None, target, i, run.step_fn.seed_streams(i, target.device))["task"].backward()
+        optimizer.step()
+        assert train_batch(run, batch).lr == pytest.approx(0.005 + 0.015 * (1 - i / 3) ** 0.9)
+        run.step += 1
+    for (name, value), expected in zip(run.student.named_parameters(), twin.student.parameters(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_state_of_before_the_factors_is_taken_up(tmp_path) -> None:
+    run = small_run(write_folder_dataset(tmp_path / "set", train=4, val=1), tmp_path / "run")
+    state = run.optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["lr_factor"]
+    load_optimizer(run.optimizer, state)
+    assert [group["lr_factor"] for group in run.optimizer.param_groups] == [1.0]
+
+
+@pytest.mark.parametrize("step", [0, 1, 399, 20000, 39999])
+def test_the_learning_rate_decays_to_its_floor_as_released(step) -> None:
+    """MasKD and DIST: 1e-4 + (lr - 1e-4)(1 - i/N)^0.9; without a floor bit for bit lr (1 - i/N)^0.9."""
+    assert poly_lr(0.02, step, 40000, 0.9, 1e-4) == pytest.approx(1e-4 + (0.02 - 1e-4) * (1 - step / 40000) ** 0.9)
+    assert poly_lr(0.02, step, 40000, 0.9) == poly_lr(0.02, step, 40000, 0.9, 0.0) == 0.02 * (1 - step / 40000) ** 0.9
+
+
+def test_a_floor_above_the_learning_rate_is_refused(capsys) -> None:
+    assert_refused(capsys, train_kd.main, ["--method", "none", "--min-lr", "0.1"], "--min-lr 0.1", "--lr 0.02")
+    assert_refused(capsys, train_kd.main, ["--method", "dist", "--teacher-pretrained", "t.pth", "--lr", "0.00005"],
+                   "--min-lr 0.0001", "--lr 5e-05", "--min-lr 0 ")
+
+
+def test_nesterov_without_momentum_is_refused(capsys) -> None:
+    assert_refused(capsys, train_kd.main, ["--method", "none", "--nesterov", "--momentum", "0"], "--nesterov",
+                   "--momentum above 0")
