@@ -188,7 +188,8 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
              prog: str | None = None) -> int:
     """Run a program and return its exit code, for ``sys.exit(run_main(main))``.
 
-    UserError becomes one line on stderr and code 2, Ctrl-C code 130; other exceptions are defects and pass through."""
+    UserError becomes one line on stderr and code 2, Ctrl-C code 130, a closed pipe the shell's 141; other exceptions
+    are defects and pass through."""
     prog = prog or os.path.basename(sys.argv[0])
     try:
         return main(argv) or 0
@@ -198,6 +199,9 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
         return 130
+    except BrokenPipeError:  # whoever reads our output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is written at the end
+        return 141
     except RuntimeError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not _is_lost_connection(error):
             raise

@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
+from helpers import ROOT
 from torch.distributed import TCPStore
 from torch.utils.data import DataLoader
 
@@ -140,6 +143,17 @@ def test_help_shows_groups_and_defaults(capsys: pytest.CaptureFixture[str]) -> N
     assert "may be repeated\n" in out, "an empty default is not shown"
     assert out.startswith("usage: prog.py [options]\n")
     assert max(len(line) for line in out.splitlines()) <= 110
+
+
+def test_a_reader_that_has_enough_ends_a_program_quietly() -> None:
+    """As ``program | head -1``: no traceback, and the code that the shell gives."""
+    program = "import sys; from utils.cli import run_main; sys.exit(run_main(lambda _: print('line\\n' * 100000)))"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
+        assert process.stdout.readline() == "line\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
 
 
 def test_run_main(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
