@@ -12,6 +12,7 @@ from engine.build import build_run
 from engine.checkpoint import resume, save_run
 from engine.diagnose import diagnose_step
 from engine.journal import Journal
+from engine.lock import locked
 from engine.log import setup_logging
 from engine.method_list import method_table
 from engine.ready import get_ready
@@ -61,7 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(distributed.is_main_process)
     if settings.speed.fast and distributed.device.type == "cpu":
         keep_freed_memory()
-    train(build_run(settings, distributed))
+    run = build_run(settings, distributed)
+    with locked(run.files, distributed.is_main_process) as run.lock:
+        train(run)
+    del run  # and with it DDP, which holds the process group
     cleanup()  # not after an error: the other processes may wait in a collective operation
     return 0
 

@@ -34,11 +34,13 @@ def versions() -> dict[str, str]:
 
 
 def save_run(run: Run) -> None:
-    """Write the student's weights and the training state, on the main process. UserError when a weight is not finite
-    (nothing is written then) or the files cannot be written."""
+    """Write the student's weights and the training state, on the main process. UserError when a weight is not finite or
+    another run has taken the folder (nothing is written then), or the files cannot be written."""
     run.step_fn.check_finite(run.step)
     if not run.distributed.is_main_process:
         return
+    if run.lock is not None:
+        run.lock.check()
     save_state_dict(run.student, run.files.student)
     save_tensors(run.files.state, in_plain_order({
         "format": FORMAT, "versions": versions(), "model": run.student.state_dict(), "net_info": describe(run.student),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dataset as data
+from engine.lock import RunLock
 from engine.log import LOG
 from engine.run_files import RunFiles
 from engine.settings import Settings
@@ -21,7 +22,8 @@ from utils.distributed import Distributed, barrier
 @dataclass
 class Run:
     """Everything that ``engine.build.build_run`` made, and the state of training: iterations done, best validation
-    mIoU (below 0: none yet). val_set: None without validation. teacher: None when no method reads one."""
+    mIoU (below 0: none yet). val_set: None without validation. teacher: None when no method reads one. lock: on the
+    folders, while the main process trains."""
 
     settings: Settings
     distributed: Distributed
@@ -38,6 +40,7 @@ class Run:
     files: RunFiles
     step: int = 0
     best: float = -1.0
+    lock: RunLock | None = None
 
     def is_due(self, every: int) -> bool:
         """Whether something that happens every so many iterations, and after the last one, happens now."""
