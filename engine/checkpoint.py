@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ def versions() -> dict[str, str]:
 
 
 def save_run(run: Run) -> None:
-    """Write the student's weights and the training state, on the main process. UserError when a weight is not finite or
-    another run has taken the folder (nothing is written then), or the files cannot be written."""
+    """Write the student's weights and the training state, on the main process; the state before is kept. UserError when
+    a weight is not finite or another run has taken the folder (nothing is written then), or the files cannot be
+    written."""
     run.step_fn.check_finite(run.step)
     if not run.distributed.is_main_process:
         return
@@ -46,13 +47,14 @@ def save_run(run: Run) -> None:
         "format": FORMAT, "versions": versions(), "model": run.student.state_dict(), "net_info": describe(run.student),
         "distillers": run.objective.distillers.state_dict(), "optimizer": run.optimizer.state_dict(),
         "scaler": run.step_fn.scaler.state_dict(), "step": run.step, "best": run.best, "config": plain(run.settings),
-        "processes": run.distributed.world_size}))
+        "processes": run.distributed.world_size}), keep=run.files.previous_state)
 
 
 def load_state(path: Path) -> dict[str, Any]:
     """Read a training state written by :func:`save_run`. Raises :class:`UserError` for anything else."""
     if not path.is_file():
-        raise UserError(f"--resume {path}: no such file (expected a training state '*_state.pth', or 'auto')")
+        found = "this is a folder" if path.is_dir() else "no such file"
+        raise UserError(f"--resume {path}: {found} (expected a training state '*_state.pth', or 'auto')")
     state = load_tensors(path, "training state", ["resume"])
     if not isinstance(state, dict) or state.get("format") != FORMAT or "optimizer" not in state:
         raise UserError(f"--resume {path}: not a training state of this program (a plain weights file goes to "
@@ -60,12 +62,27 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def newest_state(paths: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+    """The first of the training states that can be read, with a line about those before it. UserError, that of the
+    first one, when none can."""
+    faults = []
+    for path in paths:
+        try:
+            state = load_state(path)
+        except UserError as error:
+            faults.append(error)
+            continue
+        if faults:
+            LOG.warning("%s: going on from the one before it", faults[0])
+        return path, state
+    raise faults[0]
+
+
 def resume(run: Run) -> bool:
     """Take up the training state that ``--resume`` means; False when there is none to take up."""
-    path = run.files.resume_from
-    if path is None:
+    if not run.files.resume_from:
         return False
-    state = load_state(path)
+    path, state = newest_state(run.files.resume_from)
     try:
         run.student.load_state_dict(state["model"])
         run.objective.distillers.load_state_dict(state["distillers"])
@@ -84,6 +101,8 @@ def resume(run: Run) -> bool:
     if not same_everywhere(run.step, run.distributed.device):
         raise UserError(f"--resume {path}: the processes found different states; --save-dir has to be one folder "
                         "that all machines share")
+    if path == run.files.previous_state and run.lock is not None:  # not while others may be writing
+        run.files.set_damaged_aside()
     if path.parent.resolve() != run.files.directory.resolve() or not run.files.best.is_file():
         run.best = -1.0  # the best model so far is not in this folder
     for change in changes:

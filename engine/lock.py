@@ -218,10 +218,11 @@ class RunLock:
 
 @contextmanager
 def locked(files: RunFiles, is_main_process: bool) -> Iterator[RunLock | None]:
-    """Inside, the folders are this run's own. The main process holds the locks, the others get None. UserError when
-    another run has them."""
+    """Inside, the folders are this run's own, and nothing half-written is left in them. The main process holds the
+    locks, the others get None. UserError when another run has them."""
     if not is_main_process:
         yield None
         return
     with RunLock(files) as lock:
+        files.remove_leftovers()
         yield lock
