@@ -11,8 +11,8 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from engine.log import LOG
@@ -31,13 +31,14 @@ LOOK = 1.0
 
 @dataclass(frozen=True)
 class Owner:
-    """A process. space: of process numbers (containers of one host have their own); started: tells it from a later
-    process of the same number."""
+    """A process. space: of process numbers (containers of one host have their own). started: tells it from a later
+    process of the same number. inode: of its lock file, tells that from a copy; 0: unknown."""
 
     host: str
     process: int
     space: str = ""
     started: str = ""
+    inode: int = 0
 
     @classmethod
     def this_process(cls) -> Owner:
@@ -81,11 +82,14 @@ class FileLock:
 
     def __init__(self, path: Path, what: str) -> None:
         self.path, self.what, self.mine = path, what, Owner.this_process()
+        self._made: list[Path] = []
 
     def acquire(self) -> None:
         """Take the lock. UserError when a living process has it, or when the file cannot be written."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            folder = self.path.parent
+            self._made = [one for one in (folder, *folder.parents) if not one.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
             while not self._create():
                 self._make_way()
         except OSError as error:
@@ -104,9 +108,13 @@ class FileLock:
             os.utime(self.path)
 
     def release(self) -> None:
-        """Give the lock back, if it still is this process's."""
+        """Give the lock back, if it still is this process's, and remove the folders that were made for it and hold
+        nothing."""
         if self._read() == self.mine:
             self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            for folder in self._made:
+                folder.rmdir()
 
     def _create(self) -> bool:
         try:
@@ -114,6 +122,7 @@ class FileLock:
         except FileExistsError:
             return False
         with os.fdopen(file, "w", encoding="utf-8") as stream:
+            self.mine = replace(self.mine, inode=os.fstat(file).st_ino)
             json.dump(asdict(self.mine), stream)
         return True
 
@@ -131,8 +140,7 @@ class FileLock:
         owner = self._read()
         if owner is None:
             return
-        alive = _start_of(owner.process) == owner.started if owner.is_local else self._shows_life(owner)
-        if alive:
+        if self._is_alive(owner):
             raise UserError(f"{self.what} {self.path.parent}: {self._read() or owner} trains the same network here "
                             f"(its lock: {self.path.name}): wait for it, stop it, or choose another folder")
         aside = temporary_name(self.path)
@@ -142,11 +150,20 @@ class FileLock:
             return
         try:
             if FileLock(aside, self.what)._read() == owner:
-                LOG.warning("%s: took over from %s, which is gone", self.path, owner)
+                LOG.warning("%s: took over from %s, which is not there any more", self.path, owner)
             elif not self.path.exists():  # another process was faster with the same: its lock goes back
                 os.rename(aside, self.path)
         finally:
             aside.unlink(missing_ok=True)
+
+    def _is_alive(self, owner: Owner) -> bool:
+        """Whether the owner lives and this is its file, not one that was copied together with its folder."""
+        try:
+            if owner.inode not in (0, self.path.stat().st_ino):
+                return False
+        except FileNotFoundError:
+            return False
+        return _start_of(owner.process) == owner.started if owner.is_local else self._shows_life(owner)
 
     def _shows_life(self, owner: Owner) -> bool:
         """Whether the owner touches its file before that is STALE seconds old; False too when it goes away."""
@@ -185,8 +202,8 @@ class RunLock:
     def __enter__(self) -> RunLock:
         try:
             for lock in self.locks:
-                lock.acquire()
                 self._held.append(lock)
+                lock.acquire()
         except BaseException:
             self._release()
             raise
@@ -204,7 +221,7 @@ class RunLock:
             lock.check()
 
     def _release(self) -> None:
-        for lock in self._held:
+        for lock in reversed(self._held):
             lock.release()
 
     def _keep_fresh(self) -> None:
