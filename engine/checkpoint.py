@@ -43,11 +43,20 @@ def save_run(run: Run) -> None:
     if run.lock is not None:
         run.lock.check()
     save_state_dict(run.student, run.files.student)
+    save_state(run, keep=run.files.previous_state)
+
+
+def save_state(run: Run, keep: Path | None = None) -> None:
+    """Write the training state alone, on the main process. keep: what the state that was there becomes."""
+    if not run.distributed.is_main_process:
+        return
     save_tensors(run.files.state, in_plain_order({
         "format": FORMAT, "versions": versions(), "model": run.student.state_dict(), "net_info": describe(run.student),
         "distillers": run.objective.distillers.state_dict(), "optimizer": run.optimizer.state_dict(),
-        "scaler": run.step_fn.scaler.state_dict(), "step": run.step, "best": run.best, "config": plain(run.settings),
-        "processes": run.distributed.world_size}), keep=run.files.previous_state)
+        "scaler": run.step_fn.scaler.state_dict(), "step": run.step, "best": run.best,
+        # without a validation set, none is missing
+        "validated": run.step if run.val_set is None else run.validated, "config": plain(run.settings),
+        "processes": run.distributed.world_size}), keep)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -91,6 +100,7 @@ def resume(run: Run) -> bool:
             run.step_fn.scaler.load_state_dict(state["scaler"])
         run.student.preprocess = Preprocess.from_dict(state["net_info"]["preprocess"])
         run.step, run.best = int(state["step"]), float(state["best"])
+        run.validated = int(state.get("validated", run.step))  # earlier programs validated first
         stage_options = {name for d in run.objective.distillers.values() for name in d.stage_options}
         changes = changed_settings(state["config"], run.settings, stage_options)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:

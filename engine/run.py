@@ -22,8 +22,8 @@ from utils.distributed import Distributed, barrier
 @dataclass
 class Run:
     """Everything that ``engine.build.build_run`` made, and the state of training: iterations done, best validation
-    mIoU (below 0: none yet). val_set: None without validation. teacher: None when no method reads one. lock: on the
-    folders, while the main process trains."""
+    mIoU (below 0: none yet), iterations done at the last validation. val_set: None without validation. teacher: None
+    when no method reads one. lock: on the folders, while the main process trains."""
 
     settings: Settings
     distributed: Distributed
@@ -40,11 +40,18 @@ class Run:
     files: RunFiles
     step: int = 0
     best: float = -1.0
+    validated: int = 0
     lock: RunLock | None = None
 
     def is_due(self, every: int) -> bool:
         """Whether something that happens every so many iterations, and after the last one, happens now."""
         return self.step % every == 0 or self.step == self.settings.optimization.max_iterations
+
+    @property
+    def wants_validation(self) -> bool:
+        """Whether a validation is due that has not been done."""
+        return (self.val_set is not None and self.validated < self.step
+                and self.is_due(self.settings.running.val_per_iters))
 
 
 def build_loader(run: Run, start_step: int, steps: int, batch_size: int) -> DataLoader:

@@ -62,6 +62,7 @@ def validate(run: Run, journal: Journal) -> None:
         run.best = score
         if run.distributed.is_main_process:
             save_state_dict(run.student, run.files.best)
+    run.validated = run.step
     journal.clock.skip()
 
 

@@ -150,7 +150,7 @@ class TestRunning:
         second = next(job for job in expand(place) if job.name.endswith(f"{PLAIN}/none/1"))
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 120
-        while not second.state.is_file() and process.poll() is None and time.monotonic() < deadline:
+        while not second.states and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=60)
@@ -161,7 +161,8 @@ class TestRunning:
         assert reproduce.main(arguments(place, "--only", "/none/", "--jobs", "2")) == 0
         assert first.result.stat().st_mtime_ns == made
         assert {status(job).state for job in expand(place) if "/none/" in job.name} == {DONE}
-        assert "resumed" in (second.folder / "output.txt").read_text()
+        told = (second.folder / "output.txt").read_text()
+        assert "resumed" in told and re.search(r"stopped by SIGTERM (after step \d|outside of its steps)", told)
         whole = place / "whole"
         assert reproduce.main([*arguments(place, "--only", f"{PLAIN}/none/1"), "--results", str(whole / "results"),
                                "--work", str(whole / "work")]) == 0
