@@ -15,7 +15,7 @@ from engine.run import Run
 from engine.run_files import plain
 from engine.settings import Settings
 from models.preprocess import Preprocess
-from models.weights import describe, save_state_dict
+from models.weights import check_values, describe, save_state_dict
 from utils.distributed import same_everywhere
 from utils.errors import UserError
 from utils.tensor_files import first_line, in_plain_order, load_tensors, save_tensors
@@ -93,6 +93,7 @@ def resume(run: Run) -> bool:
         return False
     path, state = newest_state(run.files.resume_from)
     try:
+        check_state(run, path, state)
         run.student.load_state_dict(state["model"])
         run.objective.distillers.load_state_dict(state["distillers"])
         load_optimizer(run.optimizer, state["optimizer"])
@@ -120,6 +121,16 @@ def resume(run: Run) -> bool:
     best = f", best mIoU {100 * run.best:.2f}" if run.best >= 0 else ""
     LOG.info("resumed from %s at step %d%s", path, run.step, best)
     return True
+
+
+def check_state(run: Run, path: Path, state: dict[str, Any]) -> None:
+    """UserError for a state beyond the end of the run, and for weights that no network can have."""
+    last = run.settings.optimization.max_iterations
+    if state["step"] > last:
+        raise UserError(f"--resume {path}: it is at step {state['step']}, the run ends at --max-iterations {last}")
+    own = run.student.state_dict()
+    for name in own.keys() & state["model"].keys():
+        check_values(f"--resume {path}", name, state["model"][name], own[name])
 
 
 def changed_settings(saved: dict, settings: Settings, finished: Collection[str] = ()) -> list[str]:

@@ -93,3 +93,24 @@ class TestStates:
         assert train_kd.main(run_of(data, copied, "--resume", "auto")) == 0
         assert "removed 2 half-written files of a killed run" in capsys.readouterr().out
         assert not any(path.exists() for path in left)
+
+    def test_a_state_beyond_the_end_is_an_error(self, data, copied, capsys) -> None:
+        argv = run_of(data, copied, "--resume", "auto", "--max-iterations", "3")
+        assert_refused(capsys, train_kd.main, argv, f"{STEM}_state.pth", "is at step 4", "--max-iterations 3")
+        assert content(copied, "_state")["step"] == 4
+
+    @pytest.mark.parametrize("choice", ["auto", "named"])
+    def test_a_folder_is_no_state(self, data, tmp_path, capsys, choice) -> None:
+        folder = tmp_path / f"{STEM}_state.pth"
+        folder.mkdir()
+        argv = run_of(data, tmp_path, "--resume", "auto" if choice == "auto" else str(folder))
+        assert_refused(capsys, train_kd.main, argv, f"--resume {folder}: this is a folder")
+        assert list(tmp_path.iterdir()) == [folder]
+
+    def test_weights_of_a_state_that_no_network_can_have(self, data, whole, tmp_path, capsys) -> None:
+        state = content(whole, "_state")
+        name = next(name for name in state["model"] if name.endswith("running_var"))
+        state["model"][name] = -state["model"][name]
+        torch.save(state, tmp_path / "odd_state.pth")
+        argv = run_of(data, tmp_path, "--resume", str(tmp_path / "odd_state.pth"))
+        assert_refused(capsys, train_kd.main, argv, "odd_state.pth", name, "negative variances")
