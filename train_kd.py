@@ -23,7 +23,7 @@ from engine.signals import StopSignals
 from engine.validation import report, validate
 from utils.allocator import keep_freed_memory
 from utils.cli import run_main
-from utils.distributed import LargestEverywhere, barrier, cleanup, init_distributed
+from utils.distributed import barrier, cleanup, init_distributed
 
 
 def train(run: Run, signals: StopSignals) -> None:
@@ -32,7 +32,8 @@ def train(run: Run, signals: StopSignals) -> None:
     resumed = resume(run)
     journal = Journal(run, resumed)
     if not resumed:
-        run_stages(run)
+        with signals.deferred():
+            run_stages(run, signals.check)
     get_ready(run)
     journal.start()
     if not run_steps(run, journal, signals):
@@ -44,7 +45,7 @@ def train(run: Run, signals: StopSignals) -> None:
 
 def run_steps(run: Run, journal: Journal, signals: StopSignals) -> bool:
     """The iterations. Whether a signal has ended them."""
-    running, asked_anywhere = run.settings.running, LargestEverywhere(run.distributed.device)
+    running = run.settings.running
     with signals.deferred():
         if run.wants_validation:  # a run that was stopped between saving and validating
             validate_saved(run, journal, signals)
@@ -56,11 +57,11 @@ def run_steps(run: Run, journal: Journal, signals: StopSignals) -> bool:
             journal.finished_step(len(batch["name"]))
             if run.is_due(running.log_iter):
                 journal.write_step(result)
-            stop = asked_anywhere(signals.asked)
+            stop = signals.agreed()
             if stop or run.is_due(running.save_per_iters) or run.wants_validation:
                 save_run(run)
             if stop:
-                signals.end(stop, run.step)
+                signals.end(run.step)
                 return True
             if run.wants_validation:
                 validate_saved(run, journal, signals)
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(distributed.is_main_process)
     if settings.speed.fast and distributed.device.type == "cpu":
         keep_freed_memory()
-    with StopSignals(settings, distributed.is_main_process) as signals:
+    with StopSignals(settings, distributed) as signals:
         run = build_run(settings, distributed)
         with locked(run.files, distributed.is_main_process) as run.lock:
             train(run, signals)

@@ -1,7 +1,7 @@
 """A training run: its parts and how far it is, its batches, its steps and the stages before them."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -103,8 +103,9 @@ def train_batch(run: Run, batch: dict) -> StepResult:
     return run.step_fn(*network_inputs(run, batch), run.step)
 
 
-def run_stages(run: Run) -> None:
-    """Run the stages that methods need before training. A resumed run has their results in its state."""
+def run_stages(run: Run, check: Callable[[], None] = lambda: None) -> None:
+    """Run the stages that methods need before training. A resumed run has their results in its state. check: called
+    between the steps of a stage; one that it ends (SystemExit) saves what it has and goes on from there."""
 
     def batches(steps: int, batch_size: int, start: int,
                 role: str) -> Iterator[tuple[Tensor | tuple[Tensor, Tensor], Tensor]]:
@@ -113,6 +114,7 @@ def run_stages(run: Run) -> None:
             images, valid, target = to_device(run, batch)
             inputs = tuple(net.preprocess(images, valid) for net in nets)
             yield inputs if role == "both" else inputs[0], target
+            check()
 
     stage = Preparation(run.student, run.teacher, run.distributed.device, run.files.directory,
                         run.distributed.is_main_process, batches, LOG.info, run.train_set.digest(), len(run.train_set))

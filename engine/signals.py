@@ -12,6 +12,7 @@ from types import FrameType
 
 from engine.log import LOG
 from engine.settings import Settings
+from utils.distributed import Distributed, LargestEverywhere
 
 #: exit code after a signal: EX_TEMPFAIL ("try again later") of sysexits.h; Ctrl-C has the shell's own
 REQUEUE, INTERRUPTED = 75, 130
@@ -26,12 +27,13 @@ class Stop(SystemExit):
 
 class StopSignals:
     """Within, SIGTERM, SIGINT and SIGUSR1 ask this process to stop: at once (:class:`Stop`), or, inside
-    :meth:`deferred`, when it looks at ``asked``. There a second Ctrl-C ends it at once, as KeyboardInterrupt.
+    :meth:`deferred`, when all look (:meth:`agreed`). There a second Ctrl-C ends it at once, as KeyboardInterrupt.
 
-    asked: the signal, 0 for none. settings: for the line that says how to go on, of the process that ``speaks``."""
+    asked: the signal, 0 for none. settings: for the line by which the main process says how to go on."""
 
-    def __init__(self, settings: Settings, speaks: bool = True) -> None:
-        self.settings, self.speaks = settings, speaks
+    def __init__(self, settings: Settings, distributed: Distributed) -> None:
+        self.settings, self.speaks = settings, distributed.is_main_process
+        self._largest = LargestEverywhere(distributed.device)
         self.asked, self._deferred, self._heard = 0, False, 0.0
         self._before: dict[int, object] = {}
 
@@ -51,9 +53,19 @@ class StopSignals:
         """The exit code: 0 as long as nobody has asked to stop."""
         return CODES.get(self.asked, 0)
 
-    def end(self, number: int, step: int) -> None:
-        """The run ends after this step, which is saved, because this or another process got the signal."""
+    def agreed(self) -> bool:
+        """Whether one of the processes was asked to stop. All have to call it, at the same places."""
+        number = self._largest(self.asked)
         self.asked = self.asked or number
+        return number != 0
+
+    def check(self) -> None:
+        """End the run (:class:`Stop`) if one of the processes was asked to. All have to call it, at the same places."""
+        if self.agreed():
+            raise Stop(self.code)
+
+    def end(self, step: int) -> None:
+        """The run ends after this step, which is saved."""
         self._say(f"after step {step}, which is saved", "goes on from it")
 
     def _say(self, when: str, then: str) -> None:

@@ -21,6 +21,7 @@ from helpers import (
 )
 
 import engine.signals
+import losses.stages.tokens
 import train_kd
 from utils.cli import run_main
 
@@ -81,7 +82,7 @@ def signaled(monkeypatch, number: signal.Signals, at: int) -> None:
 
 
 @pytest.mark.parametrize(("number", "at", "code"), [
-    (signal.SIGTERM, 0, 75), (signal.SIGUSR1, 1, 75), (signal.SIGINT, 2, 130), (signal.SIGTERM, 3, 75)])
+    (signal.SIGUSR1, 1, 75), (signal.SIGINT, 2, 130), (signal.SIGTERM, 3, 75)])
 def test_a_stopped_run_saves_and_goes_on_to_the_same_end(method, whole, tmp_path, capsys, monkeypatch, number, at,
                                                          code) -> None:
     with monkeypatch.context() as patch:
@@ -129,6 +130,26 @@ def test_outside_of_its_steps_a_run_ends_at_once(method, tmp_path, capsys, monke
     assert stop.value.code == 75
     assert ("stopped by SIGTERM outside of its steps: the same command goes on from the last training state, if there "
             "is one") in capsys.readouterr().out
+
+
+def test_a_stage_before_training_saves_too(method, tmp_path, capsys, monkeypatch) -> None:
+    argv = arguments(method, tmp_path, "--method", "maskd", "--maskd-steps", "4", "--maskd-batch-size", "2",
+                     "--maskd-tokens", "2", "--max-iterations", "1", "--skip-val")
+    learn, signaled = losses.stages.tokens.TokenState.learn, []
+
+    def during(state, images, target, done):
+        if done == 1 and not signaled:
+            signaled.append(signal.raise_signal(signal.SIGTERM))
+        return learn(state, images, target, done)
+
+    monkeypatch.setattr(losses.stages.tokens.TokenState, "learn", during)
+    with pytest.raises(SystemExit) as stop:
+        train_kd.main(argv)
+    said = capsys.readouterr().out
+    assert stop.value.code == 75 and "maskd: masks of step 2 in" in said and "stopped by SIGTERM outside of its" in said
+    assert train_kd.main([*argv, "--resume", "auto"]) == 0
+    said = capsys.readouterr().out
+    assert "maskd: masks of step 2 from" in said and state_of(tmp_path)["step"] == 1
 
 
 def test_processes_stop_after_the_same_step(method, tmp_path) -> None:
