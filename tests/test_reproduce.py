@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, STUDENT, TEACHER, write_folder_dataset
@@ -187,6 +188,12 @@ class TestRunning:
         (place / "data" / "classes.txt").unlink()
         assert reproduce.main(arguments(place, "--only", "/fd/1")) == 1
         assert "1 failed, 1 left" in capsys.readouterr().out
+
+    def test_a_run_that_was_stopped_from_outside_has_not_failed(self, tmp_path) -> None:
+        jobs = [SimpleNamespace(name=str(code), shown="", command=["sh", "-c", f"exit {code}"], folder=tmp_path,
+                                needs=(), environment={}, result=tmp_path / "none.json") for code in (2, 75, 130)]
+        outcome = Runner(jobs, set(), side_by_side=3, say=lambda line: None).run()
+        assert (outcome.failed, outcome.stopped, outcome.done) == (["2"], ["75", "130"], [])
 
     def test_nothing_begins_after_the_time_is_over(self, place) -> None:
         outcome = Runner(expand(place), set(), seconds=0, say=lambda line: None).run()
