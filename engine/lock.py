@@ -84,16 +84,19 @@ class FileLock:
         self.path, self.what, self.mine = path, what, Owner.this_process()
         self._made: list[Path] = []
 
-    def acquire(self) -> None:
-        """Take the lock. UserError when a living process has it, or when the file cannot be written."""
+    def acquire(self) -> Owner | None:
+        """Take the lock; from whom, if somebody has left it. UserError when a living process has it, or when the file
+        cannot be written."""
+        gone = None
         try:
             folder = self.path.parent
             self._made = [one for one in (folder, *folder.parents) if not one.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             while not self._create():
-                self._make_way()
+                gone = self._make_way() or gone
         except OSError as error:
             raise UserError(f"{self.what} {self.path.parent}: cannot be written ({first_line(error)})") from error
+        return gone
 
     def check(self) -> None:
         """UserError when the lock is no longer this process's."""
@@ -135,11 +138,11 @@ class FileLock:
         except (OSError, ValueError, TypeError):
             return Owner("", 0)
 
-    def _make_way(self) -> None:
-        """Remove a stale lock. UserError when its owner lives."""
+    def _make_way(self) -> Owner | None:
+        """Remove a stale lock; whose it was. UserError when its owner lives."""
         owner = self._read()
         if owner is None:
-            return
+            return None
         if self._is_alive(owner):
             raise UserError(f"{self.what} {self.path.parent}: {self._read() or owner} trains the same network here "
                             f"(its lock: {self.path.name}): wait for it, stop it, or choose another folder")
@@ -147,12 +150,13 @@ class FileLock:
         try:
             os.rename(self.path, aside)
         except FileNotFoundError:
-            return
+            return None
         try:
             if FileLock(aside, self.what)._read() == owner:
-                LOG.warning("%s: took over from %s, which is not there any more", self.path, owner)
-            elif not self.path.exists():  # another process was faster with the same: its lock goes back
+                return owner
+            if not self.path.exists():  # another process was faster with the same: its lock goes back
                 os.rename(aside, self.path)
+            return None
         finally:
             aside.unlink(missing_ok=True)
 
@@ -200,13 +204,17 @@ class RunLock:
         self._thread = threading.Thread(target=self._keep_fresh, name="lock", daemon=True)
 
     def __enter__(self) -> RunLock:
+        gone: dict[str, Path] = {}
         try:
             for lock in self.locks:
                 self._held.append(lock)
-                lock.acquire()
+                if owner := lock.acquire():
+                    gone.setdefault(str(owner), lock.path)
         except BaseException:
             self._release()
             raise
+        for owner, path in gone.items():
+            LOG.warning("%s: took over from %s, which is not there any more", path, owner)
         self._thread.start()
         return self
 
