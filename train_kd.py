@@ -9,46 +9,70 @@ from __future__ import annotations
 import sys
 
 from engine.build import build_run
-from engine.checkpoint import resume, save_run
+from engine.checkpoint import resume, save_run, save_state
 from engine.diagnose import diagnose_step
 from engine.journal import Journal
+from engine.lock import locked
 from engine.log import setup_logging
 from engine.method_list import method_table
 from engine.ready import get_ready
 from engine.results import write_result
 from engine.run import Run, run_stages, train_batch, training_batches
 from engine.settings import parse_settings
+from engine.signals import StopSignals
 from engine.validation import report, validate
 from utils.allocator import keep_freed_memory
 from utils.cli import run_main
 from utils.distributed import barrier, cleanup, init_distributed
 
 
-def train(run: Run) -> None:
-    """Train from the current iteration to the last, validating and saving on the way; then report."""
-    running = run.settings.running
+def train(run: Run, signals: StopSignals) -> None:
+    """Train from the current iteration to the last, saving and validating on the way; then report. A signal ends it
+    earlier, after a step that is saved."""
     resumed = resume(run)
     journal = Journal(run, resumed)
     if not resumed:
-        run_stages(run)
+        with signals.deferred():
+            run_stages(run, signals.check)
     get_ready(run)
     journal.start()
-    for batch in training_batches(run):
-        journal.clock.got_batch()
-        diagnose_step(run, batch, journal)
-        result = train_batch(run, batch)
-        run.step += 1
-        journal.finished_step(len(batch["name"]))
-        if run.is_due(running.log_iter):
-            journal.write_step(result)
-        if run.val_set is not None and run.is_due(running.val_per_iters):
-            validate(run, journal)
-        if run.is_due(running.save_per_iters):
-            save_run(run)
-    report(run, journal)
+    if not run_steps(run, journal, signals):
+        report(run, journal)
+        write_result(run)
     journal.close()
-    write_result(run)
     barrier()
+
+
+def run_steps(run: Run, journal: Journal, signals: StopSignals) -> bool:
+    """The iterations. Whether a signal has ended them."""
+    running = run.settings.running
+    with signals.deferred():
+        if run.wants_validation:  # a run that was stopped between saving and validating
+            validate_saved(run, journal, signals)
+        for batch in training_batches(run):
+            journal.clock.got_batch()
+            diagnose_step(run, batch, journal)
+            result = train_batch(run, batch)
+            run.step += 1
+            journal.finished_step(len(batch["name"]))
+            if run.is_due(running.log_iter):
+                journal.write_step(result)
+            stop = signals.agreed()
+            if stop or run.is_due(running.save_per_iters) or run.wants_validation:
+                save_run(run)
+            if stop:
+                signals.end(run.step)
+                return True
+            if run.wants_validation:
+                validate_saved(run, journal, signals)
+    return False
+
+
+def validate_saved(run: Run, journal: Journal, signals: StopSignals) -> None:
+    """Validate, after the step is saved: nothing is lost if this fails, and a signal ends it at once."""
+    with signals.deferred(False):
+        validate(run, journal)
+    save_state(run)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,9 +85,13 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(distributed.is_main_process)
     if settings.speed.fast and distributed.device.type == "cpu":
         keep_freed_memory()
-    train(build_run(settings, distributed))
-    cleanup()  # not after an error: the other processes may wait in a collective operation
-    return 0
+    with StopSignals(settings, distributed) as signals:
+        run = build_run(settings, distributed)
+        with locked(run.files, distributed.is_main_process) as run.lock:
+            train(run, signals)
+        del run  # and with it DDP, which holds the process group
+        cleanup()  # not after an error: the other processes may wait in a collective operation
+    return signals.code
 
 
 if __name__ == "__main__":

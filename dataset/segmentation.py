@@ -9,7 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from dataset import transforms
 from dataset.cache import Cache
@@ -18,6 +18,7 @@ from dataset.io import decode_pair, read_files
 from dataset.spec import IGNORE, DatasetSpec
 from dataset.window import windowed_crop, windows_are_exact
 from utils.errors import UserError
+from utils.workers import leave_signals_to_parent
 
 UNKNOWN = np.iinfo(np.int16).min
 
@@ -148,5 +149,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def worker_init(worker_id: int) -> None:
-    """For ``DataLoader(worker_init_fn=...)``: switches OpenCV's own threads off."""
+    """For ``DataLoader(worker_init_fn=...)``: switches OpenCV's own threads off, and leaves signals to the parent."""
     cv2.setNumThreads(0)
+    if get_worker_info() is not None:
+        leave_signals_to_parent()

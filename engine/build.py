@@ -34,7 +34,7 @@ def build_run(settings: Settings, distributed: Distributed) -> Run:
     student, teacher = build_student(settings, spec.num_class), build_teacher(settings, spec.num_class)
     settings = replace(settings, networks=replace(settings.networks, aux=student.aux))
     files = RunFiles(settings)
-    objective = build_objective(settings, student, teacher, resumed=files.resume_from is not None)
+    objective = build_objective(settings, student, teacher, resumed=bool(files.resume_from))
     speed, o = settings.speed, settings.optimization
     check_parts(settings, objective, distributed)
     if speed.uses_channels_last:

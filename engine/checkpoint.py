@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from engine.run import Run
 from engine.run_files import plain
 from engine.settings import Settings
 from models.preprocess import Preprocess
-from models.weights import describe, save_state_dict
+from models.weights import check_values, describe, save_state_dict
 from utils.distributed import same_everywhere
 from utils.errors import UserError
 from utils.tensor_files import first_line, in_plain_order, load_tensors, save_tensors
@@ -34,23 +34,36 @@ def versions() -> dict[str, str]:
 
 
 def save_run(run: Run) -> None:
-    """Write the student's weights and the training state, on the main process. UserError when a weight is not finite
-    (nothing is written then) or the files cannot be written."""
+    """Write the student's weights and the training state, on the main process; the state before is kept. UserError when
+    a weight is not finite or another run has taken the folder (nothing is written then), or the files cannot be
+    written."""
     run.step_fn.check_finite(run.step)
     if not run.distributed.is_main_process:
         return
+    if run.lock is not None:
+        run.lock.check()
     save_state_dict(run.student, run.files.student)
+    save_state(run, keep=run.files.previous_state)
+
+
+def save_state(run: Run, keep: Path | None = None) -> None:
+    """Write the training state alone, on the main process. keep: what the state that was there becomes."""
+    if not run.distributed.is_main_process:
+        return
     save_tensors(run.files.state, in_plain_order({
         "format": FORMAT, "versions": versions(), "model": run.student.state_dict(), "net_info": describe(run.student),
         "distillers": run.objective.distillers.state_dict(), "optimizer": run.optimizer.state_dict(),
-        "scaler": run.step_fn.scaler.state_dict(), "step": run.step, "best": run.best, "config": plain(run.settings),
-        "processes": run.distributed.world_size}))
+        "scaler": run.step_fn.scaler.state_dict(), "step": run.step, "best": run.best,
+        # without a validation set, none is missing
+        "validated": run.step if run.val_set is None else run.validated, "config": plain(run.settings),
+        "processes": run.distributed.world_size}), keep)
 
 
 def load_state(path: Path) -> dict[str, Any]:
     """Read a training state written by :func:`save_run`. Raises :class:`UserError` for anything else."""
     if not path.is_file():
-        raise UserError(f"--resume {path}: no such file (expected a training state '*_state.pth', or 'auto')")
+        found = "this is a folder" if path.is_dir() else "no such file"
+        raise UserError(f"--resume {path}: {found} (expected a training state '*_state.pth', or 'auto')")
     state = load_tensors(path, "training state", ["resume"])
     if not isinstance(state, dict) or state.get("format") != FORMAT or "optimizer" not in state:
         raise UserError(f"--resume {path}: not a training state of this program (a plain weights file goes to "
@@ -58,13 +71,29 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def newest_state(paths: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+    """The first of the training states that can be read, with a line about those before it. UserError, that of the
+    first one, when none can."""
+    faults = []
+    for path in paths:
+        try:
+            state = load_state(path)
+        except UserError as error:
+            faults.append(error)
+            continue
+        if faults:
+            LOG.warning("%s: going on from the one before it", faults[0])
+        return path, state
+    raise faults[0]
+
+
 def resume(run: Run) -> bool:
     """Take up the training state that ``--resume`` means; False when there is none to take up."""
-    path = run.files.resume_from
-    if path is None:
+    if not run.files.resume_from:
         return False
-    state = load_state(path)
+    path, state = newest_state(run.files.resume_from)
     try:
+        check_state(run, path, state)
         run.student.load_state_dict(state["model"])
         run.objective.distillers.load_state_dict(state["distillers"])
         load_optimizer(run.optimizer, state["optimizer"])
@@ -72,6 +101,7 @@ def resume(run: Run) -> bool:
             run.step_fn.scaler.load_state_dict(state["scaler"])
         run.student.preprocess = Preprocess.from_dict(state["net_info"]["preprocess"])
         run.step, run.best = int(state["step"]), float(state["best"])
+        run.validated = int(state.get("validated", run.step))  # earlier programs validated first
         stage_options = {name for d in run.objective.distillers.values() for name in d.stage_options}
         changes = changed_settings(state["config"], run.settings, stage_options)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -82,6 +112,8 @@ def resume(run: Run) -> bool:
     if not same_everywhere(run.step, run.distributed.device):
         raise UserError(f"--resume {path}: the processes found different states; --save-dir has to be one folder "
                         "that all machines share")
+    if path == run.files.previous_state and run.lock is not None:  # not while others may be writing
+        run.files.set_damaged_aside()
     if path.parent.resolve() != run.files.directory.resolve() or not run.files.best.is_file():
         run.best = -1.0  # the best model so far is not in this folder
     for change in changes:
@@ -89,6 +121,16 @@ def resume(run: Run) -> bool:
     best = f", best mIoU {100 * run.best:.2f}" if run.best >= 0 else ""
     LOG.info("resumed from %s at step %d%s", path, run.step, best)
     return True
+
+
+def check_state(run: Run, path: Path, state: dict[str, Any]) -> None:
+    """UserError for a state beyond the end of the run, and for weights that no network can have."""
+    last = run.settings.optimization.max_iterations
+    if state["step"] > last:
+        raise UserError(f"--resume {path}: it is at step {state['step']}, the run ends at --max-iterations {last}")
+    own = run.student.state_dict()
+    for name in own.keys() & state["model"].keys():
+        check_values(f"--resume {path}", name, state["model"][name], own[name])
 
 
 def changed_settings(saved: dict, settings: Settings, finished: Collection[str] = ()) -> list[str]:

@@ -41,7 +41,8 @@ class Journal:
             if not (resumed and run.files.goes_on_here):
                 run.files.set_aside()
             setup_logging(True, run.files.text_log)
-            self.logger = RunLogger(run.files.log_directory, run.files.log_name, run.step, running.tensorboard)
+            self.logger = RunLogger(run.files.log_directory, run.files.log_name, run.step, running.tensorboard,
+                                    run.validated)
             write_json(run.files.config, {
                 "config": plain(run.settings), "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
                 "processes": distributed.world_size, "versions": versions()})

@@ -53,13 +53,15 @@ def setup_logging(is_main_process: bool, path: Path | None = None) -> None:
 class RunLogger:
     """JSON lines (always) and TensorBoard (unless switched off) of one run. Only the main process makes one.
 
-    A resumed run drops the records past the step it resumes from, so that a log never holds a step twice.
+    A resumed run drops the records past the step it resumes from, so that a log never holds a step twice. validated:
+    step past which it drops validations, if that is an earlier one.
     """
 
-    def __init__(self, directory: Path, name: str, start_step: int = 0, tensorboard: bool = True) -> None:
+    def __init__(self, directory: Path, name: str, start_step: int = 0, tensorboard: bool = True,
+                 validated: int | None = None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / f"{name}.jsonl"
-        self._drop_after(start_step)
+        self._drop_after(start_step, start_step if validated is None else validated)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
         self._board = None
         if tensorboard:
@@ -67,11 +69,11 @@ class RunLogger:
 
             self._board = SummaryWriter(str(directory / f"{name}_tensorboard"), purge_step=start_step + 1)
 
-    def _drop_after(self, step: int) -> None:
+    def _drop_after(self, step: int, validated: int) -> None:
         if not self.path.is_file():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines()
-        write_text(self.path, "".join(line + "\n" for line in lines if 0 < _step_of(line) <= step))
+        write_text(self.path, "".join(line + "\n" for line in lines if _is_within(line, step, validated)))
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Append one JSON line ``{"kind", "step", ...}`` and plot its numbers (nested dicts become a/b tags)."""
@@ -93,12 +95,13 @@ class RunLogger:
             self._board.close()
 
 
-def _step_of(line: str) -> int:
-    """The iteration of a record; 0 for the cut last line of a killed run."""
+def _is_within(line: str, step: int, validated: int) -> bool:
+    """Whether a record is of a step up to these; False for the cut last line of a killed run."""
     try:
-        return json.loads(line).get("step", 0)
+        record = json.loads(line)
     except json.JSONDecodeError:
-        return 0
+        return False
+    return 0 < record.get("step", 0) <= (validated if record.get("kind") == "val" else step)
 
 
 def _flatten(prefix: str, values: dict[str, Any]):

@@ -1,7 +1,7 @@
 """A training run: its parts and how far it is, its batches, its steps and the stages before them."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dataset as data
+from engine.lock import RunLock
 from engine.log import LOG
 from engine.run_files import RunFiles
 from engine.settings import Settings
@@ -21,7 +22,8 @@ from utils.distributed import Distributed, barrier
 @dataclass
 class Run:
     """Everything that ``engine.build.build_run`` made, and the state of training: iterations done, best validation
-    mIoU (below 0: none yet). val_set: None without validation. teacher: None when no method reads one."""
+    mIoU (below 0: none yet), iterations done at the last validation. val_set: None without validation. teacher: None
+    when no method reads one. lock: on the folders, while the main process trains."""
 
     settings: Settings
     distributed: Distributed
@@ -38,10 +40,18 @@ class Run:
     files: RunFiles
     step: int = 0
     best: float = -1.0
+    validated: int = 0
+    lock: RunLock | None = None
 
     def is_due(self, every: int) -> bool:
         """Whether something that happens every so many iterations, and after the last one, happens now."""
         return self.step % every == 0 or self.step == self.settings.optimization.max_iterations
+
+    @property
+    def wants_validation(self) -> bool:
+        """Whether a validation is due that has not been done."""
+        return (self.val_set is not None and self.validated < self.step
+                and self.is_due(self.settings.running.val_per_iters))
 
 
 def build_loader(run: Run, start_step: int, steps: int, batch_size: int) -> DataLoader:
@@ -93,8 +103,9 @@ def train_batch(run: Run, batch: dict) -> StepResult:
     return run.step_fn(*network_inputs(run, batch), run.step)
 
 
-def run_stages(run: Run) -> None:
-    """Run the stages that methods need before training. A resumed run has their results in its state."""
+def run_stages(run: Run, check: Callable[[], None] = lambda: None) -> None:
+    """Run the stages that methods need before training. A resumed run has their results in its state. check: called
+    between the steps of a stage; one that it ends (SystemExit) saves what it has and goes on from there."""
 
     def batches(steps: int, batch_size: int, start: int,
                 role: str) -> Iterator[tuple[Tensor | tuple[Tensor, Tensor], Tensor]]:
@@ -103,6 +114,7 @@ def run_stages(run: Run) -> None:
             images, valid, target = to_device(run, batch)
             inputs = tuple(net.preprocess(images, valid) for net in nets)
             yield inputs if role == "both" else inputs[0], target
+            check()
 
     stage = Preparation(run.student, run.teacher, run.distributed.device, run.files.directory,
                         run.distributed.is_main_process, batches, LOG.info, run.train_set.digest(), len(run.train_set))

@@ -6,12 +6,14 @@ from pathlib import Path
 
 from engine.log import LOG
 from engine.settings import DEAD_OPTIONS, Settings
+from utils.files import remove_leftovers
 
 
 class RunFiles:
     """File names of a run: the reference's for the weights, beside them the training state and the configuration.
 
-    resume_from: the training state that ``--resume`` means; None to start afresh ('auto' with nothing there).
+    resume_from: the training states that ``--resume`` means, the best first; none to start afresh ('auto' with nothing
+    there).
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -24,18 +26,33 @@ class RunFiles:
         self.student = self.directory / f"{self.stem}.pth"
         self.best = self.directory / f"{self.stem}_best_model.pth"
         self.state = self.directory / f"{self.stem}_state.pth"
+        self.previous_state = self.directory / f"{self.stem}_state_previous.pth"
         self.config = self.directory / f"{self.stem}_config.json"
         self.text_log = self.log_directory / f"{self.log_name}_log.txt"
         choice = settings.running.resume
+        self.resume_from: list[Path] = [] if choice is None else [Path(choice).expanduser()]
         if choice == "auto":
-            self.resume_from = self.state if self.state.is_file() else None
-        else:
-            self.resume_from = None if choice is None else Path(choice).expanduser()
+            self.resume_from = self.states()
 
     @property
     def goes_on_here(self) -> bool:
         """True when ``--resume`` goes on with a run of this very folder."""
-        return self.resume_from is not None and self.resume_from.parent.resolve() == self.directory.resolve()
+        return bool(self.resume_from) and self.resume_from[0].parent.resolve() == self.directory.resolve()
+
+    def states(self) -> list[Path]:
+        """The training states in the folder, the newest first."""
+        return [path for path in (self.state, self.previous_state) if path.exists()]
+
+    def set_damaged_aside(self) -> None:
+        """Rename a newest state that cannot be read: the one before it must not be replaced by it."""
+        if self.state.exists():
+            self.state.replace(self.directory / f"{self.stem}_state_damaged.pth")
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed runs have left half-written."""
+        found = [*remove_leftovers(self.directory, self.stem), *remove_leftovers(self.log_directory, self.log_name)]
+        if found:
+            LOG.info("removed %d half-written files of a killed run in %s", len(found), found[0].parent)
 
     def set_aside(self) -> None:
         """Move the weights, state, configuration and log of an earlier run into ``previous-N/``: nothing is lost."""

@@ -54,14 +54,15 @@ class Validator:
 
 
 def validate(run: Run, journal: Journal) -> None:
-    """Evaluate the student on the validation split and keep it if it is the best so far."""
-    run.step_fn.check_finite(run.step)
+    """Evaluate the student, which is saved and therefore finite, on the validation split and keep it if it is the best
+    so far."""
     validator = Validator(run.val_set, run.distributed, journal.logger, run.settings.running.panels, **_options(run))
     score = validator(run.student, run.step)["mIoU"]
     if score > run.best:
         run.best = score
         if run.distributed.is_main_process:
             save_state_dict(run.student, run.files.best)
+    run.validated = run.step
     journal.clock.skip()
 
 

@@ -25,13 +25,15 @@ from models.preprocess import CAFFE_BGR, IMAGENET_RGB, Preprocess, get_preproces
 from models.weight_files import WeightFile, describe, is_given, open_weights, read_state_dict, save_state_dict, unwrap
 from utils.errors import UserError
 
-__all__ = ["LoadReport", "describe", "is_given", "load_weights", "read_state_dict", "save_state_dict"]
+__all__ = ["LoadReport", "check_values", "describe", "is_given", "load_weights", "read_state_dict", "save_state_dict"]
 
 log = logging.getLogger("afdcd")
 
 #: share of the backbone's tensors that a backbone file must hold, and largest share of foreign ones that it may
 MIN_MATCH, MAX_FOREIGN = 0.9, 0.1
-COUNTER = "num_batches_tracked"
+COUNTER, VARIANCE = "num_batches_tracked", "running_var"
+#: what the floating-point tensors of a file may hold
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PROFILER = re.compile(r"(.*\.)?total_(ops|params)")  # entries that profilers leave in saved files
 #: classifiers and heads that belong to no backbone
 BACKBONE_EXTRAS = re.compile(r"(fc|classifier|last_linear|features\.18|head|auxlayer)\..*")
@@ -155,10 +157,23 @@ def _pairs(net: nn.Module, file: WeightFile, own: dict[str, Tensor], given: dict
         if target.shape != value.shape:
             raise UserError(f"{file.name}: {name} has shape {list(value.shape)}, but {net.name} with "
                             f"{net.num_class} classes wants {list(target.shape)}{_hint(name, value, target)}")
-        if not bool(torch.isfinite(value).all()):
-            raise UserError(f"{file.name}: {name} holds values that are not finite")
+        check_values(file.name, name, value, target)
         pairs.append((target, value))
     return pairs
+
+
+def check_values(where: str, name: str, value: Tensor, target: Tensor) -> None:
+    """UserError, naming file and tensor, for values that ``target`` cannot take over or no network can have."""
+    if target.is_floating_point() and value.dtype not in FLOATS or value.dtype is torch.bool:
+        wanted = "floating-point numbers" if target.is_floating_point() else "whole numbers"
+        raise UserError(f"{where}: {name} holds {str(value.dtype).removeprefix('torch.')} values, expected {wanted}")
+    if not bool(torch.isfinite(value).all()):
+        raise UserError(f"{where}: {name} holds values that are not finite")
+    if not bool(torch.isfinite(value.to(target.dtype)).all()):
+        raise UserError(f"{where}: {name} holds values that {str(target.dtype).removeprefix('torch.')} cannot hold, up "
+                        f"to {value.abs().max().item():.3g}")
+    if name.endswith(VARIANCE) and bool((value < 0).any()):
+        raise UserError(f"{where}: {name} holds negative variances")
 
 
 def _hint(name: str, value: Tensor, target: Tensor) -> str:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, STUDENT, TEACHER, write_folder_dataset
@@ -150,7 +151,7 @@ class TestRunning:
         second = next(job for job in expand(place) if job.name.endswith(f"{PLAIN}/none/1"))
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 120
-        while not second.state.is_file() and process.poll() is None and time.monotonic() < deadline:
+        while not second.states and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=60)
@@ -161,7 +162,8 @@ class TestRunning:
         assert reproduce.main(arguments(place, "--only", "/none/", "--jobs", "2")) == 0
         assert first.result.stat().st_mtime_ns == made
         assert {status(job).state for job in expand(place) if "/none/" in job.name} == {DONE}
-        assert "resumed" in (second.folder / "output.txt").read_text()
+        told = (second.folder / "output.txt").read_text()
+        assert "resumed" in told and re.search(r"stopped by SIGTERM (after step \d|outside of its steps)", told)
         whole = place / "whole"
         assert reproduce.main([*arguments(place, "--only", f"{PLAIN}/none/1"), "--results", str(whole / "results"),
                                "--work", str(whole / "work")]) == 0
@@ -186,6 +188,12 @@ class TestRunning:
         (place / "data" / "classes.txt").unlink()
         assert reproduce.main(arguments(place, "--only", "/fd/1")) == 1
         assert "1 failed, 1 left" in capsys.readouterr().out
+
+    def test_a_run_that_was_stopped_from_outside_has_not_failed(self, tmp_path) -> None:
+        jobs = [SimpleNamespace(name=str(code), shown="", command=["sh", "-c", f"exit {code}"], folder=tmp_path,
+                                needs=(), environment={}, result=tmp_path / "none.json") for code in (2, 75, 130)]
+        outcome = Runner(jobs, set(), side_by_side=3, say=lambda line: None).run()
+        assert (outcome.failed, outcome.stopped, outcome.done) == (["2"], ["75", "130"], [])
 
     def test_nothing_begins_after_the_time_is_over(self, place) -> None:
         outcome = Runner(expand(place), set(), seconds=0, say=lambda line: None).run()

@@ -248,13 +248,21 @@ def test_eval_script():
     assert wrong.stderr.startswith("usage:")
 
 
-def test_slurm_wraps_any_script(tmp_path):
-    """With stand-ins for Slurm's programs: two nodes, this is the second."""
-    for name, body in {"scontrol": 'printf "node-a\\nnode-b\\n"', "srun": 'shift; SLURM_NODEID=1 exec "$@"'}.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+@pytest.fixture
+def slurm(tmp_path) -> dict[str, str]:
+    """The environment of a job on two nodes, this is the second, with stand-ins for Slurm's programs."""
+    for name, body in {
+        "scontrol": 'if [ "$1" = show ]; then echo node-a; seq 100000; else echo "$@" >>"$SAID"; fi',
+        "scancel": 'echo "scancel $*" >>"$SAID"; kill -TERM "$(cat "$SAID.srun")"',
+        "srun": 'echo $$ >"$SAID.srun"; echo "srun $1 $2" >>"$SAID"; while [ "${1#--}" != "$1" ]; do shift; done\n'
+                'SLURM_NODEID=1 exec "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n".replace("\\n", "\n"))
         (tmp_path / name).chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    slurm = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "node-[a-b]", "PATH": path, "GPUS": "4"}
+    return {"SLURM_NNODES": "2", "SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_CPUS_PER_TASK": "6",
+            "PATH": f"{tmp_path}:{os.environ['PATH']}", "GPUS": "4", "SAID": str(tmp_path / "said")}
+
+
+def test_slurm_wraps_any_script(slurm):
     done = run("bash", SCRIPTS / "slurm.sh", f"train_scripts/{SCRIPT}", "--seed", "3", **slurm)
     assert done.returncode == 0, done.stderr
     words = shlex.split(done.stdout)
@@ -262,6 +270,32 @@ def test_slurm_wraps_any_script(tmp_path):
                            "--master_port", "20123"]
     config = flat(words[words.index("train_kd.py") + 1:])
     assert (config.seed, config.resume) == (3, "auto")
+    assert Path(slurm["SAID"]).read_text() == "srun --kill-on-bad-exit=1 --cpus-per-task=6\n"
     failed = run("bash", SCRIPTS / "slurm.sh", f"train_scripts/{SCRIPT}", **{**slurm, "GPUS": "many"})
     assert failed.returncode == 2
     assert run("bash", SCRIPTS / "slurm.sh", "no/such/script.sh", **slurm).returncode == 2
+    assert "requeue" not in Path(slurm["SAID"]).read_text()
+
+
+@pytest.mark.parametrize(("body", "code", "queued"), [
+    ("exit 75", 75, True), ("exit 1", 1, False), ("exit 0", 0, False),
+    # the time limit comes: told to end, torchrun ends with 1, and a run that was just finished with 0
+    ("trap 'exit 1' TERM; kill -USR1 $PPID; while :; do sleep 0.05; done", 1, True),
+    ("trap 'exit 0' TERM; kill -USR1 $PPID; while :; do sleep 0.05; done", 0, False)])
+def test_slurm_queues_a_run_again_that_was_told_to_stop(slurm, tmp_path, body, code, queued):
+    (tmp_path / "job.sh").write_text(body)
+    done = run("bash", SCRIPTS / "slurm.sh", tmp_path / "job.sh", **slurm)
+    said = Path(slurm["SAID"]).read_text().splitlines()[1:]
+    expected = ["scancel --signal=TERM 123"] if "USR1" in body else []
+    assert (done.returncode, said) == (code, expected + ["requeue 123"] * queued), done.stderr
+
+
+def test_a_script_becomes_its_program(tmp_path):
+    """Signals have to reach the training, and its exit code whoever started the script."""
+    (tmp_path / "python").write_text("#!/bin/sh\necho $$ $PPID; exit 75\n")
+    (tmp_path / "python").chmod(0o755)
+    done = run("bash", SCRIPTS / SCRIPT, DRY_RUN="", PYTHON=str(tmp_path / "python"), GPUS="0")
+    assert done.returncode == 75 and int(done.stdout.split()[1]) == os.getpid()
+    (tmp_path / "list").write_text(f"NEW=1 {shlex.quote(str(tmp_path / 'python'))} train_kd.py\n")
+    done = run("bash", SCRIPTS / "array.sh", tmp_path / "list", SLURM_ARRAY_TASK_ID="1")
+    assert done.returncode == 75 and int(done.stdout.split()[1]) == os.getpid()

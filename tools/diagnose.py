@@ -84,7 +84,7 @@ def logged(settings: Settings) -> list[Record]:
 def restored(settings: Settings, options: Options) -> Run:
     """The run as its training state left it, ready to be measured. Files that only a start needs are not read."""
     files = RunFiles(settings)
-    if files.resume_from is None:
+    if not files.resume_from:
         raise UserError(f"{files.directory}: nothing to diagnose: no records of --diagnose-every in "
                         f"{files.log_directory} (--log-dir) and no training state {files.state.name}")
     networks = replace(settings.networks, student_pretrained=None, student_pretrained_base=None,

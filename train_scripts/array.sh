@@ -8,4 +8,4 @@ shift
 line=$(sed -n "${SLURM_ARRAY_TASK_ID:?not a task of a Slurm array}p" "$list")
 [[ -n $line ]] || { echo "$list has no line $SLURM_ARRAY_TASK_ID" >&2; exit 2; }
 more=$(printf ' %q' "$@")
-eval "$line$more"
+eval "exec env $line$more" # in the place of this script: signals reach it

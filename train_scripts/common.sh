@@ -51,7 +51,8 @@ if ! [[ $GPUS =~ ^[0-9]+$ ]]; then
     exit 2
 fi
 
-# launch PROGRAM ARGUMENTS...: a program of the repository on $GPUS GPUs of each of $NNODES machines, or on the CPU.
+# launch PROGRAM ARGUMENTS...: a program of the repository on $GPUS GPUs of each of $NNODES machines, or on the CPU. It
+# takes the place of the script: signals reach it, and its exit code is the script's.
 launch() {
     local program=${IN}$1 command
     shift
@@ -74,7 +75,7 @@ launch() {
         printf '%q ' "${command[@]}"
         echo
     else
-        "${command[@]}"
+        exec "${command[@]}"
     fi
 }
 

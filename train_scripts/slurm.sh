@@ -12,8 +12,9 @@
 # Run a training script under Slurm, on one machine or several, from the root of the repository:
 #   sbatch train_scripts/slurm.sh train_scripts/cityscapes/deeplabv3_r101_r18_afdcd.sh [more flags]
 #   sbatch --nodes=2 --gpus-per-node=4 train_scripts/slurm.sh SCRIPT       (8 processes, batch size still 16 in total)
-# Partition and account: on the sbatch command line. A job that is preempted or reaches its time limit is queued again
-# and goes on from its last training state (--resume auto); at most --save-per-iters steps are lost.
+# Partition and account: on the sbatch command line. Before the time limit the run is told to stop: it saves after its
+# step, and the job is queued again and goes on (--resume auto). So does one that ends with code 75, a signal from
+# elsewhere. A job that is killed without a warning loses at most --save-per-iters steps.
 set -euo pipefail
 if (($# < 1)) || ! [[ -f $1 ]]; then
     echo "usage: sbatch train_scripts/slurm.sh SCRIPT [more flags], from the root of the repository" >&2
@@ -21,16 +22,33 @@ if (($# < 1)) || ! [[ -f $1 ]]; then
 fi
 
 export NNODES=${SLURM_NNODES:?not under Slurm: start with sbatch}
-MASTER_ADDR=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?}" | head -n 1)
+hosts=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?}")
+MASTER_ADDR=${hosts%%$'\n'*} # not with head: under pipefail it would end the script when there are many
 export MASTER_ADDR
 export PORT=${PORT:-$((20000 + SLURM_JOB_ID % 20000))} # jobs that share a machine must not share a port
 
-trap 'echo "time limit: queued again"; scontrol requeue "$SLURM_JOB_ID"' USR1
-srun --kill-on-bad-exit=1 bash "$@" --resume auto &
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-90} # seconds that torchrun lets a run save
+
+watch=""
+stop() { # SIGTERM to the processes of the step: srun itself would kill them
+    echo "time limit: told to save"
+    scancel --signal=TERM "$SLURM_JOB_ID" || true
+    (sleep 100 && scontrol requeue "$SLURM_JOB_ID") >/dev/null 2>&1 & # in case it does not end in time
+    watch=$!
+}
+trap stop USR1
+cpus=()
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then cpus=(--cpus-per-task="$SLURM_CPUS_PER_TASK"); fi # srun inherits it no more
+srun --kill-on-bad-exit=1 ${cpus[@]+"${cpus[@]}"} bash "$@" --resume auto &
 step=$!
 code=0
 while :; do # a trapped signal ends `wait` early
     wait "$step" && code=0 || code=$?
     kill -0 "$step" 2>/dev/null || break
 done
+if [[ -n $watch ]]; then kill "$watch" || true; fi
+if ((code == 75)) || { [[ -n $watch ]] && ((code != 0)); }; then # torchrun makes 1 of 75
+    echo "queued again"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
 exit "$code"

@@ -100,6 +100,33 @@ def same_everywhere(number: int, device: torch.device) -> bool:
     return bool(both[0] == -both[1])
 
 
+class LargestEverywhere:
+    """Largest of the numbers that the processes call this with, at the same places of the program.
+
+    On GPUs the answer is that of the call before (0 at first): waiting for the present one would keep the processes
+    from preparing the next step while the device works."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def __call__(self, number: int) -> int:
+        if not is_distributed():
+            return number
+        value = torch.full((1,), number, dtype=torch.int32, device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        if self.device.type != "cuda":
+            return int(value)
+        host = torch.empty(1, dtype=torch.int32, pin_memory=True).copy_(value, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        before, self._pending = self._pending, (host, event)
+        if before is None:
+            return 0
+        before[1].synchronize()
+        return int(before[0])
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace the gradients by their mean over the processes (for parameters that DDP does not look after)."""
     if is_distributed():

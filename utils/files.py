@@ -4,21 +4,52 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
 
+HOUR = 3600.0
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary path)``, flush it to the disk and rename it to ``path``: never a half-written file."""
+
+def temporary_name(path: Path) -> Path:
+    """Where this process writes what is to become ``path``."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: Path, stem: str) -> list[Path]:
+    """Remove what killed processes have left half-written; what was removed.
+
+    stem: beginning of the names of files that nobody else writes at this time; files of other names have to be
+    untouched for an HOUR."""
+    removed = []
+    for path in folder.glob(".*.tmp"):
+        try:
+            left = path.name.startswith(f".{stem}") or time.time() - path.stat().st_mtime > HOUR
+            if left and re.search(r"\.\d+\.tmp$", path.name):
+                path.unlink()
+                removed.append(path)
+        except OSError:  # gone by itself, or another user's
+            continue
+    return removed
+
+
+def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:
+    """Call ``write(temporary path)``, flush it to the disk and rename it to ``path``: never a half-written file.
+
+    keep: what the file that was there becomes. (A process that is killed in that instant leaves it, and no ``path``.)
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         write(temporary)
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from losses.core.facts import Preparation, RunFacts
-from utils.distributed import average_gradients, broadcast_state, rank_and_world, reduce_mean
+from utils.distributed import average_gradients, barrier, broadcast_state, rank_and_world, reduce_mean
 from utils.errors import UserError
 from utils.schedule import poly_lr
 from utils.tensor_files import load_tensors, save_tensors
@@ -156,7 +156,7 @@ def run_stage(stage: Preparation, state: StageState, net: nn.Module, settings: S
 
 def _train(stage: Preparation, state: StageState, settings: StageSettings, partial: Path | None, role: str) -> None:
     done, log_every = int(state.step), max(1, settings.steps // 100)
-    for images, target in stage.batches(settings.steps, settings.batch_size, done, role):
+    for images, target in _until_stopped(stage, state, settings, partial, role):
         values = state.learn(images, target, done)
         done += 1
         logs = done % log_every == 0 or done == settings.steps
@@ -165,12 +165,31 @@ def _train(stage: Preparation, state: StageState, settings: StageSettings, parti
             mean = reduce_mean(torch.stack([v.detach() for v in values.values()])).tolist()
             shown = "  ".join(f"{name} {value:.4f}" for name, value in zip(values, mean, strict=True))
             stage.log(f"{settings.method}: {settings.result}, step {done}/{settings.steps}  {shown}")
-        if (logs or saves) and not all(t.isfinite().all() for t in (*state.parameters(), *state.buffers())):
-            raise UserError(f"{settings.method}: the {settings.result} became NaN or infinite by step {done} of the "
-                            "stage before training: try a lower learning rate",
-                            settings=[settings.lr_setting or f"{settings.method}_lr"])
+        if logs or saves:
+            _check_finite(state, settings, done)
         if saves and partial is not None:
             state.save(partial)
+
+
+def _until_stopped(stage: Preparation, state: StageState, settings: StageSettings, partial: Path | None,
+                   role: str) -> Iterator[tuple[Tensor | tuple[Tensor, Tensor], Tensor]]:
+    """The remaining batches. SystemExit between two of them, in every process, ends the stage: its state is saved."""
+    try:
+        yield from stage.batches(settings.steps, settings.batch_size, int(state.step), role)
+    except SystemExit:
+        _check_finite(state, settings, int(state.step))
+        if partial is not None:
+            state.save(partial)
+            stage.log(f"{settings.method}: {settings.result} of step {int(state.step)} in {partial}")
+        barrier()  # a launcher may end all processes when the first one has ended
+        raise
+
+
+def _check_finite(state: StageState, settings: StageSettings, done: int) -> None:
+    if not all(t.isfinite().all() for t in (*state.parameters(), *state.buffers())):
+        raise UserError(f"{settings.method}: the {settings.result} became NaN or infinite by step {done} of the stage "
+                        "before training: try a lower learning rate",
+                        settings=[settings.lr_setting or f"{settings.method}_lr"])
 
 
 def check_shares(settings: StageSettings) -> StageSettings:

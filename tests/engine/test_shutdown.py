@@ -31,6 +31,7 @@ def test_distillation_leaves_no_thread(tmp_path) -> None:
     data, teacher = write_folder_dataset(tmp_path / "set"), write_teacher(tmp_path / "teacher.pth")
     method = distil_arguments(teacher, "--max-iterations", "2")
     end_of("train_kd.py", train_arguments(data, tmp_path / "run", *method))
+    assert not list(tmp_path.rglob("*.lock")), "the main process gives its locks back"
 
 
 def test_evaluation_leaves_no_thread(tmp_path) -> None:

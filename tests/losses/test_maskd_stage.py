@@ -49,13 +49,13 @@ class Teacher(nn.Module):
 class Batches:
     """Batches that are a function of the step; raises at a chosen one."""
 
-    def __init__(self, dies_at: int | None = None) -> None:
-        self.dies_at, self.made = dies_at, 0
+    def __init__(self, dies_at: int | None = None, error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.dies_at, self.error, self.made = dies_at, error, 0
 
     def __call__(self, steps: int, batch_size: int, start: int, role: str = "teacher"):
         for step in range(start, steps):
             if step == self.dies_at:
-                raise KeyboardInterrupt
+                raise self.error
             self.made += 1
             yield (fill.tensor(f"images{step}", (batch_size, 3, 12, 16), 1),
                    fill.labels(f"labels{step}", (batch_size, 12, 16), 4, ignore_frac=0.2))
@@ -110,15 +110,17 @@ def test_the_masks_learn(tmp_path, make_stage):
     assert sum(after.values()) < sum(before.values())
 
 
-def test_a_killed_stage_goes_on_to_the_same_tokens(tmp_path, make_stage):
+@pytest.mark.parametrize(("error", "step"), [(KeyboardInterrupt, 6), (SystemExit, 7)])
+def test_a_stage_that_was_cut_off_goes_on_to_the_same_tokens(tmp_path, make_stage, error, step):
+    """From its last save, or, when it was told to stop, from where it was."""
     whole = learned(make_stage(tmp_path / "whole"))
-    with pytest.raises(KeyboardInterrupt):
-        learned(make_stage(tmp_path / "cut", Batches(dies_at=7)))
+    with pytest.raises(error):
+        learned(make_stage(tmp_path / "cut", Batches(dies_at=7, error=error)))
     (partial,) = (tmp_path / "cut").iterdir()
-    assert partial.name.endswith("_partial.pth") and int(torch.load(partial, weights_only=True)["step"]) == 6
+    assert partial.name.endswith("_partial.pth") and int(torch.load(partial, weights_only=True)["step"]) == step
     stage = make_stage(tmp_path / "cut")
     assert learned(stage).equal(whole)
-    assert "step 6 from" in stage.lines[0] and sum("step" in line for line in stage.lines[1:]) == 2
+    assert f"step {step} from" in stage.lines[0] and sum("step" in line for line in stage.lines[1:]) == 8 - step
     assert [p.name for p in (tmp_path / "cut").iterdir()] == [p.name for p in (tmp_path / "whole").iterdir()]
 
 

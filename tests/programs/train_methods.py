@@ -21,6 +21,7 @@ import train_kd
 from engine.build import build_run
 from engine.run import Run
 from engine.settings import parse_settings
+from engine.signals import StopSignals
 from utils.distributed import Distributed, cleanup, init_distributed
 
 #: the longest that all jobs together may take: processes that wait for each other must not outlive the test
@@ -48,7 +49,7 @@ def attempt(arguments: list[str], distributed: Distributed) -> str:
     """Train once; "" or the reason why it is not right in this process."""
     try:
         run = build_run(parse_settings(arguments), distributed)
-        train_kd.train(run)
+        train_kd.train(run, StopSignals(run.settings, distributed))
     except Exception:
         return traceback.format_exc()
     differing = differences(run)

@@ -110,9 +110,10 @@ class Job:
         return RunFiles(self.settings).best
 
     @property
-    def state(self) -> Path:
-        """Its training state."""
-        return ROOT / RunFiles(self.settings).state
+    def states(self) -> list[Path]:
+        """Its training states, the newest first."""
+        files = RunFiles(self.settings)
+        return [ROOT / path for path in (files.state, files.previous_state) if (ROOT / path).exists()]
 
 
 def own_flags(places: Places, protocol: str, name: str, label: str, seed: int) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from engine.signals import CODES
 from tools.planning.plan import ROOT, Job
 from utils.distributed import available_cpus
 
@@ -17,8 +18,8 @@ from utils.distributed import available_cpus
 PAUSE = 0.2
 #: seconds between two lines that say how far the running ones are
 NEWS = 30
-#: seconds that a run gets to end after it was told to
-GRACE = 20
+#: seconds that a run gets to save and end after it was told to; torchrun itself gives its processes 30
+GRACE = 40
 OUTPUT = "output.txt"
 
 
@@ -36,7 +37,7 @@ class Runner:
     """Runs jobs, ``side_by_side`` of them at a time.
 
     finished: names of jobs that are done. seconds: after them no run is begun, and those that run are told to end; each
-    goes on from its last training state when it is run again. say: gets a line per event.
+    saves its state and goes on from there when it is run again. say: gets a line per event.
     """
 
     def __init__(self, jobs: Sequence[Job], finished: set[str], side_by_side: int = 1, seconds: float | None = None,
@@ -92,6 +93,9 @@ class Runner:
                 self.finished.add(name)
                 self.outcome.done.append(name)
                 self.say(f"done after {minutes:.1f} min: {name}")
+            elif code in CODES.values():
+                self.outcome.stopped.append(name)
+                self.say(f"stopped from outside after {minutes:.1f} min: {name}")
             else:
                 self.outcome.failed.append(name)
                 self.say(f"failed after {minutes:.1f} min with exit code {code}: {name}\n    {last_line(job)}")

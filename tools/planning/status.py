@@ -35,13 +35,15 @@ def status(job: Job) -> Status:
             raise UserError(f"{job.result} was made with other settings than its plan has now: {'; '.join(changes)}. A "
                             "changed plan needs a new protocol name; to make this run again, remove the file")
         return Status(DONE, result["iterations"])
-    state = job.state
-    if not state.is_file():
-        return Status(NEW)
-    try:
-        return Status(BEGUN, int(torch.load(state, weights_only=True, mmap=True)["step"]))
-    except Exception as error:  # a damaged file can make the reader raise nearly anything; the run itself says more
-        raise UserError(f"{state}: not a training state that can be read: remove it to start the run anew") from error
+    states = job.states
+    for state in states:
+        try:
+            return Status(BEGUN, int(torch.load(state, weights_only=True, mmap=True)["step"]))
+        except Exception:  # a damaged file can make the reader raise nearly anything; the run itself says more
+            continue
+    if states:
+        raise UserError(f"{states[0]}: not a training state that can be read: remove it to start the run anew")
+    return Status(NEW)
 
 
 def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
