@@ -10,6 +10,7 @@ teacher is a file of this repository; the trainings are the first two rows of th
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -40,9 +41,9 @@ from utils.visualize import comparison, save_rgb
 
 ROWS = {"none": "student, plain", "afdcd": "student, Af-DCD"}
 VAL, TEST = 40, 100
-#: what --short changes in the plan, and its numbers of images to train, validate and test on
+#: what --short changes in the plan, and its numbers of images to validate and test on
 SHORT = {"crop-size": [64, 96], "batch-size": 4, "max-iterations": 8, "val-per-iters": 4, "save-per-iters": 4}
-SHORT_IMAGES = (8, 4, 8)
+SHORT_IMAGES = (4, 8)
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,17 @@ class Options(OptionGroup):
     short: bool = option(False, "a few iterations on a few images: shows that everything works")
 
 
-def paint(data: str | Path, train: int, val: int, test: int) -> None:
-    """Paint toy streets of 240 x 320 pixels unless they are there."""
-    data = ROOT / data
+def paint(name: str, val: int, test: int) -> None:
+    """Paint toy streets of 240 x 320 pixels unless they are there. name: of the folder, which ends in the number of
+    training images and, where they are labeled at some points only, in that number: ..._200_points20."""
+    match = re.fullmatch(r".*_240x320_(\d+)(?:_points(\d+))?", name)
+    if match is None:
+        raise UserError(f"{name}: expected a folder such as data/toy_streets_240x320_200_points20")
+    data, train, points = ROOT / name, int(match[1]), int(match[2] or 0)
     if not data.is_dir():
         print(f"painting {train + val + test} toy streets into {data} ...", flush=True)
-    write_toy_streets(str(data), train=train, val=val, test=test, height=240, width=320, workers=available_cpus())
-
-
-def images_of(plan: Mapping[str, Any]) -> int:
-    """Training images of a plan's toy streets: the last part of its folder's name."""
-    return int(plan["data"].rsplit("_", 1)[1])
+    write_toy_streets(str(data), train=train, val=val, test=test, height=240, width=320, points=points,
+                      workers=available_cpus())
 
 
 def run_jobs(jobs: list[Job], side_by_side: int) -> None:
@@ -82,7 +83,7 @@ def run_jobs(jobs: list[Job], side_by_side: int) -> None:
 def train_teacher(places: Places, target: Path) -> None:
     """Train the teacher by the plan ``toy-teacher`` and write its file."""
     plan = read_plan("toy-teacher")
-    paint(plan["data"], images_of(plan), VAL, TEST)
+    paint(plan["data"], VAL, TEST)
     job, = Expansion(plan, places).jobs()
     run_jobs([job], 1)
     write_half(job, target)
@@ -99,13 +100,13 @@ def write_half(job: Job, target: Path) -> None:
     save_state_dict(net, target)
 
 
-def toy_plan(short: bool) -> tuple[dict[str, Any], tuple[int, int, int]]:
-    """The plan of the students with the two rows of the quickstart, and its numbers of images."""
+def toy_plan(short: bool) -> tuple[dict[str, Any], tuple[int, int]]:
+    """The plan of the students with the two rows of the quickstart, and how many images are not trained on."""
     plan = read_plan("toy")
     plan["runs"] = {label: plan["runs"][label] for label in ROWS}
     if not short:
-        return plan, (images_of(plan), VAL, TEST)
-    return {**plan, "protocol": "toy-short", "data": f"data/toy_streets_240x320_{SHORT_IMAGES[0]}",
+        return plan, (VAL, TEST)
+    return {**plan, "protocol": "toy-short", "data": "data/toy_streets_240x320_8_points20",
             "flags": {**plan["flags"], **SHORT}}, SHORT_IMAGES
 
 
@@ -152,11 +153,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(Options, argv, prog="quickstart.py", description="Distil a small network on toy streets.")
     out = Path(options.out or ROOT / "runs" / ("quickstart_short" if options.short else "quickstart"))
     places = Places.of(results=str(out / "results"), work=str(out / "work"))
-    plan, (train, val, test) = toy_plan(options.short)
+    plan, (val, test) = toy_plan(options.short)
     start = time.perf_counter()
     if options.train_teacher:
         train_teacher(places, ROOT / plan["teachers"]["street"]["file"])
-    paint(plan["data"], train, val, test)
+    paint(plan["data"], val, test)
     jobs = Expansion(plan, places, options.seeds).jobs()
     run_jobs(jobs, min(2, available_cpus()))
     rows = {label: [job for job in jobs if job.settings.running.label == label] for label in ROWS}

@@ -24,6 +24,7 @@ class Settings(OptionGroup):
     height: int = option(120, "height of the images in pixels")
     width: int = option(160, "width of the images in pixels")
     seed: int = option(0, "every seed is another set of streets")
+    points: int = option(0, "label the training scenes at so many random points only; 0 = everywhere")
     workers: int = option(available_cpus(), "paint in at most this many processes", at_least=1)
     overwrite: bool = option(False, "replace toy streets made with other parameters")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from dataset.toy_streets.labels import NUM_CLASS
 from dataset.toy_streets.scene import paint_scene
 from utils.errors import UserError
 
@@ -37,6 +38,14 @@ def toy_street(seed: int, split: str, index: int, height: int, width: int) -> tu
     return paint_scene(np.random.default_rng((seed, SPLIT_IDS[split], index)), height, width)
 
 
+def label_at_points(label: np.ndarray, points: int, generator: np.random.Generator) -> np.ndarray:
+    """A label uint8 [H, W] at so many random points; others get the index after the last class, which is ignored."""
+    rows, columns = (generator.integers(0, side, points) for side in label.shape)
+    clicked = np.full_like(label, NUM_CLASS)
+    clicked[rows, columns] = label[rows, columns]
+    return clicked
+
+
 def write_toy_streets(
     root: str | os.PathLike,
     *,
@@ -46,6 +55,7 @@ def write_toy_streets(
     height: int = 120,
     width: int = 160,
     seed: int = 0,
+    points: int = 0,
     overwrite: bool = False,
     workers: int = 1,
 ) -> bool:
@@ -58,6 +68,8 @@ def write_toy_streets(
         train, val, test: number of scenes of each split.
         height, width: size of the images in pixels, at least 32.
         seed: not negative.
+        points: training scenes are labeled at so many random points only, the rest is ignored, as if somebody had
+            clicked on them; 0: everywhere. The other splits are labeled everywhere.
         overwrite: replace toy streets that were made with other parameters.
         workers: paint in at most this many processes; the files do not depend on it. More than one are started
             afresh ("spawn"), so that a script which asks for them needs `if __name__ == "__main__":`.
@@ -78,6 +90,7 @@ def write_toy_streets(
         "height": height,
         "width": width,
         "seed": seed,
+        **({"points": points} if points else {}),
     }
     _check(wanted, workers)
     root = Path(root).resolve()
@@ -122,6 +135,8 @@ def _check(wanted: dict[str, int | str], workers: int) -> None:
             raise UserError(f"--{name} {wanted[name]}: expected at least {_MIN_SIDE} pixels")
     if wanted["seed"] < 0:
         raise UserError(f"--seed {wanted['seed']}: expected 0 or more")
+    if wanted.get("points", 0) < 0:
+        raise UserError(f"--points {wanted['points']}: expected 0 or more")
     if workers < 1:
         raise UserError(f"--workers {workers}: expected at least one process")
 
@@ -194,6 +209,8 @@ def _write_scenes(root: Path, wanted: dict[str, int | str], workers: int) -> Non
 
 def _write_scene(root: Path, wanted: dict[str, int | str], split: str, index: int) -> None:
     image, label = toy_street(wanted["seed"], split, index, wanted["height"], wanted["width"])
+    if split == "train" and wanted.get("points"):
+        label = label_at_points(label, wanted["points"], np.random.default_rng((wanted["seed"], index)))
     for folder, pixels in ((split, image), (f"{split}annot", label)):
         _, encoded = cv2.imencode(".png", pixels)
         (root / folder / f"{split}_{index:05d}.png").write_bytes(encoded.tobytes())

@@ -149,6 +149,19 @@ class TestWriter:
             write_toy_streets(root, **{**SMALL, "train": 2, "seed": 9})
         assert contents(root) == before
 
+    def test_points_label_the_training_scenes_only_there(self, root, tmp_path):
+        write_toy_streets(tmp_path / "points", **SMALL, points=40)
+        exact, clicked = contents(root), contents(tmp_path / "points")
+        for name in exact.keys() - {DESCRIPTION}:
+            if not name.startswith("trainannot"):
+                assert clicked[name] == exact[name]
+                continue
+            label, few = (cv2.imread(str(place / name), cv2.IMREAD_UNCHANGED) for place in (root, tmp_path / "points"))
+            kept = few != 11
+            assert 30 <= kept.sum() <= 40 and (few[kept] == label[kept]).all()
+        with pytest.raises(UserError, match="points None, not 40"):
+            write_toy_streets(root, **SMALL, points=40)
+
     def test_overwrite(self, root):
         before = contents(root)
         assert write_toy_streets(root, **{**SMALL, "train": 1, "seed": 9}, overwrite=True)
@@ -285,6 +298,7 @@ class TestCommandLine:
 
     @pytest.mark.parametrize(("change", "message"), [
         (["--train", "0"], "--train 0: expected at least one scene"),
+        (["--points", "-1"], "--points -1: expected 0 or more"),
         (["--width", "20"], "--width 20: expected at least 32 pixels"),
         (["--seed", "-1"], "--seed -1: expected 0 or more"),
         (["--workers", "0"], "argument --workers: expected a whole number of at least 1, got '0'"),
