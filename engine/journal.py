@@ -20,7 +20,7 @@ from engine.step import StepResult
 from utils.distributed import reduce_mean
 from utils.files import write_json
 from utils.flops import peak_flops
-from utils.machine import load, peak_memory
+from utils.machine import load, peak_memory, revision
 from utils.options import flag
 
 LONG_RUN = 100  # iterations
@@ -45,7 +45,7 @@ class Journal:
                                     run.validated)
             write_json(run.files.config, {
                 "config": plain(run.settings), "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-                "processes": distributed.world_size, "versions": versions()})
+                "processes": distributed.world_size, "versions": versions(), "revision": revision()})
             self._introduce()
         # a bar on a terminal; elsewhere the log lines carry the same numbers
         self.progress = tqdm(total=run.settings.optimization.max_iterations, initial=run.step, unit="it",

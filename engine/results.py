@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint import versions
 from engine.log import LOG
 from engine.run import Run
 from engine.run_files import RunFiles, plain
 from engine.settings import Networks, Settings
 from utils.errors import UserError
 from utils.files import sha256, write_json
-from utils.machine import machine, revision
+from utils.machine import machine
 
 FORMAT = 1
 #: points that a curve of a loss term keeps
@@ -113,7 +112,7 @@ def build_result(run: Run, records: Sequence[Mapping[str, Any]]) -> dict[str, An
         "method": settings.distillation.method or "afdcd", "label": result_path(settings).parent.name,
         "seed": settings.optimization.seed, "iterations": run.step, "active": settings.active,
         "classes": list(run.spec.classes), **digest(records), "command": config["command"],
-        "settings": plain(settings), "revision": revision(), "versions": versions(),
+        "settings": plain(settings), "revision": config["revision"], "versions": config["versions"],
         "hardware": machine(run.distributed.device.type) | {
             "processes": run.distributed.world_size, "threads": torch.get_num_threads()},
         "weights": _hashes(files)}

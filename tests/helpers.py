@@ -19,6 +19,10 @@ from utils.cli import run_main
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 5
 TEACHER, STUDENT = "mobilenetv2_w0.5", "mobilenetv2_w0.25"
+#: of the files of a run of :func:`train_arguments`
+STEM = f"kd_deeplab_mobile_{STUDENT}_folder"
+#: of a record of the log, what another run of the same cannot have
+TIMES = ("seconds", "cpu_seconds", "images_per_second", "waiting_for_data", "load", "tflops", "memory_mb")
 
 
 def set_blocks(monkeypatch, size: int) -> None:
@@ -64,10 +68,27 @@ def train_arguments(data: Path, save: Path, *more: str) -> list[str]:
             "--save-dir", str(save), "--log-dir", str(save / "logs"), *more]
 
 
+def four_steps(data: Path, save: Path, *more: str) -> list[str]:
+    """A tiny plain run of four steps that validates, and therefore saves, after the second and the fourth."""
+    return train_arguments(data, save, "--method", "none", "--max-iterations", "4", "--save-per-iters", "100",
+                           "--val-per-iters", "2", *more)
+
+
 def distil_arguments(teacher: Path, *more: str) -> list[str]:
     """Af-DCD from the teacher of :func:`write_teacher`, with a contrast that fits 8x8 maps."""
     return ["--teacher-model", "deeplab_mobile", "--teacher-backbone", TEACHER, "--teacher-pretrained", str(teacher),
             "--lambda-fd", "1e-5", "--lambda-ctr", "0.005", "--pool-size", "2", *more]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, state and log of two runs are the same to the last bit."""
+    for suffix in ("", "_best_model", "_state"):
+        one, two = (torch.load(save / f"{STEM}{suffix}.pth", weights_only=True) for save in (a, b))
+        for content in (one, two):
+            content.pop("config", None)  # the folders differ
+        assert_same(one, two, suffix)
+    for kind in ("train", "val"):
+        assert without_times(records(a, kind)) == without_times(records(b, kind))
 
 
 def launch(program: str, arguments: list[str], processes: int = 2) -> subprocess.CompletedProcess:
@@ -89,6 +110,11 @@ def records(save: Path, kind: str = "train") -> list[dict]:
     """The JSON lines of one kind that a run wrote."""
     (path,) = (save / "logs").glob("*.jsonl")
     return [r for r in map(json.loads, path.read_text().splitlines()) if r["kind"] == kind]
+
+
+def without_times(found: list[dict]) -> list[dict]:
+    """Records without what another run of the same cannot have."""
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in found]
 
 
 def assert_same(a, b, where: str = "") -> None:

@@ -6,35 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_refused, assert_same, records, train_arguments, write_folder_dataset
+from helpers import STEM, assert_refused, assert_same_run, four_steps
 
 import train_kd
 
-STEM = "kd_deeplab_mobile_mobilenetv2_w0.25_folder"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_folder_dataset(tmp_path_factory.mktemp("data") / "set", train=4, val=1)
-
-
-def run_of(data: Path, save: Path, *more: str) -> list[str]:
-    return train_arguments(data, save, "--method", "none", "--max-iterations", "4", "--save-per-iters", "2",
-                           "--val-per-iters", "2", *more)
-
-
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory) -> Path:
-    """The folder of a run that has ended."""
-    save = tmp_path_factory.mktemp("whole")
-    assert train_kd.main(run_of(data, save)) == 0
-    return save
-
 
 @pytest.fixture
-def copied(whole, tmp_path) -> Path:
+def copied(whole_run, tmp_path) -> Path:
     """A copy of it, to be damaged."""
-    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(whole_run, tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -54,63 +34,55 @@ def cut(path: Path) -> None:
 
 
 class TestStates:
-    def test_the_state_before_is_kept(self, whole) -> None:
-        assert content(whole, "_state")["step"] == 4 and content(whole, "_state_previous")["step"] == 2
+    def test_the_state_before_is_kept(self, whole_run) -> None:
+        assert content(whole_run, "_state")["step"] == 4 and content(whole_run, "_state_previous")["step"] == 2
 
     @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
-    def test_a_damaged_state_leaves_the_one_before_it(self, data, whole, copied, capsys, damage) -> None:
+    def test_a_damaged_state_leaves_the_one_before_it(self, few_images, whole_run, copied, capsys, damage) -> None:
         damage(copied / f"{STEM}_state.pth")
-        assert train_kd.main(run_of(data, copied, "--resume", "auto")) == 0
+        assert train_kd.main(four_steps(few_images, copied, "--resume", "auto")) == 0
         said = capsys.readouterr().out
         assert "_state_previous.pth at step 2" in said
         assert (damage is Path.unlink) == (": going on from the one before it" not in said)
-        for suffix in ("", "_best_model", "_state"):
-            found, expected = content(copied, suffix), content(whole, suffix)
-            for one in (found, expected):
-                one.pop("config", None)  # the folders differ
-            assert_same(found, expected, suffix)
-        drop = ("seconds", "cpu_seconds", "images_per_second", "waiting_for_data", "load", "tflops", "memory_mb")
-        for kind in ("train", "val"):
-            found, expected = ([{k: v for k, v in r.items() if k not in drop} for r in records(save, kind)]
-                               for save in (copied, whole))
-            assert found == expected
+        assert_same_run(copied, whole_run)
         assert content(copied, "_state_previous")["step"] == 2, "the damaged one does not take its place"
 
-    def test_two_damaged_states_are_an_error(self, data, copied, capsys) -> None:
+    def test_two_damaged_states_are_an_error(self, few_images, copied, capsys) -> None:
         for path in copied.glob("*_state*.pth"):
             flip(path)
-        assert_refused(capsys, train_kd.main, run_of(data, copied, "--resume", "auto"), f"{STEM}_state.pth", "damaged")
-
-    def test_a_damaged_state_that_was_named_is_an_error(self, data, copied, tmp_path, capsys) -> None:
-        flip(copied / f"{STEM}_state.pth")
-        argv = run_of(data, tmp_path / "new", "--resume", str(copied / f"{STEM}_state.pth"))
+        argv = four_steps(few_images, copied, "--resume", "auto")
         assert_refused(capsys, train_kd.main, argv, f"{STEM}_state.pth", "damaged")
 
-    def test_half_written_files_of_a_killed_run_are_removed(self, data, copied, capsys) -> None:
+    def test_a_damaged_state_that_was_named_is_an_error(self, few_images, copied, tmp_path, capsys) -> None:
+        flip(copied / f"{STEM}_state.pth")
+        argv = four_steps(few_images, tmp_path / "new", "--resume", str(copied / f"{STEM}_state.pth"))
+        assert_refused(capsys, train_kd.main, argv, f"{STEM}_state.pth", "damaged")
+
+    def test_half_written_files_of_a_killed_run_are_removed(self, few_images, copied, capsys) -> None:
         left = [copied / f".{STEM}_state.pth.12345.tmp", copied / f".{STEM}.pth.json.12345.tmp"]
         for path in left:
             path.write_bytes(b"half")
-        assert train_kd.main(run_of(data, copied, "--resume", "auto")) == 0
+        assert train_kd.main(four_steps(few_images, copied, "--resume", "auto")) == 0
         assert "removed 2 half-written files of a killed run" in capsys.readouterr().out
         assert not any(path.exists() for path in left)
 
-    def test_a_state_beyond_the_end_is_an_error(self, data, copied, capsys) -> None:
-        argv = run_of(data, copied, "--resume", "auto", "--max-iterations", "3")
+    def test_a_state_beyond_the_end_is_an_error(self, few_images, copied, capsys) -> None:
+        argv = four_steps(few_images, copied, "--resume", "auto", "--max-iterations", "3")
         assert_refused(capsys, train_kd.main, argv, f"{STEM}_state.pth", "is at step 4", "--max-iterations 3")
         assert content(copied, "_state")["step"] == 4
 
     @pytest.mark.parametrize("choice", ["auto", "named"])
-    def test_a_folder_is_no_state(self, data, tmp_path, capsys, choice) -> None:
+    def test_a_folder_is_no_state(self, few_images, tmp_path, capsys, choice) -> None:
         folder = tmp_path / f"{STEM}_state.pth"
         folder.mkdir()
-        argv = run_of(data, tmp_path, "--resume", "auto" if choice == "auto" else str(folder))
+        argv = four_steps(few_images, tmp_path, "--resume", "auto" if choice == "auto" else str(folder))
         assert_refused(capsys, train_kd.main, argv, f"--resume {folder}: this is a folder")
         assert list(tmp_path.iterdir()) == [folder]
 
-    def test_weights_of_a_state_that_no_network_can_have(self, data, whole, tmp_path, capsys) -> None:
-        state = content(whole, "_state")
+    def test_weights_of_a_state_that_no_network_can_have(self, few_images, whole_run, tmp_path, capsys) -> None:
+        state = content(whole_run, "_state")
         name = next(name for name in state["model"] if name.endswith("running_var"))
         state["model"][name] = -state["model"][name]
         torch.save(state, tmp_path / "odd_state.pth")
-        argv = run_of(data, tmp_path, "--resume", str(tmp_path / "odd_state.pth"))
+        argv = four_steps(few_images, tmp_path, "--resume", str(tmp_path / "odd_state.pth"))
         assert_refused(capsys, train_kd.main, argv, "odd_state.pth", name, "negative variances")

@@ -20,8 +20,6 @@ from engine.settings import parse_settings
 from losses.core.objective import Objective
 from utils.distributed import init_distributed
 
-STEM = "kd_deeplab_mobile_mobilenetv2_w0.25_folder"
-
 
 def made(weights: dict[str, float]) -> tuple[Objective, torch.Tensor, torch.Tensor]:
     """An objective whose student is a single vector (2, 1); that vector; a weight that is no part of it."""

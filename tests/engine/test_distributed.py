@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import (
     ROOT,
+    STEM,
     distil_arguments,
     launch,
     records,
@@ -18,7 +19,6 @@ from helpers import (
 )
 
 PROGRAM = str(ROOT / "tests" / "programs" / "train_in_float64.py")
-STEM = "kd_deeplab_mobile_mobilenetv2_w0.25_folder"
 
 
 @pytest.fixture(scope="module")

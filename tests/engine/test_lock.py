@@ -10,14 +10,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from helpers import assert_refused, records, train_arguments, write_folder_dataset
+from helpers import STEM, assert_refused, records, train_arguments, write_folder_dataset
 
 import engine.lock
 import train_kd
 from engine.lock import FileLock, Owner
 from utils.errors import UserError
 
-STEM = "kd_deeplab_mobile_mobilenetv2_w0.25_folder"
 LOCK = f".{STEM}.lock"
 
 

@@ -71,6 +71,14 @@ def test_a_plain_run_has_no_teacher_and_a_label_of_its_own(place) -> None:
     assert read_result(path) == one
 
 
+def test_the_revision_is_that_of_the_start(place, monkeypatch) -> None:
+    """Commits that are made while a run trains are not its code."""
+    monkeypatch.setattr("engine.journal.revision", lambda: {"commit": "at the start", "changed": False})
+    assert train_kd.main(arguments(place, "revision", "--method", "none", "--skip-val", "--max-iterations", "1")) == 0
+    one, = read_results(place / "revision" / "results")
+    assert one["revision"] == {"commit": "at the start", "changed": False}
+
+
 def test_an_interrupted_run_has_the_same_curve(place, distilled, monkeypatch) -> None:
     def dying(run, batch):
         if run.step == 4:

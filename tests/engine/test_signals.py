@@ -11,10 +11,10 @@ import pytest
 import torch
 from helpers import (
     ROOT,
-    assert_same,
+    STEM,
+    assert_same_run,
     distil_arguments,
     launch,
-    records,
     train_arguments,
     write_folder_dataset,
     write_teacher,
@@ -24,10 +24,6 @@ import engine.signals
 import losses.stages.tokens
 import train_kd
 from utils.cli import run_main
-
-STEM = "kd_deeplab_mobile_mobilenetv2_w0.25_folder"
-#: of a record, what another run of the same cannot have
-TIMES = ("seconds", "cpu_seconds", "images_per_second", "waiting_for_data", "load", "tflops", "memory_mb")
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +49,6 @@ def whole(method, tmp_path_factory) -> Path:
 
 def state_of(save: Path) -> dict:
     return torch.load(save / f"{STEM}_state.pth", weights_only=True)
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Weights, state and log of two runs are the same to the last bit."""
-    for suffix in ("", "_best_model", "_state"):
-        one, two = (torch.load(save / f"{STEM}{suffix}.pth", weights_only=True) for save in (a, b))
-        for content in (one, two):
-            content.pop("config", None)  # the folders differ
-        assert_same(one, two, suffix)
-    for kind in ("train", "val"):
-        one, two = ([{k: v for k, v in r.items() if k not in TIMES} for r in records(save, kind)] for save in (a, b))
-        assert one == two
 
 
 def signaled(monkeypatch, number: signal.Signals, at: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import (
     ROOT,
+    STEM,
     assert_refused,
     distil_arguments,
     launch,
@@ -35,7 +36,6 @@ from utils.distributed import init_distributed
 from utils.flops import FlopCounter, peak_flops
 from utils.tensor_files import in_plain_order
 
-STEM = "kd_deeplab_mobile_mobilenetv2_w0.25_folder"
 CLASSES, CROP = 5, 64
 
 
