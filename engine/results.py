@@ -144,6 +144,8 @@ def read_result(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a result that can be read ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: expected a result of format {FORMAT}, as train_kd.py --results writes it")
+    # the first ones were written before stages were timed; none of them had any
+    content["seconds"] = {"stages": 0.0, "stages_cpu": 0.0, **content.get("seconds", {})}
     return content
 
 

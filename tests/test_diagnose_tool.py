@@ -122,12 +122,12 @@ def test_a_run_without_records_is_measured_now(place, capsys, tmp_path) -> None:
 def test_what_is_refused(place, capsys, tmp_path) -> None:
     assert_refused(capsys, diagnose.main, [], "required: RUN")
     assert_refused(capsys, diagnose.main, [str(tmp_path)], str(tmp_path), "expected the --save-dir of one run",
-                   "there is none")
+                   "(none)")
     assert_refused(capsys, diagnose.main, [str(place / "logged"), "--batches", "0"], "--batches", "at least 1")
     (tmp_path / "kd_config.json").write_text('{"config": {"lambda_kd": "much"}}')
-    assert_refused(capsys, diagnose.main, [str(tmp_path)], "kd_config.json", "not the configuration of a run")
+    assert_refused(capsys, diagnose.main, [str(tmp_path)], "kd_config.json", "not a configuration of a run")
     (tmp_path / "other_config.json").write_text("{}")
-    assert_refused(capsys, diagnose.main, [str(tmp_path)], "it holds 2", "other_config.json")
+    assert_refused(capsys, diagnose.main, [str(tmp_path)], "kd_config.json, other_config.json")
     empty = tmp_path / "started"
     empty.mkdir()
     shutil.copy(next((place / "silent").glob("*_config.json")), empty)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT, STUDENT, TEACHER, write_folder_dataset
+from helpers import ROOT, STUDENT, TEACHER, write_folder_dataset, write_teacher
 
 from engine.results import read_results
 from engine.settings import parse_settings
@@ -111,6 +111,7 @@ class TestMeaning:
     @pytest.mark.parametrize("old, new, message", [
         ("protocol = \"tiny-1\"", "", "protocol is missing"), ("gpus = 0", "gpu = 0", "has no gpu"),
         ("of = \"fd\"", "", r"\[scan.lambda-fd\] of is missing"), ("[runs.none]", "[runs.none", "not a TOML file"),
+        ("values = [1e-6, 1e-4]", "values = [1e-6, 1e-6]", "twice"),
         ("of = \"fd\"", "of = \"x\"", "no run 'x'"), ("[runs.fd]", "[runs.fd]\nmetod = \"fd\"", "has no metod"),
         (f"deeplab_mobile {TEACHER}", TEACHER, "teachers.net: expected 'MODEL BACKBONE'"),
         ("method = \"afdcd\"", "method = \"afdcd\"\nteacher = \"x\"", "no teacher 'x'"),
@@ -147,6 +148,8 @@ class TestRunning:
     def test_an_interrupted_plan_goes_on_to_the_same_results(self, place) -> None:
         """Stopped in the middle of the second run, then run to the end: the first is skipped, the second goes on, and
         ends as one that was never stopped."""
+        text = (place / "tiny.toml").read_text()  # long enough to be stopped in its middle, however busy the machine
+        (place / "tiny.toml").write_text(text.replace("[runs.none]", "[runs.none]\nflags = {max-iterations = 20}"))
         command = [sys.executable, "tools/reproduce.py", *arguments(place, "--only", "/none/")]
         second = next(job for job in expand(place) if job.name.endswith(f"{PLAIN}/none/1"))
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -203,8 +206,22 @@ class TestRunning:
         assert reproduce.main(arguments(place, "--only", f"{PLAIN}/none/1")) == 0
         text = (place / "tiny.toml").read_text()
         (place / "tiny.toml").write_text(text.replace("batch-size = 4", "batch-size = 2"))
-        with pytest.raises(UserError, match="batch_size: 4 -> 2"):
+        with pytest.raises(UserError, match=r"1\.json was made .* batch_size: 4 -> 2.* remove 1.json and the folder"):
             reproduce.main(arguments(place, "--dry-run"))
+        expand(place)[1].result.unlink()  # what has only begun does not go on with other settings either
+        with pytest.raises(UserError, match=r"_state\.pth was made .* batch_size: 4 -> 2"):
+            reproduce.main(arguments(place, "--dry-run"))
+
+    def test_a_replaced_teacher_file_does_not_keep_its_students(self, place) -> None:
+        teacher = write_teacher(place / "teacher.pth")
+        text = (place / "tiny.toml").read_text()
+        (place / "tiny.toml").write_text(text.replace("[teachers.net]", f"[teachers.net]\nfile = '{teacher}'"))
+        assert reproduce.main(arguments(place, "--only", "/fd/1")) == 0
+        job, = (job for job in expand(place) if job.name.endswith("/fd/1") and "scan" not in job.name)
+        assert status(job).state == DONE
+        teacher.write_bytes(teacher.read_bytes() + b" ")
+        with pytest.raises(UserError, match=r"has learned from another file than .*teacher\.pth"):
+            status(job)
 
     def test_a_dry_run_runs_nothing(self, place, capsys) -> None:
         assert reproduce.main(arguments(place, "--dry-run")) == 0
@@ -220,12 +237,14 @@ class TestRunning:
 
 def test_slurm_lists_are_commands_that_an_array_runs(place, capsys) -> None:
     assert reproduce.main(arguments(place, "--slurm", "--jobs", "3")) == 0
-    lists = sorted((place / "work").glob("**/slurm-*.txt"))
-    assert [len(path.read_text().splitlines()) for path in lists] == [4, 4]
-    said = capsys.readouterr().out
-    assert "--array=1-4%3" in said and "--dependency=afterok:$first" in said
+    lists = {path.stem: path for path in (place / "work").glob("**/slurm-*.txt")}
+    assert {name: len(path.read_text().splitlines()) for name, path in lists.items()} == {
+        "slurm-teachers": 1, "slurm-students": 4, "slurm-others": 3}
+    teachers, students, others = capsys.readouterr().out.strip().splitlines()[-3:]
+    assert teachers.startswith("teachers=$(sbatch") and "--array=1-1%3" in teachers
+    assert "--array=1-4%3 --dependency=afterok:$teachers" in students and "--dependency" not in others
     environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "2", "DRY_RUN": "1"}
-    done = subprocess.run(["bash", "train_scripts/array.sh", str(lists[1]), "--log-iter", "7"], cwd=ROOT,
+    done = subprocess.run(["bash", "train_scripts/array.sh", str(lists["slurm-students"]), "--log-iter", "7"], cwd=ROOT,
                           env=environment, capture_output=True, text=True, check=True)
     settings = parse_settings(shlex.split(done.stdout)[2:])
     assert settings.running.log_iter == 7 and settings.optimization.seed == 2 and settings.running.label == "fd"

@@ -9,7 +9,6 @@ its own training images.
 """
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,8 +26,9 @@ from engine.ready import get_ready
 from engine.results import read_log
 from engine.run import Run, build_loader
 from engine.run_files import RunFiles
-from engine.settings import Settings, build_parser, from_flat
-from tools.bench.report import table
+from engine.settings import Settings
+from tools.finished import find_log, read_settings
+from tools.markdown import table
 from utils.cli import ArgumentParser, read_options, run_main
 from utils.distributed import cleanup, init_distributed
 from utils.errors import UserError
@@ -54,23 +54,17 @@ class Options(OptionGroup):
                               metavar="DIR")
     teacher_pretrained: str | None = option(None, "the run's teacher, to measure now (default: where the run had it)",
                                             metavar="FILE")
-    log_dir: str | None = option(None, "where the run's log is (default: where the run wrote it)", metavar="DIR")
+    log_dir: str | None = option(None, "where the run's log is (default: beside the run, or where it wrote it)",
+                                 metavar="DIR")
     no_cuda: bool = option(False, "measure on the CPU although there is a GPU")
     json: str | None = option(None, "write the records and verdicts there too", metavar="FILE")
 
 
-def read_settings(folder: Path, options: Options) -> Settings:
-    """The settings of the run in a folder; those that it was written without have their defaults."""
-    found = sorted(folder.glob("*_config.json"))
-    if len(found) != 1:
-        held = f"it holds {len(found)}: {', '.join(p.name for p in found)}" if found else "there is none"
-        raise UserError(f"{folder}: expected the --save-dir of one run, with its *_config.json ({held})")
-    try:
-        config = json.loads(found[0].read_text(encoding="utf-8"))["config"]
-        settings = from_flat({**vars(build_parser().parse_args([])), **config})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{found[0]}: not the configuration of a run ({error})") from error
-    log_dir = options.log_dir or settings.running.log_dir
+def settings_of(folder: Path, options: Options) -> Settings:
+    """The settings of the run in a folder, with the folders as they are now."""
+    settings = read_settings(folder)
+    log = find_log(folder, settings)
+    log_dir = options.log_dir or (settings.running.log_dir if log is None else str(log.parent))
     return replace(settings, running=replace(settings.running, save_dir=str(folder), log_dir=log_dir, resume="auto"))
 
 
@@ -213,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     options, folder = read_options(given, Options), Path(given["folder"])
     if options.json:
         check_target(Path(options.json), "--json", is_folder=False)
-    settings = read_settings(folder, options)
+    settings = settings_of(folder, options)
     records, source, is_main = logged(settings), "its log", True
     if not records:
         setup_logging(False)

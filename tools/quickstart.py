@@ -2,10 +2,10 @@
 """The main job in small: toy streets, the same student without and with Af-DCD, a table and pictures.
 
     python tools/quickstart.py                  one seed, a few minutes on two CPU cores
-    python tools/quickstart.py --train-teacher  first train the teacher anew, which takes the better part of an hour
+    python tools/quickstart.py --train-teacher  first train the teacher anew, which takes half an hour
 
 Safe to interrupt and to run again: finished parts are kept, an unfinished training goes on where it stopped. The
-teacher is a file of this repository; the trainings are the first two rows of the plan ``toy``.
+teacher is a file of this repository; the trainings are the rows ``none`` and ``afdcd`` of the plan ``toy``.
 """
 from __future__ import annotations
 
@@ -76,8 +76,9 @@ def run_jobs(jobs: list[Job], side_by_side: int) -> None:
             print(f"trained already: {job.name}")
     runner = Runner(missing, {job.name for job in jobs} - {job.name for job in missing}, side_by_side,
                     say=lambda line: print(line, flush=True))
-    if failed := runner.run().failed:
-        raise UserError(f"{failed[0]} failed: its message is above")
+    outcome = runner.run()
+    if unfinished := [*outcome.failed, *outcome.stopped]:
+        raise UserError(f"{unfinished[0]} has not come to its end: its message is above")
 
 
 def train_teacher(places: Places, target: Path) -> None:

@@ -53,9 +53,14 @@ def parse(argv: list[str] | None) -> tuple[str, Options]:
     return parsed.plan, read_options(vars(parsed), Options)
 
 
+def places_of(options: Options) -> Places:
+    """The folders that the command line names."""
+    return Places.of(**{k: v for k, v in asdict(options).items() if k in ("results", "work", "data")})
+
+
 def find_jobs(plan: str, options: Options) -> list[Job]:
     """The runs of a plan that are asked for, teachers first."""
-    places = Places.of(**{k: v for k, v in asdict(options).items() if k in ("results", "work", "data")})
+    places = places_of(options)
     if plan in published_names():
         jobs = published_jobs(plan, places, options.seeds or (0,))
     else:
@@ -97,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(["", *(job.shown for job in missing)]))
         return 0
     if options.slurm:
-        folder = Path(options.work or "work_dir") / f"plan-{Path(plan).stem}"
+        folder = ROOT / places_of(options).work / f"plan-{Path(plan).stem}"
         print("\n".join(["", "submit in the root of the repository:", *write_lists(missing, folder, options.jobs)]))
         return 0
     minutes = options.time_budget

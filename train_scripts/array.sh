@@ -7,5 +7,6 @@ list=${1:?usage: array.sh LIST [more flags]}
 shift
 line=$(sed -n "${SLURM_ARRAY_TASK_ID:?not a task of a Slurm array}p" "$list")
 [[ -n $line ]] || { echo "$list has no line $SLURM_ARRAY_TASK_ID" >&2; exit 2; }
-more=$(printf ' %q' "$@")
+more=""
+if (($#)); then more=$(printf ' %q' "$@"); fi
 eval "exec env $line$more" # in the place of this script: signals reach it

@@ -1,17 +1,16 @@
 """A finished run as its folder tells it: settings, log, weights. And in which settings two runs differ."""
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from engine.results import digest, read_log
 from engine.run_files import RunFiles
-from engine.settings import Settings, build_parser, from_flat
+from engine.settings import Settings
 from losses.core import methods
 from models import NetworkChoice
+from tools.finished import find_log, log_places, read_settings
 from utils.errors import UserError
 from utils.options import flag, options_of
 
@@ -56,38 +55,17 @@ def read_run(flag: str, folder: Path, weights: str = "best") -> TrainedRun:
 
     UserError for a folder without exactly one run, for files that are missing or cannot be read, and for a log without
     an iteration, or of a version of this code that wrote down less."""
-    configs = sorted(folder.glob("*_config.json"))
-    if len(configs) != 1:
-        held = ", ".join(path.name for path in configs) or "none" if folder.is_dir() else "no such folder"
-        raise UserError(f"{flag} {folder}: expected the --save-dir of one run, with its kd_..._config.json ({held})")
-    settings = _settings(configs[0])
+    settings = read_settings(folder, flag)
     files = RunFiles(replace(settings, running=replace(settings.running, save_dir=str(folder), resume=None)))
     path = {"best": files.best, "last": files.student}[weights]
     if not path.is_file():
         other = "; of a run without validation, --weights last can be compared" if weights == "best" else ""
         raise UserError(f"{flag} {folder}: no {path.name}; expected the weights of a finished run{other}")
-    log = _find_log(flag, folder, settings, files.log_name)
+    log = find_log(folder, settings)
+    if log is None:
+        raise UserError(f"{flag} {folder}: no log {files.log_name}.jsonl; looked into "
+                        f"{', '.join(str(path.parent) for path in log_places(folder, settings))}")
     return TrainedRun(flag, folder, settings, path, log, _read_digest(log))
-
-
-def _settings(path: Path) -> Settings:
-    """The settings of a saved configuration. Those that are newer than it have their defaults."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))["config"]
-        return from_flat({**vars(build_parser().parse_args([])), **saved})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a configuration of a run that can be read ({error})") from error
-
-
-def _find_log(flag: str, folder: Path, settings: Settings, name: str) -> Path:
-    """The JSON lines of a run: in its folder, where they lay relative to it when it ran, or where they were written."""
-    written = settings.running.log_dir
-    moved = Path(os.path.normpath(folder / os.path.relpath(written, settings.running.save_dir)))
-    places = list(dict.fromkeys((folder, moved, Path(written))))
-    for place in places:
-        if (place / f"{name}.jsonl").is_file():
-            return place / f"{name}.jsonl"
-    raise UserError(f"{flag} {folder}: no log {name}.jsonl; looked into {', '.join(map(str, places))}")
 
 
 def _read_digest(log: Path) -> dict[str, Any]:

@@ -200,8 +200,12 @@ class Expansion:
                          for name, entry in plan.get("teachers", {}).items()}
 
     def jobs(self) -> list[Job]:
-        """All of them, in the order in which they can run."""
-        return [*self._teachers(), *self._runs(), *self._scans()]
+        """All of them, in the order in which they can run. UserError when two would share their files."""
+        jobs = [*self._teachers(), *self._runs(), *self._scans()]
+        names = [job.name for job in jobs]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"the plan means {twice[0]} twice: give each its own label, or scan with other values")
+        return jobs
 
     def _teachers(self) -> Iterator[Job]:
         for name, entry in self.plan.get("teachers", {}).items():

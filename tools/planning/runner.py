@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from engine.signals import CODES
 from tools.planning.plan import ROOT, Job
 from utils.distributed import available_cpus
+from utils.files import write_text
 
 #: seconds between two looks at the running processes
 PAUSE = 0.2
@@ -110,7 +112,8 @@ class Runner:
             self.say(f"    {name}: {said[0] if said else 'beginning'}")
 
     def _stop(self) -> None:
-        """Tell every run to end, and wait."""
+        """Tell every run to end, and wait. One that has ended by itself is what it is."""
+        self._collect()
         for _, process, _ in self.running.values():
             tell(process, signal.SIGTERM)
         for name, (_, process, _) in self.running.items():
@@ -158,15 +161,20 @@ def last_line(job: Job) -> str:
 
 
 def write_lists(jobs: Sequence[Job], folder: Path, side_by_side: int) -> list[str]:
-    """Write the commands for a Slurm cluster, teachers and students in a list each; the commands that submit them."""
-    stages = [[job for job in jobs if not job.needs], [job for job in jobs if job.needs]]
-    commands = []
+    """Write the commands for a Slurm cluster, and return those that submit them: runs that train a teacher of another
+    one of these, runs that wait for it, and all others, a list each."""
+    names = {job.name for job in jobs}
+    needed = {name for job in jobs for name in job.needs} & names
+    lists = {"teachers": [job for job in jobs if job.name in needed],
+             "students": [job for job in jobs if names.intersection(job.needs)]}
+    lists["others"] = [job for job in jobs if not any(job in some for some in lists.values())]
     folder.mkdir(parents=True, exist_ok=True)
-    for number, stage in enumerate((stage for stage in stages if stage), start=1):
-        path = folder / f"slurm-{number}.txt"
-        path.write_text("".join(f"{job.shown}\n" for job in stage), encoding="utf-8")
-        wait = " --dependency=afterok:$first" if number > 1 else ""
-        commands.append(f"{'first=$(' if number == 1 and all(stages) else ''}sbatch --parsable --array=1-{len(stage)}"
-                        f"%{side_by_side}{wait} train_scripts/slurm.sh train_scripts/array.sh {path}"
-                        f"{')' if number == 1 and all(stages) else ''}")
+    commands = []
+    for name, some in ((name, some) for name, some in lists.items() if some):
+        path = folder / f"slurm-{name}.txt"
+        write_text(path, "".join(f"{job.shown}\n" for job in some))
+        wait = " --dependency=afterok:$teachers" if name == "students" else ""
+        command = (f"sbatch --parsable --array=1-{len(some)}%{side_by_side}{wait} train_scripts/slurm.sh "
+                   f"train_scripts/array.sh {shlex.quote(shown_path(path))}")
+        commands.append(f"teachers=$({command})" if name == "teachers" else command)
     return commands

@@ -3,20 +3,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.checkpoint import FREE_TO_CHANGE
 from engine.results import read_result
 from engine.run_files import plain
-from tools.planning.plan import Job
+from tools.planning.plan import ROOT, Job
 from utils.errors import UserError
+from utils.files import sha256
 
 #: of a run: not begun, stopped on the way, with its result
 NEW, BEGUN, DONE = "new", "begun", "done"
-#: settings that change no figure but time and memory, and what a network says itself
-UNIMPORTANT = FREE_TO_CHANGE | {"aux", "fast", "channels_last", "ddp_compression", "list_methods"}
+#: settings that change no figure but time and memory, say where things lie, or that a network says itself
+UNIMPORTANT = frozenset((
+    "resume", "workers", "data", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters", "diagnose_every",
+    "results", "protocol", "label", "tensorboard", "panels", "local_rank", "no_cuda", "aux", "fast", "channels_last",
+    "ddp_compression", "list_methods"))
+#: files, of which the name counts, not where they lie
+FILES = frozenset(("teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base",
+                   "train_list", "val_list"))
 
 
 @dataclass(frozen=True)
@@ -28,25 +35,55 @@ class Status:
 
 
 def status(job: Job) -> Status:
-    """How far a run is. UserError when its result was made with settings that the plan no longer has."""
+    """How far a run is. UserError when what is there was made with settings, or from a teacher, that the plan no longer
+    has."""
     if job.result.is_file():
         result = read_result(job.result)
-        if changes := differences(result["settings"], plain(job.settings)):
-            raise UserError(f"{job.result} was made with other settings than its plan has now: {'; '.join(changes)}. A "
-                            "changed plan needs a new protocol name; to make this run again, remove the file")
+        refuse_changes(job, job.result, result["settings"])
+        refuse_teacher(job, result)
         return Status(DONE, result["iterations"])
     states = job.states
-    for state in states:
+    for path in states:
         try:
-            return Status(BEGUN, int(torch.load(state, weights_only=True, mmap=True)["step"]))
+            state = torch.load(path, weights_only=True, mmap=True)
+            step, made = int(state["step"]), state["config"]
         except Exception:  # a damaged file can make the reader raise nearly anything; the run itself says more
             continue
+        refuse_changes(job, path, made)
+        return Status(BEGUN, step)
     if states:
         raise UserError(f"{states[0]}: not a training state that can be read: remove it to start the run anew")
     return Status(NEW)
 
 
+def refuse_changes(job: Job, path: Path, made: Mapping[str, Any]) -> None:
+    """UserError when a file of the run was made with other settings than it has now."""
+    if changes := differences(made, plain(job.settings)):
+        raise UserError(f"{path} was made with other settings than its plan has now: {'; '.join(changes)}. "
+                        f"{remedy(job)}")
+
+
+def refuse_teacher(job: Job, result: Mapping[str, Any]) -> None:
+    """UserError when a run has learned from another file than the one that the plan names. A teacher that the plan
+    trains may be another one on another machine."""
+    source = job.settings.networks.teacher_pretrained
+    if job.needs or not result["teacher"] or source is None or not (ROOT / source).is_file():
+        return
+    if sha256(ROOT / source) != result["teacher"]["sha256"]:
+        raise UserError(f"{job.result}: the run has learned from another file than {source} is now. {remedy(job)}")
+
+
+def remedy(job: Job) -> str:
+    """What to do about a run that no longer belongs to its plan."""
+    return ("A changed plan needs a new protocol name; to make this run again, remove "
+            f"{job.result.name} and the folder {job.folder}")
+
+
 def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """'setting: made -> wanted' for everything that a figure depends on."""
-    return [f"{key}: {made[key]} -> {wanted[key]}" for key in sorted(made.keys() & wanted.keys() - UNIMPORTANT)
-            if made[key] != wanted[key]]
+
+    def value(settings: Mapping[str, Any], key: str) -> Any:
+        return Path(settings[key]).name if key in FILES and settings[key] else settings[key]
+
+    return [f"{key}: {value(made, key)} -> {value(wanted, key)}"
+            for key in sorted(made.keys() & wanted.keys() - UNIMPORTANT) if value(made, key) != value(wanted, key)]

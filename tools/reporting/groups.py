@@ -186,7 +186,7 @@ def _reported_split(runs: Sequence[Result], wanted: str | None) -> str:
 
 def _teachers(results: Sequence[Result], runs: Sequence[Result], split: str) -> tuple[tuple[Row, ...], bool]:
     """The trainings that made the files that the runs learned from, found by their hashes in any protocol; else those
-    of the same networks in the protocol, and False."""
+    of the same networks, in the protocol or else in any, and False."""
     files = {run["teacher"]["sha256"] for run in runs if run["teacher"]}  # None: not a file
     names = {network(run["teacher"]) for run in runs if run["teacher"]}
     plain = [run for run in results if run["method"] == PLAIN and split in run["scores"]
@@ -194,7 +194,8 @@ def _teachers(results: Sequence[Result], runs: Sequence[Result], split: str) -> 
     made = [run for run in plain if run["weights"].get("best") in files - {None}]
     exact = files == {run["weights"]["best"] for run in made}
     if not exact:
-        made = [run for run in plain if run["protocol"] == runs[0]["protocol"] and run["label"] == PLAIN]
+        same = [run for run in plain if run["label"] == PLAIN]
+        made = [run for run in same if run["protocol"] == runs[0]["protocol"]] or same
     sources: dict[tuple[str, str, str], list[Result]] = {}
     for run in {run["weights"].get("best", where(run)): run for run in made}.values():
         sources.setdefault((network(run["student"]), run["protocol"], run["label"]), []).append(run)
