@@ -16,8 +16,9 @@ from engine.lock import locked
 from engine.log import setup_logging
 from engine.method_list import method_table
 from engine.ready import get_ready
-from engine.results import write_result
+from engine.results import check_result_target, write_result
 from engine.run import Run, run_stages, train_batch, training_batches
+from engine.run_files import RunFiles
 from engine.settings import parse_settings
 from engine.signals import StopSignals
 from engine.validation import report, validate
@@ -26,21 +27,25 @@ from utils.cli import run_main
 from utils.distributed import barrier, cleanup, init_distributed
 
 
-def train(run: Run, signals: StopSignals) -> None:
-    """Train from the current iteration to the last, saving and validating on the way; then report. A signal ends it
-    earlier, after a step that is saved."""
+def train(run: Run, signals: StopSignals) -> bool:
+    """Train from the current iteration to the last, saving and validating on the way; then report. Whether a signal has
+    ended it earlier, after a step that is saved."""
     resumed = resume(run)
-    journal = Journal(run, resumed)
+    with signals.deferred():  # the files of an earlier run move together
+        journal = Journal(run, resumed)
+        signals.begun = True
     if not resumed:
         with signals.deferred():
             run_stages(run, signals.check)
     get_ready(run)
     journal.start()
-    if not run_steps(run, journal, signals):
+    stopped = run_steps(run, journal, signals)
+    if not stopped:
         report(run, journal)
         write_result(run)
     journal.close()
     barrier()
+    return stopped
 
 
 def run_steps(run: Run, journal: Journal, signals: StopSignals) -> bool:
@@ -70,6 +75,8 @@ def run_steps(run: Run, journal: Journal, signals: StopSignals) -> bool:
 
 def validate_saved(run: Run, journal: Journal, signals: StopSignals) -> None:
     """Validate, after the step is saved: nothing is lost if this fails, and a signal ends it at once."""
+    barrier()  # until the main process has saved
+    signals.check(now=True)
     with signals.deferred(False):
         validate(run, journal)
     save_state(run)
@@ -85,13 +92,16 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(distributed.is_main_process)
     if settings.speed.fast and distributed.device.type == "cpu":
         keep_freed_memory()
-    with StopSignals(settings, distributed) as signals:
+    check_result_target(settings)
+    files = RunFiles(settings)
+    with StopSignals(settings, distributed) as signals, locked(files, distributed.is_main_process) as lock:
+        barrier()  # until the folder is this run's own: only then is it known what there is to go on with
         run = build_run(settings, distributed)
-        with locked(run.files, distributed.is_main_process) as run.lock:
-            train(run, signals)
+        run.lock = lock
+        stopped = train(run, signals)
         del run  # and with it DDP, which holds the process group
         cleanup()  # not after an error: the other processes may wait in a collective operation
-    return signals.code
+    return signals.code if stopped else 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from torch import nn
 
@@ -18,7 +17,6 @@ from losses.core.objective import Objective, build_distillers
 from models.prepare import check_precision, to_channels_last
 from utils.distributed import Distributed, send_in_bf16, synchronize_batch_norm
 from utils.errors import UserError
-from utils.files import check_target
 from utils.randomness import seed_everything
 
 
@@ -51,8 +49,6 @@ def build_run(settings: Settings, distributed: Distributed) -> Run:
     step_fn = TrainStep(model, teacher, optimizer, lr=o.lr, max_iterations=o.max_iterations, power=o.poly_power,
                         min_lr=o.min_lr, seed=o.seed, rank=distributed.rank, amp=speed.amp_dtype,
                         parts=speed.grad_accumulation)
-    for name, folder in (("--save-dir", files.directory), ("--log-dir", files.log_directory)):
-        check_target(Path(folder), name, is_folder=True)
     return Run(settings, distributed, spec, train_set, val_set, report_sets, student, teacher, objective, model,
                optimizer, step_fn, files)
 

@@ -40,16 +40,17 @@ def save_run(run: Run) -> None:
     run.step_fn.check_finite(run.step)
     if not run.distributed.is_main_process:
         return
-    if run.lock is not None:
-        run.lock.check()
+    run.check_lock()
     save_state_dict(run.student, run.files.student)
     save_state(run, keep=run.files.previous_state)
 
 
 def save_state(run: Run, keep: Path | None = None) -> None:
-    """Write the training state alone, on the main process. keep: what the state that was there becomes."""
+    """Write the training state alone, on the main process. keep: what the state that was there becomes. UserError when
+    another run has taken the folder."""
     if not run.distributed.is_main_process:
         return
+    run.check_lock()
     save_tensors(run.files.state, in_plain_order({
         "format": FORMAT, "versions": versions(), "model": run.student.state_dict(), "net_info": describe(run.student),
         "distillers": run.objective.distillers.state_dict(), "optimizer": run.optimizer.state_dict(),
@@ -71,9 +72,9 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def newest_state(paths: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
-    """The first of the training states that can be read, with a line about those before it. UserError, that of the
-    first one, when none can."""
+def newest_state(paths: Sequence[Path]) -> tuple[Path, dict[str, Any], bool]:
+    """(path, content) of the first of the training states that can be read, and whether one before it cannot, which is
+    told in a line. UserError, that of the first one, when none can."""
     faults = []
     for path in paths:
         try:
@@ -83,7 +84,7 @@ def newest_state(paths: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
             continue
         if faults:
             LOG.warning("%s: going on from the one before it", faults[0])
-        return path, state
+        return path, state, bool(faults)
     raise faults[0]
 
 
@@ -91,7 +92,7 @@ def resume(run: Run) -> bool:
     """Take up the training state that ``--resume`` means; False when there is none to take up."""
     if not run.files.resume_from:
         return False
-    path, state = newest_state(run.files.resume_from)
+    path, state, damaged = newest_state(run.files.resume_from)
     try:
         check_state(run, path, state)
         run.student.load_state_dict(state["model"])
@@ -112,7 +113,7 @@ def resume(run: Run) -> bool:
     if not same_everywhere(run.step, run.distributed.device):
         raise UserError(f"--resume {path}: the processes found different states; --save-dir has to be one folder "
                         "that all machines share")
-    if path == run.files.previous_state and run.lock is not None:  # not while others may be writing
+    if damaged and run.lock is not None:  # not while others may be writing
         run.files.set_damaged_aside()
     if path.parent.resolve() != run.files.directory.resolve() or not run.files.best.is_file():
         run.best = -1.0  # the best model so far is not in this folder

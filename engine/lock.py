@@ -18,7 +18,7 @@ from pathlib import Path
 from engine.log import LOG
 from engine.run_files import RunFiles
 from utils.errors import UserError
-from utils.files import temporary_name
+from utils.files import check_target, temporary_name
 from utils.tensor_files import first_line
 
 #: seconds between two signs of life
@@ -27,6 +27,7 @@ REFRESH = 15.0
 STALE = 120.0
 #: seconds between two looks at the file of an owner on another machine
 LOOK = 1.0
+HIDDEN = "hidden"
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,19 @@ def _space() -> str:
 
 
 def _start_of(process: int) -> str | None:
-    """When a process of this machine has started, in ticks since the boot ('' where that is unknown); None when there
-    is no such process."""
+    """When a process of this machine has started, in ticks since the boot ('' where that is unknown, HIDDEN where it is
+    another user's secret); None when there is no such process."""
+    unseen = None
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:  # another user's
-        pass
+    except PermissionError:  # another user's, of which the system may show nothing more
+        unseen = HIDDEN
     try:
         fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
     except FileNotFoundError:
-        return "" if not Path("/proc/self").exists() else None
+        return unseen if Path("/proc/self").exists() else ""
     return None if fields[0] in "ZX" else fields[19]  # a zombie has ended
 
 
@@ -101,7 +103,7 @@ class FileLock:
     def check(self) -> None:
         """UserError when the lock is no longer this process's."""
         owner = self._read()
-        if owner != self.mine:
+        if owner != self.mine and not (owner and not owner.host):  # one that cannot be read now says nothing
             raise UserError(f"{self.what} {self.path.parent}: {owner or 'somebody'} has taken this run over or removed "
                             f"its lock {self.path.name}: {self.mine} ends here and writes nothing any more")
 
@@ -167,7 +169,9 @@ class FileLock:
                 return False
         except FileNotFoundError:
             return False
-        return _start_of(owner.process) == owner.started if owner.is_local else self._shows_life(owner)
+        if owner.is_local:
+            return _start_of(owner.process) in (owner.started, HIDDEN)
+        return self._shows_life(owner)
 
     def _shows_life(self, owner: Owner) -> bool:
         """Whether the owner touches its file before that is STALE seconds old; False too when it goes away."""
@@ -245,6 +249,8 @@ class RunLock:
 def locked(files: RunFiles, is_main_process: bool) -> Iterator[RunLock | None]:
     """Inside, the folders are this run's own, and nothing half-written is left in them. The main process holds the
     locks, the others get None. UserError when another run has them."""
+    for name, folder in (("--save-dir", files.directory), ("--log-dir", files.log_directory)):
+        check_target(folder, name, is_folder=True)
     if not is_main_process:
         yield None
         return

@@ -101,6 +101,8 @@ def _is_within(line: str, step: int, validated: int) -> bool:
         record = json.loads(line)
     except json.JSONDecodeError:
         return False
+    if record.get("kind") == "report":  # the end, which comes again
+        return False
     return 0 < record.get("step", 0) <= (validated if record.get("kind") == "val" else step)
 
 

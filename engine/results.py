@@ -25,6 +25,14 @@ FORMAT = 1
 #: points that a curve of a loss term keeps
 POINTS = 60
 SCORES = ("mIoU", "mIoU_present", "pixAcc", "mAcc")
+#: settings that change no figure but time and memory, say where things lie, or that a network says itself
+UNIMPORTANT = frozenset((
+    "resume", "workers", "data", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters", "diagnose_every",
+    "results", "protocol", "label", "tensorboard", "panels", "local_rank", "no_cuda", "aux", "fast", "channels_last",
+    "ddp_compression", "list_methods"))
+#: files, of which the name counts, not where they lie
+FILES = frozenset(("teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base",
+                   "train_list", "val_list"))
 
 
 def network_name(model: str, backbone: str) -> str:
@@ -127,12 +135,26 @@ def _hashes(files: RunFiles) -> dict[str, str]:
     return {name: sha256(path) for name, path in (("last", files.student), ("best", files.best)) if path.is_file()}
 
 
+def check_result_target(settings: Settings) -> None:
+    """UserError when the file that ``--results`` means holds the result of other settings: it is not overwritten."""
+    if settings.running.results is None or not (path := result_path(settings)).is_file():
+        return
+    if changes := differences(read_result(path)["settings"], plain(settings)):
+        raise UserError(f"--results: {path} is of a run with other settings ({'; '.join(changes)}): choose another "
+                        "--label or --protocol, or remove it")
+
+
 def write_result(run: Run) -> None:
     """Write the result of a run that has ended, on the main process, where ``--results`` asks for one."""
     if run.settings.running.results is None or not run.distributed.is_main_process:
         return
     path = result_path(run.settings)
-    write_json(path, build_result(run, read_log(run.files.log_directory / f"{run.files.log_name}.jsonl")), indent=None)
+    try:
+        result = build_result(run, read_log(run.files.log_directory / f"{run.files.log_name}.jsonl"))
+    except KeyError as error:  # begun by a version of this program that wrote down less
+        LOG.warning("no result is written: the run's log lacks %s", error)
+        return
+    write_json(path, result, indent=None)
     LOG.info("result: %s", path)
 
 
@@ -153,3 +175,13 @@ def read_results(folder: Path, protocol: str | None = None) -> list[dict[str, An
     """Every result below a folder, of one protocol or of all, in the order of their paths."""
     root = folder / protocol if protocol else folder
     return [read_result(path) for path in sorted(root.glob("**/*.json"))]
+
+
+def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """'setting: made -> wanted' for everything that a figure depends on."""
+
+    def value(settings: Mapping[str, Any], key: str) -> Any:
+        return Path(settings[key]).name if key in FILES and settings[key] else settings[key]
+
+    return [f"{key}: {value(made, key)} -> {value(wanted, key)}"
+            for key in sorted(made.keys() & wanted.keys() - UNIMPORTANT) if value(made, key) != value(wanted, key)]

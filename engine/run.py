@@ -43,6 +43,11 @@ class Run:
     validated: int = 0
     lock: RunLock | None = None
 
+    def check_lock(self) -> None:
+        """UserError when another run has taken the folder over: nothing may be written any more."""
+        if self.lock is not None:
+            self.lock.check()
+
     def is_due(self, every: int) -> bool:
         """Whether something that happens every so many iterations, and after the last one, happens now."""
         return self.step % every == 0 or self.step == self.settings.optimization.max_iterations

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import textwrap
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 from engine.log import LOG
@@ -60,14 +62,18 @@ class RunFiles:
             old = sorted(p for p in directory.glob(pattern)) if directory.is_dir() else []
             if not old:
                 continue
-            number = 1
-            while (directory / f"previous-{number}").exists():
-                number += 1
-            target = directory / f"previous-{number}"
-            target.mkdir()
+            target = next_folder(directory, "previous")
             for path in old:
                 path.rename(target / path.name)
             LOG.info("%s held an earlier run: its %d files are now in %s", directory, len(old), target)
+
+
+def next_folder(directory: Path, name: str) -> Path:
+    """Make the first of name-1, name-2, … that is not there; others may be doing the same."""
+    for number in count(1):
+        with suppress(FileExistsError):
+            (directory / f"{name}-{number}").mkdir()
+            return directory / f"{name}-{number}"
 
 
 def plain(settings: Settings) -> dict[str, object]:

@@ -208,8 +208,8 @@ class Running(OptionGroup):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, str(Path(getattr(self, name)).expanduser()))
         for name in ("protocol", "label"):
-            if not re.fullmatch(r"[\w.+=-]+", getattr(self, name) or "x"):
-                raise UserError(f"argument {flag(name)}: expected letters, digits and . + = - _, got "
+            if not re.fullmatch(r"\w[\w.+=-]*", getattr(self, name) or "x"):
+                raise UserError(f"argument {flag(name)}: expected letters, digits, _ and then . + = - too, got "
                                 f"{getattr(self, name)!r}")
 
 

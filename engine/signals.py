@@ -29,12 +29,14 @@ class StopSignals:
     """Within, SIGTERM, SIGINT and SIGUSR1 ask this process to stop: at once (:class:`Stop`), or, inside
     :meth:`deferred`, when all look (:meth:`agreed`). There a second Ctrl-C ends it at once, as KeyboardInterrupt.
 
-    asked: the signal, 0 for none. settings: for the line by which the main process says how to go on."""
+    asked: the signal, 0 for none. begun: whether the run has taken its folder over from an earlier one. settings: for
+    the line by which the main process says how to go on."""
 
     def __init__(self, settings: Settings, distributed: Distributed) -> None:
         self.settings, self.speaks = settings, distributed.is_main_process
         self._largest = LargestEverywhere(distributed.device)
-        self.asked, self._deferred, self._heard = 0, False, 0.0
+        self.asked, self.begun = 0, False
+        self._deferred, self._heard = False, 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -45,23 +47,29 @@ class StopSignals:
     def __exit__(self, kind: type | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if kind is Stop:
+        if kind is not Stop:
+            return
+        if self.begun or self.settings.running.resume:
             self._say("outside of its steps", "goes on from the last training state, if there is one")
+        elif self.speaks:  # a state that is there is an earlier run's
+            LOG.info("stopped by %s before it has begun: the same command starts it", signal.Signals(self.asked).name)
 
     @property
     def code(self) -> int:
         """The exit code: 0 as long as nobody has asked to stop."""
         return CODES.get(self.asked, 0)
 
-    def agreed(self) -> bool:
-        """Whether one of the processes was asked to stop. All have to call it, at the same places."""
-        number = self._largest(self.asked)
+    def agreed(self, now: bool = False) -> bool:
+        """Whether one of the processes was asked to stop. All have to call it, at the same places. now: on GPUs too
+        the present answer, which waits for the device, not that of the last call."""
+        number = self._largest.now(self.asked) if now else self._largest(self.asked)
         self.asked = self.asked or number
         return number != 0
 
-    def check(self) -> None:
-        """End the run (:class:`Stop`) if one of the processes was asked to. All have to call it, at the same places."""
-        if self.agreed():
+    def check(self, now: bool = False) -> None:
+        """End the run (:class:`Stop`) if one of the processes was asked to. All have to call it, at the same places.
+        now: see :meth:`agreed`."""
+        if self.agreed(now):
             raise Stop(self.code)
 
     def end(self, step: int) -> None:

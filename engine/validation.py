@@ -61,6 +61,7 @@ def validate(run: Run, journal: Journal) -> None:
     if score > run.best:
         run.best = score
         if run.distributed.is_main_process:
+            run.check_lock()
             save_state_dict(run.student, run.files.best)
     run.validated = run.step
     journal.clock.skip()

@@ -10,6 +10,7 @@ import argparse
 import difflib
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING
@@ -199,7 +200,9 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
         return 130
-    except BrokenPipeError:  # whoever reads our output, such as head, has enough
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is written at the end
         return 141
     except RuntimeError as error:
@@ -207,6 +210,13 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
             raise
         _say(f"{prog}: another process failed; its message is above or below\n")
         return 2
+
+
+def _output_is_closed() -> bool:
+    """Whether whoever reads our output, such as head, has gone."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _say(line: str) -> None:

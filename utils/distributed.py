@@ -113,8 +113,7 @@ class LargestEverywhere:
     def __call__(self, number: int) -> int:
         if not is_distributed():
             return number
-        value = torch.full((1,), number, dtype=torch.int32, device=self.device)
-        dist.all_reduce(value, dist.ReduceOp.MAX)
+        value = self._reduced(number)
         if self.device.type != "cuda":
             return int(value)
         host = torch.empty(1, dtype=torch.int32, pin_memory=True).copy_(value, non_blocking=True)
@@ -125,6 +124,15 @@ class LargestEverywhere:
             return 0
         before[1].synchronize()
         return int(before[0])
+
+    def now(self, number: int) -> int:
+        """The present answer; on a GPU it waits for the device."""
+        return int(self._reduced(number)) if is_distributed() else number
+
+    def _reduced(self, number: int) -> Tensor:
+        value = torch.full((1,), number, dtype=torch.int32, device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

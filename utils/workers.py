@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from multiprocessing import parent_process
 
 
 def leave_signals_to_parent() -> None:
@@ -13,7 +14,7 @@ def leave_signals_to_parent() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_for, args=(parent_process().pid,), daemon=True).start()
 
 
 def _end_for(parent: int) -> None:

@@ -58,6 +58,12 @@ class TestStates:
         argv = four_steps(few_images, tmp_path / "new", "--resume", str(copied / f"{STEM}_state.pth"))
         assert_refused(capsys, train_kd.main, argv, f"{STEM}_state.pth", "damaged")
 
+    def test_the_state_before_by_name_leaves_the_newest_alone(self, few_images, copied) -> None:
+        """Asked for by its name, not since the newest is damaged."""
+        argv = four_steps(few_images, copied, "--resume", str(copied / f"{STEM}_state_previous.pth"))
+        assert train_kd.main(argv) == 0
+        assert not (copied / f"{STEM}_state_damaged.pth").exists()
+
     def test_half_written_files_of_a_killed_run_are_removed(self, few_images, copied, capsys) -> None:
         left = [copied / f".{STEM}_state.pth.12345.tmp", copied / f".{STEM}.pth.json.12345.tmp"]
         for path in left:

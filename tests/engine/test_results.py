@@ -4,7 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import distil_arguments, train_arguments, write_folder_dataset, write_teacher
+from helpers import assert_refused, distil_arguments, train_arguments, write_folder_dataset, write_teacher
 
 import train_kd
 from engine.results import POINTS, digest, read_log, read_result, read_results
@@ -97,6 +97,23 @@ def test_an_interrupted_run_has_the_same_curve(place, distilled, monkeypatch) ->
     assert {k: one[k] for k in same} == {k: distilled[k] for k in same}
 
 
+def test_another_run_does_not_overwrite_it(place, capsys) -> None:
+    argv = arguments(place, "kept", "--method", "none", "--max-iterations", "1", "--skip-val")
+    assert train_kd.main(argv) == 0
+    file, = (place / "kept" / "results").glob("**/*.json")
+    before = file.read_bytes()
+    assert_refused(capsys, train_kd.main, [*argv, "--lr", "0.5"], "3.json", "lr: 0.02 -> 0.5", "--label")
+    assert file.read_bytes() == before
+    assert train_kd.main(argv) == 0  # the same run again may
+
+
+def test_a_log_of_an_earlier_version_gives_no_result_and_no_error(place, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("engine.results.read_log", lambda path: [{"kind": "train", "step": 1}])
+    assert train_kd.main(arguments(place, "old", "--method", "none", "--max-iterations", "1", "--skip-val")) == 0
+    assert "no result is written: the run's log lacks" in capsys.readouterr().out
+    assert not list((place / "old" / "results").glob("**/*.json"))
+
+
 def record(step: int, loss: float, **more: float) -> dict:
     return {"kind": "train", "step": step, "loss": loss, "raw": {"task": loss}, "weighted": {"task": 2 * loss},
             "seconds": 2.0, "cpu_seconds": 1.0, "images_per_second": 4.0, "memory_mb": 10, "load": 1.0, **more}
@@ -128,7 +145,7 @@ def test_another_file_is_refused_by_name(tmp_path, content) -> None:
         read_results(tmp_path)
 
 
-@pytest.mark.parametrize("flags", [["--protocol", "a/b"], ["--label", "../x"]])
+@pytest.mark.parametrize("flags", [["--protocol", "a/b"], ["--label", "../x"], ["--label", ".."]])
 def test_names_that_are_no_folder_names_are_refused(place, flags) -> None:
     with pytest.raises(UserError, match=flags[0]):
         train_kd.main(arguments(place, "refused", "--method", "none", *flags))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import STEM, assert_same_run, four_steps, records
+from helpers import STEM, assert_refused, assert_same_run, four_steps, records
 
 import engine.validation
 import train_kd
@@ -80,3 +80,16 @@ def test_states_of_earlier_programs_were_validated_first(few_images, whole_run, 
     (tmp_path / f"{STEM}_best_model.pth").write_bytes((whole_run / f"{STEM}_best_model.pth").read_bytes())
     monkeypatch.setattr(engine.validation, "evaluate", None)
     assert train_kd.main(four_steps(few_images, tmp_path, "--resume", str(tmp_path / "old_state.pth"))) == 0
+
+
+def test_nothing_is_written_after_a_validation_in_which_another_run_took_the_folder(few_images, tmp_path, capsys,
+                                                                                   monkeypatch) -> None:
+    evaluate = engine.validation.evaluate
+
+    def taken(*arguments, **options):
+        (tmp_path / f".{STEM}.lock").write_text('{"host": "elsewhere", "process": 7}')
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(engine.validation, "evaluate", taken)
+    assert_refused(capsys, train_kd.main, four_steps(few_images, tmp_path), "process 7 on elsewhere")
+    assert content(tmp_path, "_state")["validated"] == 0 and not (tmp_path / f"{STEM}_best_model.pth").exists()

@@ -116,6 +116,31 @@ def test_outside_of_its_steps_a_run_ends_at_once(method, tmp_path, capsys, monke
             "is one") in capsys.readouterr().out
 
 
+def test_a_run_that_has_not_begun_does_not_point_to_an_earlier_one(method, tmp_path, capsys, monkeypatch) -> None:
+    """The state in the folder is that of the run before."""
+    assert train_kd.main(arguments(method, tmp_path)) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(train_kd, "build_run", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        train_kd.main(arguments(method, tmp_path))
+    said = capsys.readouterr().out
+    assert stop.value.code == 75 and "--resume" not in said
+    assert "before it has begun: the same command starts it" in said
+
+
+def test_a_signal_at_the_very_end_leaves_a_finished_run(method, tmp_path, monkeypatch) -> None:
+    save_state = train_kd.save_state
+
+    def last(run):
+        save_state(run)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_kd, "save_state", lambda run: last(run) if run.step == 4 else save_state(run))
+        assert train_kd.main(arguments(method, tmp_path)) == 0
+    assert state_of(tmp_path)["step"] == 4
+
+
 def test_a_stage_before_training_saves_too(method, tmp_path, capsys, monkeypatch) -> None:
     argv = arguments(method, tmp_path, "--method", "maskd", "--maskd-steps", "4", "--maskd-batch-size", "2",
                      "--maskd-tokens", "2", "--max-iterations", "1", "--skip-val")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from engine.results import read_result
+from engine.results import differences, read_result
 from engine.run_files import plain
 from tools.planning.plan import ROOT, Job
 from utils.errors import UserError
@@ -16,14 +16,6 @@ from utils.files import sha256
 
 #: of a run: not begun, stopped on the way, with its result
 NEW, BEGUN, DONE = "new", "begun", "done"
-#: settings that change no figure but time and memory, say where things lie, or that a network says itself
-UNIMPORTANT = frozenset((
-    "resume", "workers", "data", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters", "diagnose_every",
-    "results", "protocol", "label", "tensorboard", "panels", "local_rank", "no_cuda", "aux", "fast", "channels_last",
-    "ddp_compression", "list_methods"))
-#: files, of which the name counts, not where they lie
-FILES = frozenset(("teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base",
-                   "train_list", "val_list"))
 
 
 @dataclass(frozen=True)
@@ -77,13 +69,3 @@ def remedy(job: Job) -> str:
     """What to do about a run that no longer belongs to its plan."""
     return ("A changed plan needs a new protocol name; to make this run again, remove "
             f"{job.result.name} and the folder {job.folder}")
-
-
-def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """'setting: made -> wanted' for everything that a figure depends on."""
-
-    def value(settings: Mapping[str, Any], key: str) -> Any:
-        return Path(settings[key]).name if key in FILES and settings[key] else settings[key]
-
-    return [f"{key}: {value(made, key)} -> {value(wanted, key)}"
-            for key in sorted(made.keys() & wanted.keys() - UNIMPORTANT) if value(made, key) != value(wanted, key)]
