@@ -41,11 +41,8 @@ cpus=()
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then cpus=(--cpus-per-task="$SLURM_CPUS_PER_TASK"); fi # srun inherits it no more
 srun --kill-on-bad-exit=1 ${cpus[@]+"${cpus[@]}"} bash "$@" --resume auto &
 step=$!
-code=0
-while :; do # a trapped signal ends `wait` early
-    wait "$step" && code=0 || code=$?
-    kill -0 "$step" 2>/dev/null || break
-done
+while kill -0 "$step" 2>/dev/null; do sleep 1; done # not `wait`: one that a trap interrupts may never end
+wait "$step" && code=0 || code=$?
 if [[ -n $watch ]]; then kill "$watch" || true; fi
 if ((code == 75)) || { [[ -n $watch ]] && ((code != 0)); }; then # torchrun makes 1 of 75
     echo "queued again"
