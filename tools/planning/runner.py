@@ -48,6 +48,7 @@ class Runner:
         self.deadline = None if seconds is None else time.monotonic() + seconds
         self.say, self.count, self.begun = say, len(jobs), 0
         self.running: dict[str, tuple[Job, subprocess.Popen, float]] = {}
+        self.told: dict[str, str] = {}
         self.next_news = time.monotonic() + NEWS
         self.outcome = Outcome()
 
@@ -109,7 +110,10 @@ class Runner:
         self.next_news = time.monotonic() + NEWS
         for name, (job, _, _) in self.running.items():
             said = re.search(r"step .*", last_line(job))
-            self.say(f"    {name}: {said[0] if said else 'beginning'}")
+            news = f"    {name}: {said[0] if said else 'beginning'}"
+            if self.told.get(name) != news:
+                self.told[name] = news
+                self.say(news)
 
     def _stop(self) -> None:
         """Tell every run to end, and wait. One that has ended by itself is what it is."""
