@@ -112,6 +112,15 @@ class SegmentationDataset(Dataset):
                                 f"{self.spec.allowed_ids()}")
         return image, label
 
+    def require_labels(self) -> None:
+        """UserError when not one pixel of the split has a class; mostly the first image tells."""
+        for index in range(len(self)):
+            label = self.read(index)[1]
+            if label is not None and (self.spec.id_to_train[label] != IGNORE).any():
+                return
+        raise UserError(f"{os.path.dirname(self.samples[0].label or self.samples[0].image)}: every pixel of the "
+                        f"{len(self)} labels of split '{self.split}' is ignored; expected pixels with a class")
+
     def augmented(self, index: int, image: np.ndarray, label: np.ndarray,
                   augmentation: transforms.Augmentation) -> dict[str, Any]:
         """The training sample of a stored pair for given augmentation parameters."""
