@@ -107,9 +107,7 @@ class SegmentationDataset(Dataset):
         if label is not None and self._unknown.any():
             values = self.cache.values(index) if self.cache else label
             if cv2.LUT(values, self._unknown).any():
-                value = int(label[~self.spec.known_ids[label]][0])
-                raise UserError(f"{sample.label}: label value {value}; {self.spec.title} expects "
-                                f"{self.spec.allowed_ids()}")
+                raise self.spec.unknown_value(sample.label, int(label[~self.spec.known_ids[label]][0]))
         return image, label
 
     def require_labels(self) -> None:
