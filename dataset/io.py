@@ -13,6 +13,7 @@ from utils.errors import UserError
 
 LONGEST_SIDE = 2**15 - 1  # of an image: positions travel as int16
 ORIENTATION, UPRIGHT = 0x0112, 1  # the EXIF entry, and its value for a picture that is stored as it is shown
+EXIF_REACH = 2**17  # EXIF data stand in the first or last so many bytes of a file
 PNG_DEPTH = 24  # position of the byte with the bits per color
 JPEG_START, JPEG_SCAN, JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
 PNG_START, PNG_END = b"\x89PNG", b"IEND"
@@ -78,7 +79,7 @@ def _orientation(data: bytes) -> int:
     """How EXIF data say that a picture is to be shown: 1 as it is stored, 2..4 mirrored or upside down, 5..8 with its
     sides exchanged."""
     mark = next((mark for start, mark in EXIF_MARKS.items() if data.startswith(start)), b"")
-    if mark not in data:
+    if mark not in data[:EXIF_REACH] and mark not in data[-EXIF_REACH:]:
         return UPRIGHT
     try:
         with Image.open(io.BytesIO(data)) as picture:
