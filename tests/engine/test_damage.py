@@ -12,6 +12,10 @@ from helpers import CLASSES, STEM, STUDENT, assert_refused, assert_same_run, fou
 
 import eval as evaluation
 import train_kd
+from dataset import get_dataset_spec
+from engine.build import build_student
+from engine.log import LOG
+from engine.settings import parse_settings
 from models import read_info
 
 
@@ -151,6 +155,14 @@ class TestData:
         assert_refused(capsys, train_kd.main, train_arguments(changed, tmp_path / "new", *as_teacher), expected)
         Path(f"{weights}.json").unlink()  # a file that nobody knows anything of
         assert evaluation.main([*asked, str(weights), "--model", "deeplab_mobile", "--backbone", STUDENT]) == 0
+
+    def test_a_student_may_start_from_them(self, changed, whole_run, tmp_path, monkeypatch) -> None:
+        self.swap(changed)
+        start, said = str(whole_run / f"{STEM}.pth"), []
+        settings = parse_settings(four_steps(changed, tmp_path / "new", "--student-pretrained", start))
+        monkeypatch.setattr(LOG, "warning", lambda text, *values: said.append(text % values))
+        build_student(settings, get_dataset_spec("folder", changed))
+        assert len(said) == 1 and f"--student-pretrained {start}: trained for these classes in another order" in said[0]
 
     def test_a_split_without_a_labeled_pixel_is_refused(self, few_images, tmp_path, capsys) -> None:
         data = Path(shutil.copytree(few_images, tmp_path / "set"))
