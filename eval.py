@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Evaluate a trained segmentation network: per-class table, JSON, and pictures.
 
-    python eval.py --model deeplabv3 --backbone resnet18 --dataset camvid --data DIR --pretrained FILE --split test
+    python eval.py --dataset camvid --data DIR --pretrained FILE --split test
     torchrun --nproc_per_node 8 eval.py ...        (the same figures, to the last digit)
 """
 from __future__ import annotations
@@ -19,7 +19,14 @@ import dataset as data
 from engine.evaluate import evaluate
 from engine.log import LOG, setup_logging
 from engine.predict import check_options
-from models import NetworkChoice
+from models import (
+    NetworkChoice,
+    backbone_help,
+    check_classes,
+    check_described,
+    described_network,
+    model_help,
+)
 from models.prepare import HALF_PRECISIONS, check_precision
 from utils.allocator import keep_freed_memory
 from utils.cli import ArgumentParser, read_options, run_main
@@ -27,7 +34,7 @@ from utils.distributed import Distributed, cleanup, init_distributed
 from utils.errors import UserError
 from utils.files import check_target, sha256, write_json
 from utils.options import OptionGroup, option
-from utils.score import SegmentationMetric
+from utils.score import SegmentationMetric, table
 from utils.visualize import color_mask, overlay, save_index, save_rgb
 
 
@@ -35,12 +42,19 @@ from utils.visualize import color_mask, overlay, save_index, save_rgb
 class Network(OptionGroup):
     """What is evaluated. Defaults are those of the reference where it has the option, here and below."""
 
-    model: str = option("deeplabv3", "architecture")
-    backbone: str = option("resnet18", "backbone")
+    model: str = option("deeplabv3", lambda: f"{model_help()} (default: what the weights' JSON file says, else "
+                                             "deeplabv3)")
+    backbone: str = option("resnet18", lambda: f"{backbone_help()} (default: what the weights' JSON file says, else "
+                                               "resnet18)")
     pretrained: str | None = option(None, "weights of the whole network, a .pth file (required)", metavar="FILE")
     aux: bool = option(False, "load the auxiliary head too; it takes no part in the prediction")
     preprocess: str | None = option(None, "input of the network: BGR minus mean, or RGB mean/std (default: what the "
                                           "weights say)", choices=("bgr", "rgb"))
+
+    @property
+    def choice(self) -> NetworkChoice:
+        """The network, with its weights."""
+        return NetworkChoice(self.model, self.backbone, self.pretrained, preprocess=self.preprocess, aux=self.aux)
 
 
 @dataclass(frozen=True)
@@ -138,9 +152,15 @@ def build_parser() -> ArgumentParser:
 
 
 def parse_settings(argv: Sequence[str] | None) -> EvalSettings:
-    """Parse the command line; it ends here."""
-    parsed = vars(build_parser().parse_args(argv))
-    return EvalSettings(*(read_options(parsed, group) for _, group in GROUPS))
+    """Parse the command line; it ends here. Flags win over what the weights' JSON file says, which wins over defaults;
+    UserError when flag and file name different networks."""
+    parser = build_parser()
+    said = described_network(parser.parse_args(argv).pretrained)
+    parser.set_defaults(**said)
+    parsed = vars(parser.parse_args(argv))
+    settings = EvalSettings(*(read_options(parsed, group) for _, group in GROUPS))
+    check_described(settings.network.choice, said)
+    return settings
 
 
 class PredictionWriter:
@@ -208,25 +228,10 @@ def build(settings: EvalSettings, distributed: Distributed) -> tuple[data.Segmen
                                        ignore_label=d.ignore_label, list_file=d.data_list, limit=d.limit)
     if d.cache is not None:
         data.use_cache([dataset], d.cache, LOG.info)
-    choice = NetworkChoice(n.model, n.backbone, n.pretrained, preprocess=n.preprocess, aux=n.aux)
-    return dataset, choice.build(spec.num_class).to(distributed.device).eval()
-
-
-def table(result: dict[str, Any], classes: tuple[str, ...]) -> str:
-    """The figures in percent, as text."""
-    width = max(24, *(len(name) for name in classes))
-    lines = [f"{'class':{width}s} {'IoU %':>8s} {'acc %':>8s} {'pixels %':>9s}"]
-    total = max(result["labelled_pixels"], 1)
-    for name, iou, accuracy, pixels in zip(classes, result["iou_per_class"], result["acc_per_class"],
-                                           result["label_pixels"], strict=True):
-        shown = f"{100 * accuracy:8.2f}" if pixels else f"{'-':>8s}"  # no pixel of it: no accuracy
-        lines.append(f"{name:{width}s} {100 * iou:8.2f} {shown} {100 * pixels / total:9.2f}")
-    lines.append("-" * len(lines[0]))
-    present = sum(pixels > 0 for pixels in result["label_pixels"])
-    rows = [(f"mIoU, all {len(classes)} classes", "mIoU"), (f"mIoU, {present} present classes", "mIoU_present"),
-            ("pixAcc", "pixAcc"), ("pixAcc of the reference", "pixAcc_reference"), ("mAcc", "mAcc")]
-    lines += [f"{text:{width}s} {100 * result[key]:8.2f}" for text, key in rows if key in result]
-    return "\n".join(lines)
+    net = n.choice.build(spec.num_class)
+    if note := check_classes(net, n.pretrained, spec.classes):
+        LOG.warning("%s", note)
+    return dataset, net.to(distributed.device).eval()
 
 
 def record(settings: EvalSettings, dataset: data.SegmentationDataset, net: nn.Module,

@@ -8,6 +8,7 @@ import importlib
 import pkgutil
 
 from dataset.cache import use_cache
+from dataset.fingerprint import changes, fingerprint
 from dataset.sampler import EvalSampler, TrainSampler
 from dataset.segmentation import SegmentationDataset, collate, worker_init
 from dataset.spec import DatasetSpec, SplitSpec, get_dataset_spec, list_datasets, register_builder, register_dataset
@@ -17,6 +18,7 @@ for _module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
-    "DatasetSpec", "EvalSampler", "SegmentationDataset", "SplitSpec", "TrainSampler", "collate", "get_dataset_spec",
-    "list_datasets", "register_builder", "register_dataset", "use_cache", "worker_init",
+    "DatasetSpec", "EvalSampler", "SegmentationDataset", "SplitSpec", "TrainSampler", "changes", "collate",
+    "fingerprint", "get_dataset_spec", "list_datasets", "register_builder", "register_dataset", "use_cache",
+    "worker_init",
 ]

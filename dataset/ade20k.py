@@ -25,6 +25,6 @@ ADE20K = register_dataset(DatasetSpec(
         "val": SplitSpec("images/validation", "annotations/validation", (".jpg",), id_list=True, published=2000),
         "test": SplitSpec("images/testing", None, (".jpg",), id_list=True, published=3352),
     },
-    train_crop=(512, 512),
+    train_crop=(512, 512), upright_labels=True,
     **id_tables({stored: stored - 1 for stored in range(151)}),
 ))

@@ -27,7 +27,7 @@ COCO_STUFF = register_dataset(DatasetSpec(
     classes=tuple(" ".join(name.split()) for name in CLASSES.split(",")),
     splits={name: SplitSpec(f"images/{name}2017", f"annotations/{name}2017", (".jpg",), id_list=True, published=count)
             for name, count in (("train", 118287), ("val", 5000))},
-    train_crop=(512, 512),
+    train_crop=(512, 512), upright_labels=True,
     absent_classes=(11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90),
     **id_tables({stored: stored for stored in range(182)}, ignore=[255]),
 ))

@@ -107,10 +107,17 @@ class SegmentationDataset(Dataset):
         if label is not None and self._unknown.any():
             values = self.cache.values(index) if self.cache else label
             if cv2.LUT(values, self._unknown).any():
-                value = int(label[~self.spec.known_ids[label]][0])
-                raise UserError(f"{sample.label}: label value {value}; {self.spec.title} expects "
-                                f"{self.spec.allowed_ids()}")
+                raise self.spec.unknown_value(sample.label, int(label[~self.spec.known_ids[label]][0]))
         return image, label
+
+    def require_labels(self) -> None:
+        """UserError when not one pixel of the split has a class; mostly the first image tells."""
+        for index in range(len(self)):
+            label = self.read(index)[1]
+            if label is not None and (self.spec.id_to_train[label] != IGNORE).any():
+                return
+        raise UserError(f"{os.path.dirname(self.samples[0].label or self.samples[0].image)}: every pixel of the "
+                        f"{len(self)} labels of split '{self.split}' is ignored; expected pixels with a class")
 
     def augmented(self, index: int, image: np.ndarray, label: np.ndarray,
                   augmentation: transforms.Augmentation) -> dict[str, Any]:

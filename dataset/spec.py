@@ -53,6 +53,7 @@ class DatasetSpec:
     report_splits: tuple[str, ...] = ()  # evaluated at the end
     reference_selection_split: str = "val"  # on which the reference implementation selects
     absent_classes: tuple[int, ...] = ()  # train ids that never occur in the published labels (still count in mIoU)
+    upright_labels: bool = False  # labels fit images as EXIF data turn them; if not known, such images are refused
 
     def __post_init__(self) -> None:
         count = len(self.classes)
@@ -96,6 +97,10 @@ class DatasetSpec:
         ids = np.flatnonzero(self.known_ids)
         runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
         return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)
+
+    def unknown_value(self, path: str, value: int) -> UserError:
+        """The error for a label file with a stored value that may not occur."""
+        return UserError(f"{path}: label value {value}; {self.title} expects {self.allowed_ids()}")
 
 
 def id_tables(mapping: Mapping[int, int], ignore: Iterable[int] = ()) -> dict[str, np.ndarray]:

@@ -18,6 +18,6 @@ VOC = register_dataset(DatasetSpec(
             "ImageSets/Segmentation/train_aug.txt", "ImageSets/Segmentation/trainaug.txt")),
         "val": _split("SegmentationClass", published=1449, lists=("ImageSets/Segmentation/val.txt",)),
     },
-    train_crop=(512, 512),
+    train_crop=(512, 512), upright_labels=True,
     **id_tables({stored: stored for stored in range(21)}, ignore=[255]),
 ))

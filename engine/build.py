@@ -14,6 +14,7 @@ from engine.settings import Data, Settings
 from engine.step import TrainStep
 from losses.core.facts import NetInfo, RunFacts
 from losses.core.objective import Objective, build_distillers
+from models import check_classes
 from models.prepare import check_precision, to_channels_last
 from utils.distributed import Distributed, send_in_bf16, synchronize_batch_norm
 from utils.errors import UserError
@@ -27,9 +28,14 @@ def build_run(settings: Settings, distributed: Distributed) -> Run:
     spec = data.get_dataset_spec(settings.data.dataset, settings.data.data)
     train_set = build_dataset(settings, spec, spec.train_split, train=True, list_file=settings.data.train_list)
     val_set, report_sets = build_evaluation_sets(settings, spec)
+    splits = [train_set, *([val_set] if val_set else []), *report_sets]
     if settings.data.cache is not None:
-        data.use_cache([train_set, *([val_set] if val_set else []), *report_sets], settings.data.cache, LOG.info)
-    student, teacher = build_student(settings, spec.num_class), build_teacher(settings, spec.num_class)
+        data.use_cache(splits, settings.data.cache, LOG.info)
+    for split in splits:
+        split.require_labels()
+    student, teacher = build_student(settings, spec), build_teacher(settings, spec)
+    if distributed.is_main_process:  # which writes the files that say it
+        student.trained_on = data.fingerprint(splits)
     settings = replace(settings, networks=replace(settings.networks, aux=student.aux))
     files = RunFiles(settings)
     objective = build_objective(settings, student, teacher, resumed=bool(files.resume_from))
@@ -60,17 +66,28 @@ def wants_plain_maps(settings: Settings, device_type: str) -> bool:
     return not speed.uses_channels_last or device_type == "cpu" and speed.amp_dtype is None
 
 
-def build_student(settings: Settings, num_class: int) -> nn.Module:
+def build_student(settings: Settings, spec: data.DatasetSpec) -> nn.Module:
     """The student in train mode. Its random weights depend on the seed only, not on the method."""
     seed_everything(settings.optimization.seed, "student")
-    return settings.networks.student.build(num_class).train()
+    student = settings.networks.student.build(spec.num_class).train()
+    try:
+        note = check_classes(student, settings.networks.student_pretrained, spec.classes)
+    except UserError as error:  # it learns the new order
+        note = str(error)
+    if note is not None:
+        LOG.warning("--student-pretrained %s", note)
+    return student
 
 
-def build_teacher(settings: Settings, num_class: int) -> nn.Module | None:
-    """The frozen teacher in eval mode, or None when no method of the run reads one."""
+def build_teacher(settings: Settings, spec: data.DatasetSpec) -> nn.Module | None:
+    """The frozen teacher in eval mode, or None when no method of the run reads one. UserError when it has learned the
+    classes in another order."""
     if not settings.needs_teacher:
         return None
-    return settings.networks.teacher.build(num_class).eval().requires_grad_(False)
+    teacher = settings.networks.teacher.build(spec.num_class).eval().requires_grad_(False)
+    if note := check_classes(teacher, settings.networks.teacher_pretrained, spec.classes):
+        LOG.warning("--teacher-pretrained %s", note)
+    return teacher
 
 
 def run_facts(settings: Settings, num_class: int, resumed: bool = False) -> RunFacts:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import dataset as data
 from engine.log import LOG
 from engine.optimizer import load_optimizer
 from engine.run import Run
@@ -105,6 +106,7 @@ def resume(run: Run) -> bool:
         run.validated = int(state.get("validated", run.step))  # earlier programs validated first
         stage_options = {name for d in run.objective.distillers.values() for name in d.stage_options}
         changes = changed_settings(state["config"], run.settings, stage_options)
+        changes += changed_data(state["net_info"].get("trained_on"), run.student.trained_on)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--resume {path}: the state is of another model or method than the one asked for "
                         f"({first_line(error)})") from error
@@ -132,6 +134,13 @@ def check_state(run: Run, path: Path, state: dict[str, Any]) -> None:
     own = run.student.state_dict()
     for name in own.keys() & state["model"].keys():
         check_values(f"--resume {path}", name, state["model"][name], own[name])
+
+
+def changed_data(before: dict[str, Any] | None, now: dict[str, Any] | None) -> list[str]:
+    """What differs between the data of a saved run and those of now, as one text; before: None in older states, now:
+    None on processes that do not tell it."""
+    found = data.changes(before, now) if before and now else []
+    return [f"other data: {'; '.join(found)}"] if found else []
 
 
 def changed_settings(saved: dict, settings: Settings, finished: Collection[str] = ()) -> list[str]:

@@ -17,7 +17,7 @@ from engine.presets import preset
 from losses.core import methods
 from losses.core.distiller import Distiller
 from losses.core.objective import active_methods
-from models import NetworkChoice
+from models import NetworkChoice, backbone_help, check_described, described_network, model_help
 from models.prepare import HALF_PRECISIONS
 from utils.cli import ArgumentParser, read_options
 from utils.errors import UserError
@@ -43,13 +43,15 @@ def _teacher_help() -> str:
 class Networks(OptionGroup):
     """Teacher and student."""
 
-    teacher_model: str = option("deeplabv3", "architecture of the teacher")
-    teacher_backbone: str = option("resnet101", "backbone of the teacher")
+    teacher_model: str = option("deeplabv3", lambda: f"{model_help(' of the teacher')} (default: what its weights' "
+                                                     "JSON file says, else deeplabv3)")
+    teacher_backbone: str = option("resnet101", "backbone of the teacher, one of those of the student (default: what "
+                                                "its weights' JSON file says, else resnet101)")
     teacher_pretrained: str | None = option("None", _teacher_help, metavar="FILE")
     teacher_pretrained_base: str | None = option("None", BASE_HELP, metavar="FILE")
     teacher_preprocess: str | None = option(None, PREPROCESS_HELP, choices=("bgr", "rgb"))
-    student_model: str = option("deeplabv3", "architecture of the student", aliases=("model",))
-    student_backbone: str = option("resnet18", "backbone of the student", aliases=("backbone",))
+    student_model: str = option("deeplabv3", lambda: model_help(" of the student"), aliases=("model",))
+    student_backbone: str = option("resnet18", lambda: backbone_help(" of the student"), aliases=("backbone",))
     student_pretrained: str | None = option("None", "segmentation weights to start from", metavar="FILE",
                                             aliases=("pretrained",))
     student_pretrained_base: str | None = option("None", BASE_HELP, metavar="FILE", aliases=("pretrained_base",))
@@ -311,6 +313,10 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     settings = from_flat(vars(parsed))
     if not settings.list_methods:
         check_settings(settings)
+        if settings.needs_teacher and (said := described_network(settings.networks.teacher_pretrained)):
+            parser.set_defaults(**{f"teacher_{key}": value for key, value in said.items()})
+            settings = from_flat(vars(parser.parse_args(argv)))
+            check_described(settings.networks.teacher, said, "teacher_")
     return settings
 
 

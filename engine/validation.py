@@ -14,6 +14,7 @@ from engine.log import LOG, RunLogger
 from engine.run import Run
 from models.weights import load_weights, save_state_dict
 from utils.distributed import Distributed, barrier, broadcast_buffers
+from utils.score import absent_classes
 from utils.visualize import comparison
 
 
@@ -39,6 +40,8 @@ class Validator:
                           on_prediction=draw if self.logger else None, **self.options)
         LOG.info("%s %s step %d  mIoU %.2f  pixAcc %.2f  mAcc %.2f  (%d images)", kind, self.dataset.split, step,
                  100 * result["mIoU"], 100 * result["pixAcc"], 100 * result["mAcc"], len(self.dataset))
+        if note := absent_classes(result, self.dataset.spec.classes):
+            LOG.info("%s", note)
         if self.logger is not None:
             self.logger.record(kind, step, split=self.dataset.split, seconds=round(time.perf_counter() - start, 3),
                                **{k: result[k] for k in ("mIoU", "pixAcc", "mAcc", "mIoU_present", "iou_per_class")})

@@ -5,15 +5,27 @@
 """
 from __future__ import annotations
 
+from models.class_names import check_classes
 from models.output import SegOutput
 from models.preprocess import CAFFE_BGR, IMAGENET_RGB, Preprocess, get_preprocess
-from models.registry import NetworkChoice, default_aux, get_segmentation_model, list_models, split_backbone
+from models.registry import (
+    NetworkChoice,
+    backbone_help,
+    check_described,
+    default_aux,
+    described_network,
+    get_segmentation_model,
+    list_models,
+    model_help,
+    split_backbone,
+)
 from models.segmentation import SegmentationNet
 from models.weight_files import describe, read_info, read_state_dict, save_state_dict
 from models.weights import LoadReport, load_weights
 
 __all__ = [
     "CAFFE_BGR", "IMAGENET_RGB", "LoadReport", "NetworkChoice", "Preprocess", "SegOutput", "SegmentationNet",
-    "default_aux", "describe", "get_preprocess", "get_segmentation_model", "list_models", "load_weights", "read_info",
+    "backbone_help", "check_classes", "check_described", "default_aux", "describe", "described_network",
+    "get_preprocess", "get_segmentation_model", "list_models", "load_weights", "model_help", "read_info",
     "read_state_dict", "save_state_dict", "split_backbone",
 ]

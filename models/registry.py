@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from models.mobilenetv2 import MobileNetV2
 from models.preprocess import Preprocess
 from models.resnet import ResNet
 from models.segmentation import SegmentationNet
+from models.weight_files import read_info
 from models.weights import is_given, load_weights
 from utils.errors import UserError
 
@@ -76,9 +77,41 @@ class NetworkChoice:
                                       self.pretrained_base, preprocess=self.preprocess, **more)
 
 
+def described_network(source: str | None) -> dict[str, str]:
+    """The 'model' and 'backbone' that the JSON file beside weights names, as far as it does. UserError when it is not
+    readable."""
+    info = (read_info(source) if is_given(source) else None) or {}
+    return {key: info[key] for key in ("model", "backbone") if isinstance(info.get(key), str)}
+
+
+def check_described(choice: NetworkChoice, said: Mapping[str, str], prefix: str = "") -> None:
+    """UserError, naming both, when a network was asked for that is not the one that its weights' JSON file says.
+
+    said: of :func:`described_network`. prefix: of the settings, such as "teacher_"."""
+    for key, value in said.items():
+        if getattr(choice, key) != value:
+            raise UserError(f"{prefix.replace('_', ' ')}{key} {getattr(choice, key)} was asked for, but "
+                            f"{choice.pretrained}.json says {value}: leave it out, or choose other weights",
+                            settings=[prefix + key])
+
+
 def list_models() -> list[tuple[str, str]]:
     """Every (model, backbone) pair at full width, in the order of the table."""
     return [(model, backbone) for model, entry in ARCHITECTURES.items() for backbone in entry.backbones]
+
+
+def model_help(whose: str = "") -> str:
+    """Help of a flag that chooses a model."""
+    return f"architecture{whose}: {', '.join(ARCHITECTURES)}"
+
+
+def backbone_help(whose: str = "") -> str:
+    """Help of a flag that chooses a backbone."""
+    by_backbones = {}
+    for model, entry in ARCHITECTURES.items():
+        by_backbones.setdefault(entry.backbones, []).append(model)
+    pairs = "; ".join(f"of {' and '.join(models)}: {', '.join(names)}" for names, models in by_backbones.items())
+    return f"backbone{whose}, {pairs}; _w0.5 behind a name halves its channels"
 
 
 def split_backbone(name: str) -> tuple[str, float]:

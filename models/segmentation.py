@@ -1,6 +1,8 @@
 """The one network class: a backbone, a head and, if wanted, an auxiliary head."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,8 @@ class SegmentationNet(nn.Module):
         aux             True when there is an auxiliary head
         channels        {tap: channel count} of exactly the fields that ``forward`` fills, in their order
         preprocess      what the weights expect of the input; weight files change it, see ``weights.py``
+        trained_on      {"classes": names, ...} of the data that the weights were trained on (``dataset/fingerprint.py``
+                        has the rest of it), None when that is not known
 
     Submodules are called as in the released checkpoints: ``pretrained`` (backbone), ``head``, ``auxlayer``."""
 
@@ -33,6 +37,7 @@ class SegmentationNet(nn.Module):
         self.model, self.backbone, self.name = model, backbone_name, f"{model}-{backbone_name}"
         self.num_class, self.in_channels, self.aux = num_class, 3, auxlayer is not None
         self.preprocess: Preprocess = CAFFE_BGR
+        self.trained_on: dict[str, Any] | None = None
         self.pretrained = backbone
         self.head = head
         if auxlayer is not None:

@@ -81,9 +81,11 @@ def read_info(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def describe(net: nn.Module) -> dict[str, Any]:
-    """What a plain state dict does not say: model, backbone, num_class, aux and preprocess, as JSON values."""
+    """What a plain state dict does not say, as JSON values: model, backbone, num_class, aux, preprocess and, if known,
+    what it was trained on."""
+    trained_on = {} if net.trained_on is None else {"trained_on": net.trained_on}
     return {"model": net.model, "backbone": net.backbone, "num_class": net.num_class, "aux": net.aux,
-            "preprocess": net.preprocess.to_dict()}
+            "preprocess": net.preprocess.to_dict(), **trained_on}
 
 
 def save_state_dict(net: nn.Module, path: str | os.PathLike) -> None:
@@ -110,7 +112,8 @@ def _info_path(path: Path) -> Path:
 
 
 def _checked_info(name: str, info: Any) -> dict[str, Any] | None:
-    """A copy of ``info`` whose 'preprocess' is a Preprocess (absent when it says nothing); None stays None."""
+    """A copy of ``info`` whose 'preprocess' is a Preprocess (absent when it says nothing) and whose 'trained_on', if
+    any, names classes; None stays None."""
     if info is None:
         return None
     if not isinstance(info, Mapping):
@@ -121,7 +124,14 @@ def _checked_info(name: str, info: Any) -> dict[str, Any] | None:
             info["preprocess"] = Preprocess.from_dict(info["preprocess"])
     except (ValueError, TypeError) as error:
         raise UserError(f"{name}: 'preprocess' is not usable ({first_line(error)})") from error
+    if "trained_on" in info and not _is_trained_on(info["trained_on"]):
+        raise UserError(f"{name}: 'trained_on' is not usable (expected an object with a list of names as \"classes\")")
     return info
+
+
+def _is_trained_on(value: Any) -> bool:
+    names = value.get("classes") if isinstance(value, Mapping) else None
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
 
 
 def _download(name: str) -> Any:

@@ -54,7 +54,8 @@ class LoadReport:
 
 def load_weights(net: nn.Module, source: str | os.PathLike | None, what: str = "model",
                  preprocess: Preprocess | str | None = None) -> LoadReport:
-    """Load a file, or a torchvision weight name, into a network in place, and set ``net.preprocess``.
+    """Load a file, or a torchvision weight name, into a network in place, and set ``net.preprocess`` and, of a whole
+    model, ``net.trained_on``.
 
     source: None, '' and 'None' load nothing. what: 'model' = every tensor of the network must be in the file, and
     only harmless others; 'backbone' = at least nine tenths of the backbone's. Missing batch counters are no error.
@@ -71,6 +72,8 @@ def load_weights(net: nn.Module, source: str | os.PathLike | None, what: str = "
         for target, value in pairs:
             target.copy_(value)
     net.preprocess = wanted or suggested or net.preprocess
+    if what == "model":
+        net.trained_on = (file.info or {}).get("trained_on")
     _log(net, file, what, report)
     return report
 

@@ -1,25 +1,38 @@
-"""Check a data set before a long run: file counts, readable images, matching sizes, label values, class frequencies.
+"""Check a data set before a long run: files that belong together, readable pictures, label values, class frequencies.
 
     python tools/check_data.py --dataset camvid --data data/CamVid
     python tools/check_data.py --dataset voc --data data/VOCAug --list train=train_aug.txt --list val=val.txt --all
+    python tools/check_data.py --dataset folder --data mydata --all --json report.json
 
-Exit code 0 when everything that was read is fine, 2 (and one line on stderr) otherwise.
+Exit code 0 when everything that was read is fine, 2 (and one line on stderr) otherwise; warnings do not count.
 """
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
+from tqdm import tqdm
 
-from dataset import DatasetSpec, SegmentationDataset, get_dataset_spec, list_datasets
+from dataset import DatasetSpec, get_dataset_spec, list_datasets
+from dataset.discovery import Sample, find_samples, labels_without_image
+from dataset.io import decode_pair, read_files
 from utils.cli import parse_options, run_main
+from utils.distributed import available_cpus
 from utils.errors import UserError
+from utils.files import check_target, write_json
 from utils.options import OptionGroup, option
+from utils.score import absent_classes
+
+SHOWN = 20  # problems that are printed; all stand in the JSON file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +44,35 @@ class Settings(OptionGroup):
     list: tuple[str, ...] = option((), "list file of a split", nargs="append", metavar="SPLIT=FILE")
     sample: int = option(20, "images to decode per split, evenly spread; 0: none", at_least=0, metavar="N")
     all: bool = option(False, "decode every image")
+    json: Path | None = option(None, "write counts and every problem", metavar="FILE")
+    workers: int | None = option(None, "threads that decode (default: one per CPU)", at_least=1)
+
+
+class Problem(NamedTuple):
+    """level: "error" or "warning". file: which one, None when it is none. message: in words, with the file."""
+
+    level: str
+    split: str
+    file: str | None
+    message: str
+
+
+@dataclass
+class SplitReport:
+    """What was found in one split. pixels: int64 [K + 1], per class over what was decoded, ignored ones last."""
+
+    name: str
+    labeled: bool
+    published: int | None
+    pixels: np.ndarray
+    images: int = 0
+    decoded: int = 0
+    all_ignored: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, level: str, file: str | None, message: str) -> None:
+        """Note a problem down."""
+        self.problems.append(Problem(level, self.name, file, message))
 
 
 def list_files(entries: Sequence[str], spec: DatasetSpec) -> dict[str, str]:
@@ -45,19 +87,84 @@ def list_files(entries: Sequence[str], spec: DatasetSpec) -> dict[str, str]:
     return files
 
 
-def check_split(spec: DatasetSpec, settings: Settings, split: str, list_file: str | None) -> np.ndarray:
-    """Print one line about a split. int64 [K + 1]: pixels per class over what was decoded, ignored ones last."""
-    published, has_labels = spec.split(split).published, spec.split(split).label_dir
-    data = SegmentationDataset(spec, settings.data, split, train=False, list_file=list_file)
-    wanted = len(data) if settings.all else min(settings.sample, len(data))
-    indices = np.unique(np.linspace(0, len(data) - 1, wanted).astype(int))
-    counts = np.zeros(spec.num_class + 1, dtype=np.int64)
-    for index in indices:
-        label = data[int(index)]["label"].numpy()
-        counts += np.bincount(np.where(label < 0, spec.num_class, label).ravel(), minlength=len(counts))
-    note = "" if published is None else ", as published" if published == len(data) else f", PUBLISHED: {published}"
-    print(f"{split}: {len(data)} images{note}{'' if has_labels else ', no labels'}; {len(indices)} decoded")
-    return counts if has_labels else np.zeros_like(counts)
+def check_split(spec: DatasetSpec, settings: Settings, split: str, list_file: str | None) -> SplitReport:
+    """Find the files of a split, decode some or all of them, and note down whatever does not fit."""
+    part = spec.split(split)
+    report = SplitReport(split, bool(part.label_dir), part.published, np.zeros(spec.num_class + 1, np.int64))
+    try:
+        samples = find_samples(spec, settings.data, split, list_file,
+                               lambda path, text: report.add("error", path, f"{path}: {text}"))
+    except UserError as error:
+        report.add("error", None, str(error))
+        return report
+    report.images = len(samples)
+    for path, count in Counter(sample.image for sample in samples).items():
+        if count > 1:
+            report.add("warning", path, f"{path}: listed {count} times")
+    if list_file is None:
+        for path in labels_without_image(spec, settings.data, split):
+            report.add("warning", path, f"{path}: a label without an image, which no training reads")
+    wanted = len(samples) if settings.all else min(settings.sample, len(samples))
+    spread = np.unique(np.linspace(0, len(samples) - 1, wanted).astype(int)) if wanted else ()
+    decode(spec, [samples[index] for index in spread], report, settings.workers or available_cpus())
+    judge_labels(spec, report)
+    return report
+
+
+def decode(spec: DatasetSpec, samples: Sequence[Sample], report: SplitReport, threads: int) -> None:
+    """Decode samples in parallel, with a progress bar on a terminal, and count their pixels."""
+    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(samples), desc=f"check {report.name}", unit="img",
+                                                   leave=False, disable=not sys.stderr.isatty()) as bar:
+        try:
+            for sample, found in zip(samples, pool.map(lambda one: look_at(spec, one), samples), strict=True):
+                bar.update()
+                report.decoded += 1
+                if isinstance(found, str):
+                    wrong = sample.label if sample.label and found.startswith(sample.label) else sample.image
+                    report.add("error", wrong, found)
+                else:
+                    report.pixels += found
+                    report.all_ignored += int(report.labeled and not found[:-1].any())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def look_at(spec: DatasetSpec, sample: Sample) -> np.ndarray | str:
+    """int64 [K + 1], the pixels of a sample per class and ignored; or what is wrong with it."""
+    try:
+        label = decode_pair(sample, *read_files(sample))[1]
+        stored = np.zeros(256, np.int64) if label is None else np.bincount(label.ravel(), minlength=256)
+        if unknown := np.flatnonzero((stored > 0) & ~spec.known_ids).tolist():
+            raise spec.unknown_value(sample.label, unknown[0])
+    except UserError as error:
+        return str(error)
+    pixels = np.zeros(spec.num_class + 1, np.int64)
+    np.add.at(pixels, spec.id_to_train, stored)  # ignored ones are -1, the last
+    return pixels
+
+
+def judge_labels(spec: DatasetSpec, report: SplitReport) -> None:
+    """Note down what the labels of a split lack as a whole."""
+    if not report.labeled or not report.pixels.any():
+        return
+    complete, folder = report.decoded == report.images, spec.split(report.name).label_dir
+    if not report.pixels[:-1].any():
+        report.add("error" if complete else "warning", None, f"{report.name}: every pixel of the {report.decoded} "
+                   f"labels that were decoded ({folder}) is ignored; expected pixels with a class")
+    elif report.all_ignored:
+        report.add("warning", None, f"{report.name}: {report.all_ignored} of {report.decoded} labels ({folder}) are "
+                                    "ignored as a whole")
+    absent = absent_classes({"label_pixels": report.pixels[:-1].tolist()}, spec.classes)
+    if absent and complete and report.pixels[:-1].any():
+        report.add("warning", None, f"{report.name}: {absent}")
+
+
+def print_split(report: SplitReport) -> None:
+    """One line about a split."""
+    published = report.published
+    note = "" if published is None else ", as published" if published == report.images else f", PUBLISHED: {published}"
+    print(f"{report.name}: {report.images} images{note}{'' if report.labeled else ', no labels'}; {report.decoded} "
+          "decoded")
 
 
 def print_histogram(spec: DatasetSpec, counts: np.ndarray) -> None:
@@ -69,21 +176,56 @@ def print_histogram(spec: DatasetSpec, counts: np.ndarray) -> None:
     print(f"     {'ignored (of all pixels)':24s} {100 * counts[-1] / max(int(counts.sum()), 1):8.3f} %")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check the splits that were asked for, or all; a split that no training needs may be absent."""
-    settings = parse_options(Settings, argv, prog="check_data.py", description=__doc__.split("\n")[0])
-    spec = get_dataset_spec(settings.dataset, settings.data)
-    lists = list_files(settings.list, spec)
-    print(f"{spec.title}: {spec.num_class} classes, {settings.data}")
-    counts = np.zeros(spec.num_class + 1, dtype=np.int64)
+def print_problems(problems: Sequence[Problem]) -> None:
+    """A line for each of the first problems, errors before warnings."""
+    for problem in problems[:SHOWN]:
+        print(f"{problem.level}: {problem.message}")
+    if len(problems) > SHOWN:
+        print(f"and {len(problems) - SHOWN} more (--json FILE has all)")
+
+
+def as_json(spec: DatasetSpec, settings: Settings, reports: Sequence[SplitReport],
+            problems: Sequence[Problem]) -> dict[str, Any]:
+    """The content of ``--json``."""
+    return {"dataset": spec.name, "data": settings.data, "classes": list(spec.classes), "splits": {r.name: {
+        "images": r.images, "published": r.published, "labeled": r.labeled, "decoded": r.decoded,
+        "pixels_per_class": r.pixels[:-1].tolist(), "ignored_pixels": int(r.pixels[-1]),
+        "labels_ignored_as_a_whole": r.all_ignored} for r in reports},
+        "errors": sum(p.level == "error" for p in problems), "problems": [p._asdict() for p in problems]}
+
+
+def wanted_splits(spec: DatasetSpec, settings: Settings, lists: dict[str, str]) -> Iterator[str]:
+    """The splits that were asked for, or all; one that no training needs may be absent."""
     for split in settings.split or spec.splits:
         needed = bool(settings.split) or split in lists or split in (spec.train_split, spec.selection_split)
         if needed or os.path.isdir(os.path.join(settings.data, spec.split(split).image_dir)):
-            counts += check_split(spec, settings, split, lists.get(split))
+            yield split
         else:
             print(f"{split}: absent")
-    if counts.any():
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the splits, print what was found and write it down; UserError when something is wrong."""
+    settings = parse_options(Settings, argv, prog="check_data.py", description=__doc__.split("\n")[0])
+    if settings.json is not None:
+        check_target(settings.json, "--json", is_folder=False)
+    spec = get_dataset_spec(settings.dataset, settings.data)
+    lists = list_files(settings.list, spec)
+    print(f"{spec.title}: {spec.num_class} classes, {settings.data}")
+    reports = []
+    for split in wanted_splits(spec, settings, lists):
+        reports.append(check_split(spec, settings, split, lists.get(split)))
+        print_split(reports[-1])
+    counts = sum(report.pixels for report in reports if report.labeled)
+    if np.any(counts):
         print_histogram(spec, counts)
+    problems = sorted((p for r in reports for p in r.problems), key=lambda problem: problem.level)  # errors first
+    print_problems(problems)
+    if settings.json is not None:
+        write_json(settings.json, as_json(spec, settings, reports, problems))
+    errors = [problem.message for problem in problems if problem.level == "error"]
+    if errors:
+        raise UserError(errors[0] if len(errors) == 1 else f"{len(errors)} errors, the first: {errors[0]}")
     return 0
 
 

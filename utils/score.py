@@ -1,7 +1,8 @@
 """Segmentation metric: exact integer counts on the device that holds the predictions."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,18 @@ def count_cells(cell: Tensor, cells: int, spread: int | None = None) -> Tensor:
 def _whole_numbers(x: Tensor) -> Tensor:
     """Integers of at least 32 bits; int32, where that holds the type, is half the memory of int64."""
     return x.to(torch.int32 if x.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) else torch.int64)
+
+
+def absent_classes(result: Mapping[str, Any], classes: Sequence[str], most: int = 8) -> str | None:
+    """One line that names the classes that labels never show, which count 0 in mIoU; None when all occur.
+
+    result: of `SegmentationMetric.result`. most: so many names, then their number."""
+    absent = [name for name, pixels in zip(classes, result["label_pixels"], strict=True) if not pixels]
+    if not absent:
+        return None
+    more = f" and {len(absent) - most} more" if len(absent) > most else ""
+    noun = "class that does" if len(absent) == 1 else "classes that do"
+    return f"mIoU counts {len(absent)} {noun} not occur: {', '.join(absent[:most])}{more}"
 
 
 class SegmentationMetric:
@@ -167,3 +180,21 @@ class SegmentationMetric:
         if self.reference_pixacc:
             result["pixAcc_reference"] = int(self._correct_reference) / max(labelled, 1)
         return result
+
+
+def table(result: Mapping[str, Any], classes: Sequence[str]) -> str:
+    """The figures of `SegmentationMetric.result` in percent, as text: a line per class, then the means."""
+    width = max(24, *(len(name) for name in classes))
+    lines = [f"{'class':{width}s} {'IoU %':>8s} {'acc %':>8s} {'pixels %':>9s}"]
+    total = max(result["labelled_pixels"], 1)
+    for name, iou, accuracy, pixels in zip(classes, result["iou_per_class"], result["acc_per_class"],
+                                           result["label_pixels"], strict=True):
+        shown = f"{100 * accuracy:8.2f}" if pixels else f"{'-':>8s}"  # no pixel of it: no accuracy
+        lines.append(f"{name:{width}s} {100 * iou:8.2f} {shown} {100 * pixels / total:9.2f}")
+    lines.append("-" * len(lines[0]))
+    present = sum(pixels > 0 for pixels in result["label_pixels"])
+    rows = [(f"mIoU, all {len(classes)} classes", "mIoU"), (f"mIoU, {present} present classes", "mIoU_present"),
+            ("pixAcc", "pixAcc"), ("pixAcc of the reference", "pixAcc_reference"), ("mAcc", "mAcc")]
+    lines += [f"{text:{width}s} {100 * result[key]:8.2f}" for text, key in rows if key in result]
+    note = absent_classes(result, classes)
+    return "\n".join(lines if note is None else [*lines, note])

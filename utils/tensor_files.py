@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,6 +38,10 @@ def in_plain_order(content: Any) -> Any:
 #: before the checksum at the end of a file: a comment of the zip archive that ``torch.save`` makes, which readers skip
 MARK = b"afdcd sha256 "
 COMMENT = len(MARK) + 64
+#: the first bytes of a file that torch reads as an archive
+ZIP_START = b"PK\3\4"
+#: times the size of a file, what it may unpack to: files that others have compressed are read, a bomb is not
+MOST_UNPACKED = 8
 
 
 def save_tensors(path: Path, content: Any, keep: Path | None = None) -> None:
@@ -67,6 +72,7 @@ def load_tensors(path: Path, what: str, settings: Iterable[str] = ()) -> Any:
     try:
         if not _is_intact(path):
             raise _Damaged
+        _check_unpacked_size(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -80,10 +86,28 @@ class _Damaged(Exception):
     """A file does not fit the checksum inside it."""
 
 
+class _TooLarge(Exception):
+    """A file unpacks to far more than it is."""
+
+
+def _check_unpacked_size(path: Path) -> None:
+    """`_TooLarge` for an archive with parts of more than MOST_UNPACKED times its size together, as they are listed in
+    it; torch takes that much memory for them. One that cannot be listed is an error, too."""
+    with open(path, "rb") as file:
+        if file.read(len(ZIP_START)) != ZIP_START:
+            return  # the older form, whose tensors are read one after the other
+    with zipfile.ZipFile(path) as archive:
+        unpacked, stored = sum(part.file_size for part in archive.infolist()), path.stat().st_size
+    if unpacked > MOST_UNPACKED * stored:
+        raise _TooLarge(f"its {stored} bytes unpack to {unpacked}, which is refused (PyTorch stores tensors unpacked)")
+
+
 def _reason(error: Exception) -> str:
     """Why a file cannot be loaded."""
     if isinstance(error, _Damaged):
         return "it is damaged (the checksum inside does not fit: it was cut off or changed after it was written)"
+    if isinstance(error, _TooLarge):
+        return str(error)
     if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
         return "it holds Python objects other than tensors, which are refused for safety"
     return "it is not readable (cut off, or not a PyTorch file)"

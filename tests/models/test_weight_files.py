@@ -125,6 +125,8 @@ def test_a_place_that_cannot_be_written(tmp_path):
     ("{", "not readable as JSON"), ("[1]", "expected a JSON object"),
     ('{"preprocess": 3}', "'preprocess' is not usable"),
     ('{"preprocess": {"channel_order": "bgr"}}', "'preprocess' is not usable"),
+    ('{"trained_on": ["road"]}', "'trained_on' is not usable"), ('{"trained_on": {}}', "'trained_on' is not usable"),
+    ('{"trained_on": {"classes": [1]}}', "'trained_on' is not usable"),
     ('{"preprocess": {"channel_order": "bgr", "mean": "abc", "std": [1, 1, 1], "scale": 1}}', "'preprocess' is not"),
 ])
 def test_bad_descriptions(tmp_path, text, message):

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 
 from models.torchvision_compat import import_torchvision
 from utils.errors import UserError
-from utils.score import SegmentationMetric, count_cells
+from utils.score import SegmentationMetric, absent_classes, count_cells, table
 
 CASES = json.loads((Path(__file__).parents[1] / "reference" / "metric.json").read_text())["cases"]
 
@@ -153,3 +153,14 @@ def test_nothing_counted_is_zero_not_nan() -> None:
     result = SegmentationMetric(3, reference_pixacc=True).result()
     assert result["labelled_pixels"] == 0
     assert {result[key] for key in ("pixAcc", "mIoU", "mIoU_present", "mAcc", "pixAcc_reference")} == {0.0}
+
+
+def test_classes_that_do_not_occur_are_named() -> None:
+    metric = SegmentationMetric(4)
+    metric.update(torch.tensor([[0, 1, 1, 3]]), torch.tensor([[0, 0, 2, -1]]))
+    names, result = ["road", "car", "tree", "sky"], metric.result()
+    assert absent_classes(result, names) == "mIoU counts 2 classes that do not occur: car, sky"
+    assert absent_classes(result, names, most=1) == "mIoU counts 2 classes that do not occur: car and 1 more"
+    assert table(result, names).endswith("do not occur: car, sky")
+    metric.update(torch.tensor([[0, 1]]), torch.tensor([[1, 3]]))
+    assert absent_classes(metric.result(), names) is None and "occur" not in table(metric.result(), names)

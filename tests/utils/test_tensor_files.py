@@ -1,8 +1,10 @@
 """Files of tensors: the checksum inside, what is still understood without one, atomic writing, leftovers."""
 from __future__ import annotations
 
+import copy
 import os
 import random
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -104,3 +106,43 @@ class TestWriting:
         assert sorted(remove_leftovers(tmp_path, "kd_a")) == [mine, old]
         assert {p.name for p in tmp_path.iterdir()} == {other.name, "kd_a.pth", ".kd_a.mine.tmp", ".kd_a.lock"}
         assert remove_leftovers(tmp_path / "nowhere", "kd_a") == []
+
+
+class TestBombs:
+    """Archives that unpack to far more than they are."""
+
+    def repacked(self, source: Path, target: Path, *, inflate: int = 0) -> Path:
+        """A compressed copy; inflate: so many zeros in place of the content of every tensor."""
+        with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
+            for part in old.namelist():
+                new.writestr(part, bytes(inflate) if inflate and "/data/" in part else old.read(part))
+        return target
+
+    def test_a_bomb_is_refused_before_it_is_unpacked(self, path, tmp_path, monkeypatch) -> None:
+        bomb = self.repacked(path, tmp_path / "bomb.pth", inflate=20_000_000)
+        assert bomb.stat().st_size < 100_000
+        monkeypatch.setattr(torch, "load", None)
+        with pytest.raises(UserError, match=r"bomb.pth: not a file that can be loaded: its \d+ bytes unpack to \d{8}"):
+            load_tensors(bomb, "file")
+
+    def test_parts_that_share_their_bytes_are_counted(self, path, tmp_path, monkeypatch) -> None:
+        """Every entry of the directory says the truth; together they do not fit into the file."""
+        with zipfile.ZipFile(tmp_path / "bomb.pth", "w") as archive:
+            archive.writestr("a/data/0", bytes(100_000))
+            for i in range(1, 20):
+                entry = copy.copy(archive.filelist[0])
+                entry.filename = f"a/data/{i}"
+                archive.filelist.append(entry)
+        monkeypatch.setattr(torch, "load", None)
+        with pytest.raises(UserError, match="unpack to 2000000"):
+            load_tensors(tmp_path / "bomb.pth", "file")
+
+    def test_a_compressed_file_is_read(self, path, tmp_path) -> None:
+        save_tensors(path, {"w": torch.rand(1000)})
+        (got,) = load_tensors(self.repacked(path, tmp_path / "small.pth"), "file").values()
+        assert got.equal(torch.load(path)["w"])
+
+    def test_an_archive_that_cannot_be_listed_is_refused(self, tmp_path) -> None:
+        (tmp_path / "a.pth").write_bytes(b"PK\3\4" + bytes(100))
+        with pytest.raises(UserError, match="cut off, or not a PyTorch file"):
+            load_tensors(tmp_path / "a.pth", "file")
