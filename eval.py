@@ -19,7 +19,7 @@ import dataset as data
 from engine.evaluate import evaluate
 from engine.log import LOG, setup_logging
 from engine.predict import check_options
-from models import NetworkChoice
+from models import NetworkChoice, brings_weights, network_name
 from models.prepare import HALF_PRECISIONS, check_precision
 from utils.allocator import keep_freed_memory
 from utils.cli import ArgumentParser, read_options, run_main
@@ -168,7 +168,7 @@ class PredictionWriter:
 def pictures_folder(settings: EvalSettings, split: str) -> Path:
     """Where the pictures of a split go."""
     network = settings.network
-    return settings.output.save_dir / f"{network.model}_{network.backbone}_{settings.data.dataset}_{split}"
+    return settings.output.save_dir / f"{network_name(network.model, network.backbone)}_{settings.data.dataset}_{split}"
 
 
 def output_names(images: list[str]) -> list[str]:
@@ -183,9 +183,9 @@ def output_names(images: list[str]) -> list[str]:
 def check(settings: EvalSettings) -> int:
     """Check settings that need neither data nor weights; returns the number of the GPU of a single process."""
     network, output = settings.network, settings.output
-    if network.pretrained in (None, "", "None", "none"):
+    if network.pretrained in (None, "", "None", "none") and not brings_weights(network.model):
         raise UserError("--pretrained is missing: expected the weights of a trained network, such as "
-                        f"kd_{network.model}_{network.backbone}_{settings.data.dataset}_best_model.pth")
+                        f"kd_{network_name(network.model, network.backbone)}_{settings.data.dataset}_best_model.pth")
     prediction, speed = settings.prediction, settings.speed
     if speed.channels_last and not speed.fast:
         raise UserError("--channels-last: expected with --fast, whose copy of the network it lays out")

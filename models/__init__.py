@@ -6,14 +6,22 @@
 from __future__ import annotations
 
 from models.output import SegOutput
+from models.outside import brings_weights
 from models.preprocess import CAFFE_BGR, IMAGENET_RGB, Preprocess, get_preprocess
-from models.registry import NetworkChoice, default_aux, get_segmentation_model, list_models, split_backbone
+from models.registry import (
+    NetworkChoice,
+    default_aux,
+    get_segmentation_model,
+    list_models,
+    network_name,
+    split_backbone,
+)
 from models.segmentation import SegmentationNet
 from models.weight_files import describe, read_info, read_state_dict, save_state_dict
 from models.weights import LoadReport, load_weights
 
 __all__ = [
     "CAFFE_BGR", "IMAGENET_RGB", "LoadReport", "NetworkChoice", "Preprocess", "SegOutput", "SegmentationNet",
-    "default_aux", "describe", "get_preprocess", "get_segmentation_model", "list_models", "load_weights", "read_info",
-    "read_state_dict", "save_state_dict", "split_backbone",
+    "brings_weights", "default_aux", "describe", "get_preprocess", "get_segmentation_model", "list_models",
+    "load_weights", "network_name", "read_info", "read_state_dict", "save_state_dict", "split_backbone",
 ]
