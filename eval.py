@@ -22,12 +22,15 @@ from engine.predict import check_options
 from models import (
     NetworkChoice,
     backbone_help,
+    brings_weights,
     check_classes,
     check_described,
     described_network,
     model_help,
+    network_name,
 )
 from models.prepare import HALF_PRECISIONS, check_precision
+from models.weight_files import is_given
 from utils.allocator import keep_freed_memory
 from utils.cli import ArgumentParser, read_options, run_main
 from utils.distributed import Distributed, cleanup, init_distributed
@@ -188,7 +191,7 @@ class PredictionWriter:
 def pictures_folder(settings: EvalSettings, split: str) -> Path:
     """Where the pictures of a split go."""
     network = settings.network
-    return settings.output.save_dir / f"{network.model}_{network.backbone}_{settings.data.dataset}_{split}"
+    return settings.output.save_dir / f"{network_name(network.model, network.backbone)}_{settings.data.dataset}_{split}"
 
 
 def output_names(images: list[str]) -> list[str]:
@@ -203,9 +206,9 @@ def output_names(images: list[str]) -> list[str]:
 def check(settings: EvalSettings) -> int:
     """Check settings that need neither data nor weights; returns the number of the GPU of a single process."""
     network, output = settings.network, settings.output
-    if network.pretrained in (None, "", "None", "none"):
+    if not is_given(network.pretrained) and not brings_weights(network.model):
         raise UserError("--pretrained is missing: expected the weights of a trained network, such as "
-                        f"kd_{network.model}_{network.backbone}_{settings.data.dataset}_best_model.pth")
+                        f"kd_{network_name(network.model, network.backbone)}_{settings.data.dataset}_best_model.pth")
     prediction, speed = settings.prediction, settings.speed
     if speed.channels_last and not speed.fast:
         raise UserError("--channels-last: expected with --fast, whose copy of the network it lays out")
@@ -238,6 +241,7 @@ def record(settings: EvalSettings, dataset: data.SegmentationDataset, net: nn.Mo
            result: dict[str, Any]) -> dict[str, Any]:
     """What ``--json`` writes: the figures as fractions, and what they are figures of."""
     network, prediction = settings.network, settings.prediction
+    weights = Path(network.pretrained).expanduser() if is_given(network.pretrained) else None
     figures = {key: result[key] for key in ("mIoU", "pixAcc", "mAcc", "mIoU_present", "pixAcc_reference")
                if key in result}
     per_class = {f"{short}_per_class": dict(zip(dataset.spec.classes, result[f"{short}_per_class"], strict=True))
@@ -247,8 +251,8 @@ def record(settings: EvalSettings, dataset: data.SegmentationDataset, net: nn.Mo
         "label_pixels": result["label_pixels"], "total_inter": result["total_inter"],
         "total_union": result["total_union"], "classes": list(dataset.spec.classes),
         "dataset": settings.data.dataset, "split": dataset.split, "limit": settings.data.limit,
-        "model": network.model, "backbone": network.backbone, "pretrained": os.path.basename(network.pretrained),
-        "pretrained_sha256": sha256(Path(network.pretrained).expanduser()), "preprocess": net.preprocess.to_dict(),
+        "model": network.model, "backbone": network.backbone, "pretrained": weights and weights.name,
+        "pretrained_sha256": weights and sha256(weights), "preprocess": net.preprocess.to_dict(),
         "scales": prediction.scales, "flip": prediction.flip_eval, "window": prediction.window,
         "stride": prediction.stride, "amp": settings.speed.amp,
     }

@@ -21,6 +21,7 @@ from engine.run import Run, run_stages, train_batch, training_batches
 from engine.run_files import RunFiles
 from engine.settings import parse_settings
 from engine.signals import StopSignals
+from engine.tap_list import tap_table
 from engine.validation import report, validate
 from utils.allocator import keep_freed_memory
 from utils.cli import run_main
@@ -87,6 +88,9 @@ def main(argv: list[str] | None = None) -> int:
     settings = parse_settings(argv)
     if settings.list_methods:
         print(method_table(settings))
+        return 0
+    if settings.list_taps:
+        print(tap_table(settings))
         return 0
     distributed = init_distributed(settings.running.no_cuda)
     setup_logging(distributed.is_main_process)

@@ -13,7 +13,7 @@ from engine.run_files import RunFiles
 from engine.settings import Data, Settings
 from engine.step import TrainStep
 from losses.core.facts import NetInfo, RunFacts
-from losses.core.objective import Objective, build_distillers
+from losses.core.objective import Objective, build_distillers, maps_to_resize
 from models import check_classes
 from models.prepare import check_precision, to_channels_last
 from utils.distributed import Distributed, send_in_bf16, synchronize_batch_norm
@@ -105,13 +105,14 @@ def run_facts(settings: Settings, num_class: int, resumed: bool = False) -> RunF
 def build_objective(settings: Settings, student: nn.Module, teacher: nn.Module | None,
                     resumed: bool = False) -> Objective:
     """Student and distillers with their weights, as the one module that is trained. resumed: a state will be loaded."""
-    distillers = nn.ModuleDict()
+    distillers, resized = nn.ModuleDict(), {}
     if settings.methods:
         seed_everything(settings.optimization.seed, "distillers")
-        distillers = build_distillers(settings.method_options, run_facts(settings, student.num_class, resumed),
-                                      NetInfo.of(student), teacher and NetInfo.of(teacher))
+        known = (settings.method_options, run_facts(settings, student.num_class, resumed), NetInfo.of(student),
+                 teacher and NetInfo.of(teacher))
+        distillers, resized = build_distillers(*known), maps_to_resize(*known)
     return Objective(student, distillers, settings.weights, settings.networks.aux_weight, settings.data.ignore_label,
-                     settings.distillation.group_size)
+                     settings.distillation.group_size, resized)
 
 
 def wrap_for_processes(objective: Objective, distributed: Distributed, sync_bn: bool, fixed_graph: bool = False,

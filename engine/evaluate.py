@@ -69,9 +69,12 @@ def evaluate(net: nn.Module, dataset: Dataset, *, device: torch.device, metric: 
 
 def prepare_for_inference(net: nn.Module, *, dtype: torch.dtype | None = None, channels_last: bool = True) -> nn.Module:
     """A frozen copy of a network in eval mode, for `predict`: without auxiliary head, batch norms folded into the
-    convolutions before them. dtype: of the convolutions' weights, to be asked under autocast of the same."""
+    convolutions before them. dtype: of the convolutions' weights, to be asked under autocast of the same. Of a network
+    of another library: a copy as it is."""
     weights = {id(p): nn.Parameter(p.detach().clone(), requires_grad=False) for p in net.parameters()}
     net = copy.deepcopy(net, weights).eval()  # without the gradients, which a copy of a parameter takes along
+    if not getattr(net, "own", True):
+        return to_channels_last(net) if channels_last else net
     if getattr(net, "aux", False):
         net.aux = False
         del net.auxlayer

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,7 +44,7 @@ class MethodFacts:
 def described_network(choice: NetworkChoice, num_class: int) -> NetInfo:
     """Channels of a network that is never allocated, and whose weights are not read."""
     with torch.device("meta"):
-        return NetInfo.of(NetworkChoice(choice.model, choice.backbone, aux=choice.aux).build(num_class))
+        return NetInfo.of(replace(choice, pretrained=None, pretrained_base=None).build(num_class))
 
 
 def method_facts(name: str, settings: Settings, student: NetInfo, teacher: NetInfo) -> MethodFacts:

@@ -8,6 +8,7 @@ from torch import nn
 
 from engine.settings import Settings
 from losses.core.objective import Objective
+from utils.errors import UserError
 
 
 def build_optimizer(settings: Settings, objective: Objective) -> torch.optim.SGD:
@@ -34,6 +35,8 @@ def student_groups(student: nn.Module, head_lr_factor: float) -> list[dict[str, 
     times the learning rate of the step."""
     if head_lr_factor == 1:
         return [{"params": list(student.parameters()), "lr_factor": 1.0}]
+    if not hasattr(student, "pretrained"):
+        raise UserError(f"--head-lr-factor {head_lr_factor:g}: {student.name} does not say which part is its backbone")
     backbone = list(student.pretrained.parameters())
     known = set(map(id, backbone))
     heads = [p for p in student.parameters() if id(p) not in known]

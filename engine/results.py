@@ -17,6 +17,7 @@ from engine.log import LOG
 from engine.run import Run
 from engine.run_files import RunFiles, plain
 from engine.settings import Networks, Settings
+from models import network_name
 from utils.errors import UserError
 from utils.files import sha256, write_json
 from utils.machine import machine
@@ -29,15 +30,10 @@ SCORES = ("mIoU", "mIoU_present", "pixAcc", "mAcc")
 UNIMPORTANT = frozenset((
     "resume", "workers", "data", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters", "diagnose_every",
     "results", "protocol", "label", "tensorboard", "panels", "local_rank", "no_cuda", "aux", "fast", "channels_last",
-    "ddp_compression", "list_methods"))
+    "ddp_compression", "list_methods", "list_taps"))
 #: files, of which the name counts, not where they lie
 FILES = frozenset(("teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base",
                    "train_list", "val_list"))
-
-
-def network_name(model: str, backbone: str) -> str:
-    """'deeplabv3_resnet18': a network in names of folders."""
-    return f"{model}_{backbone}"
 
 
 def result_path(settings: Settings) -> Path:

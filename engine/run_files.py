@@ -8,6 +8,7 @@ from pathlib import Path
 
 from engine.log import LOG
 from engine.settings import DEAD_OPTIONS, Settings
+from models import network_name
 from utils.files import remove_leftovers
 
 
@@ -21,10 +22,10 @@ class RunFiles:
     def __init__(self, settings: Settings) -> None:
         n, dataset = settings.networks, settings.data.dataset
         self.directory, self.log_directory = Path(settings.running.save_dir), Path(settings.running.log_dir)
-        self.stem = f"kd_{n.student_model}_{n.student_backbone}_{dataset}"
-        teacher = f"{n.teacher_model}-{n.teacher_backbone}" if settings.needs_teacher else "none"
-        self.log_name = (f"{settings.distillation.method or 'afdcd'}_{teacher}_{n.student_model}-{n.student_backbone}"
-                         f"_{dataset}")
+        self.stem = f"kd_{network_name(n.student_model, n.student_backbone)}_{dataset}"
+        teacher = network_name(n.teacher_model, n.teacher_backbone, "-") if settings.needs_teacher else "none"
+        student = network_name(n.student_model, n.student_backbone, "-")
+        self.log_name = f"{settings.distillation.method or 'afdcd'}_{teacher}_{student}_{dataset}"
         self.student = self.directory / f"{self.stem}.pth"
         self.best = self.directory / f"{self.stem}_best_model.pth"
         self.state = self.directory / f"{self.stem}_state.pth"

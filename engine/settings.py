@@ -17,7 +17,7 @@ from engine.presets import preset
 from losses.core import methods
 from losses.core.distiller import Distiller
 from losses.core.objective import active_methods
-from models import NetworkChoice, backbone_help, check_described, described_network, model_help
+from models import NetworkChoice, backbone_help, brings_weights, check_described, described_network, model_help
 from models.prepare import HALF_PRECISIONS
 from utils.cli import ArgumentParser, read_options
 from utils.errors import UserError
@@ -25,6 +25,8 @@ from utils.options import Option, OptionGroup, flag, option, options_of
 
 BASE_HELP = ("ImageNet weights of its backbone: a file, or a name such as torchvision:ResNet50_Weights.IMAGENET1K_V2 "
              "(for resnet50_original)")
+TAPS_HELP = ("maps of a network of another library, as c4=backbone.layer4,head=classifier.4:in (--list-taps prints "
+             "what there is)")
 PREPROCESS_HELP = "its input: BGR minus mean, or RGB mean/std (default: what its weights say)"
 #: accepted so that old command lines still start; they do nothing in the reference either
 DEAD_OPTIONS = ("start_epoch", "save_epoch", "val_epoch")
@@ -50,12 +52,14 @@ class Networks(OptionGroup):
     teacher_pretrained: str | None = option("None", _teacher_help, metavar="FILE")
     teacher_pretrained_base: str | None = option("None", BASE_HELP, metavar="FILE")
     teacher_preprocess: str | None = option(None, PREPROCESS_HELP, choices=("bgr", "rgb"))
+    teacher_taps: str | None = option(None, TAPS_HELP, metavar="TAP=PATH,…")
     student_model: str = option("deeplabv3", lambda: model_help(" of the student"), aliases=("model",))
     student_backbone: str = option("resnet18", lambda: backbone_help(" of the student"), aliases=("backbone",))
     student_pretrained: str | None = option("None", "segmentation weights to start from", metavar="FILE",
                                             aliases=("pretrained",))
     student_pretrained_base: str | None = option("None", BASE_HELP, metavar="FILE", aliases=("pretrained_base",))
     student_preprocess: str | None = option(None, PREPROCESS_HELP, choices=("bgr", "rgb"), aliases=("preprocess",))
+    student_taps: str | None = option(None, TAPS_HELP, metavar="TAP=PATH,…")
     aux: bool | None = option(None, "auxiliary head on c3 of the student (default: on for resnet, off for mobilenet)")
     aux_weight: float = option(0.4, "weight of the auxiliary cross entropy", at_least=0)
 
@@ -69,13 +73,13 @@ class Networks(OptionGroup):
     def teacher(self) -> NetworkChoice:
         """The teacher, with its weights."""
         return NetworkChoice(self.teacher_model, self.teacher_backbone, self.teacher_pretrained,
-                             self.teacher_pretrained_base, self.teacher_preprocess)
+                             self.teacher_pretrained_base, self.teacher_preprocess, taps=self.teacher_taps)
 
     @property
     def student(self) -> NetworkChoice:
         """The student, with the weights that it starts from."""
         return NetworkChoice(self.student_model, self.student_backbone, self.student_pretrained,
-                             self.student_pretrained_base, self.student_preprocess, self.aux)
+                             self.student_pretrained_base, self.student_preprocess, self.aux, self.student_taps)
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,7 @@ class Settings:
     """Everything that a run was asked for.
 
     weights: {term: lambda} of every term of every method. options: {method: its Options}, of every method.
-    list_methods: only print the table of methods.
+    list_methods, list_taps: only print the table of methods, or the maps of the networks.
     """
 
     networks: Networks
@@ -232,6 +236,7 @@ class Settings:
     weights: Mapping[str, float]
     options: Mapping[str, OptionGroup]
     list_methods: bool = False
+    list_taps: bool = False
 
     @property
     def active(self) -> dict[str, float]:
@@ -285,6 +290,8 @@ def build_parser() -> ArgumentParser:
             section.add_argument("--list-methods", action="store_true",
                                  help="print every method with its preset and what it adds to the given networks, and "
                                       "stop")
+            section.add_argument("--list-taps", action="store_true",
+                                 help="print the maps of both networks and the submodules that could be taps, and stop")
             _add_methods(parser, section)
     return parser
 
@@ -311,7 +318,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         parser.set_defaults(**preset(parsed.method, parsed.dataset, parsed.student_backbone))
         parsed = parser.parse_args(argv)
     settings = from_flat(vars(parsed))
-    if not settings.list_methods:
+    if not (settings.list_methods or settings.list_taps):
         check_settings(settings)
         if settings.needs_teacher and (said := described_network(settings.networks.teacher_pretrained)):
             parser.set_defaults(**{f"teacher_{key}": value for key, value in said.items()})
@@ -325,7 +332,8 @@ def from_flat(values: Mapping[str, object]) -> Settings:
     groups = [read_options(values, group) for _, group in GROUPS]
     weights = {t.name: float(values[t.setting]) for cls in methods().values() for t in cls.terms}
     options = {name: read_options(values, cls.Options) for name, cls in methods().items()}
-    return Settings(*groups, weights, options, bool(values.get("list_methods", False)))
+    return Settings(*groups, weights, options, bool(values.get("list_methods", False)),
+                    bool(values.get("list_taps", False)))
 
 
 def given_teacher_flags(settings: Settings) -> list[str]:
@@ -343,7 +351,8 @@ def check_settings(settings: Settings) -> None:
                         f"{', '.join(flag(f'lambda_{term}') for term in settings.active)}, or choose a method")
     if method != "none" and not distills:
         raise UserError("every --lambda-* is 0, so nothing would be distilled: use --method none for plain training")
-    if settings.needs_teacher and settings.networks.teacher_pretrained is None:
+    if settings.needs_teacher and settings.networks.teacher_pretrained is None \
+            and not brings_weights(settings.networks.teacher_model):
         names = [name for name, cls in settings.methods.items() if cls.needs.teacher]
         raise UserError(f"--teacher-pretrained is missing: a trained teacher (a .pth file) for {', '.join(names)}; "
                         f"without one: {', '.join(f'--method {name}' for name in ('none', *without_teacher()))}")

@@ -148,7 +148,7 @@ class CIRKDv2(Distiller):
         self.memory = memory.build_memory(self.method, o, run, student, teacher)
         kinds = frozenset(kind for term, kind in CHANNEL_TERMS.items() if term in run.active)
         if kinds:
-            size = tuple(-(-side // student.stride) for side in run.crop_size)
+            size = tuple(-(-side // student.stride_of("head")) for side in run.crop_size)
             self.channels = ChannelRelations(
                 *widths, size, o.cirkdv2_channel_queue, o.cirkdv2_channel_contrast, kinds, run.group_size, o.cirkd_tau,
                 o.cirkd_kd_tau, o.queue_dtype, step_generator(torch.device("cpu"), run.seed, self.method, "channels"),

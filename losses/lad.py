@@ -52,6 +52,9 @@ def own_network(options: LADOptions, run: RunFacts, student: NetInfo) -> nn.Modu
     choice = replace(run.student, model=o.lad_model or run.student.model, pretrained=None, pretrained_base=None,
                      backbone=o.lad_backbone or run.student.backbone, preprocess=wanted, aux=None)
     network = choice.build(run.num_class)
+    if not hasattr(network, "pretrained"):
+        raise UserError(f"method 'lad' adds an input channel to its own teacher, which {network.name} does not take: "
+                        "choose a network of this repository for it", settings=["lad_model", "lad_backbone"])
     if run.resumed or next(network.parameters()).is_meta:
         return add_input_channels(network, 1)
     base = o.lad_pretrained_base or (run.student.pretrained_base if choice.backbone == run.student.backbone else None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from models.class_names import check_classes
 from models.output import SegOutput
+from models.outside import brings_weights
 from models.preprocess import CAFFE_BGR, IMAGENET_RGB, Preprocess, get_preprocess
 from models.registry import (
     NetworkChoice,
@@ -17,6 +18,7 @@ from models.registry import (
     get_segmentation_model,
     list_models,
     model_help,
+    network_name,
     split_backbone,
 )
 from models.segmentation import SegmentationNet
@@ -25,7 +27,7 @@ from models.weights import LoadReport, load_weights
 
 __all__ = [
     "CAFFE_BGR", "IMAGENET_RGB", "LoadReport", "NetworkChoice", "Preprocess", "SegOutput", "SegmentationNet",
-    "backbone_help", "check_classes", "check_described", "default_aux", "describe", "described_network",
-    "get_preprocess", "get_segmentation_model", "list_models", "load_weights", "model_help", "read_info",
-    "read_state_dict", "save_state_dict", "split_backbone",
+    "backbone_help", "brings_weights", "check_classes", "check_described", "default_aux", "describe",
+    "described_network", "get_preprocess", "get_segmentation_model", "list_models", "load_weights", "model_help",
+    "network_name", "read_info", "read_state_dict", "save_state_dict", "split_backbone",
 ]

@@ -27,12 +27,13 @@ def conv_norm_act(c_in: int, c_out: int, kernel: int, norm_layer: NormLayer, *, 
 
 
 class Backbone(nn.Module):
-    """A feature extractor at output stride 8.
+    """A feature extractor.
 
     channels: channel counts of c1..c4. key_prefix: what the tensor names of this module's state_dict start with, and
-    those of an ImageNet file do not ('' or 'net.')."""
+    those of an ImageNet file do not ('' or 'net.'). strides: of c1..c4."""
 
     key_prefix: str = ""
+    strides: tuple[int, int, int, int] = (4, 8, 8, 8)
 
     def __init__(self, channels: tuple[int, int, int, int]) -> None:
         super().__init__()

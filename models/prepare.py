@@ -106,29 +106,34 @@ class PreparedTeacher(nn.Module):
 
     taps: the fields of ``SegOutput`` that are read, and that ``channels`` holds; the others are None. dtype: half
     precision of the convolutions, None as the weights. output_dtype: of the output, None as it is computed. fold:
-    whether to fold. The other attributes are those of the network. Autocast has no effect inside."""
+    whether to fold. The other attributes are those of the network. Autocast has no effect inside, but for networks
+    that are not ``own``: those run whole and unfolded, in half precision by autocast."""
 
     def __init__(self, net: nn.Module, taps: Collection[str], dtype: torch.dtype | None = None,
                  output_dtype: torch.dtype | None = None, fold: bool = True) -> None:
         super().__init__()
         self.channels = {tap: count for tap, count in net.channels.items() if tap in taps}
-        self.dtype, self.output_dtype = dtype, output_dtype
+        self.dtype, self.output_dtype, self.own = dtype, output_dtype, net.own
         self.name, self.num_class, self.output_stride = net.name, net.num_class, net.output_stride
-        self.preprocess = net.preprocess
+        self.strides, self.preprocess = net.strides, net.preprocess
+        self.net = net
+        if not net.own:
+            return
         if net.aux and "aux" not in taps:
             net.aux = False
             del net.auxlayer
         if not {"logits", "head"} & set(taps):
             net.head = Unread()
-        self.net = fold_batch_norms(net) if fold else net
+        if fold:
+            fold_batch_norms(net)
         for module in net.modules():
             if dtype is not None and isinstance(module, nn.Conv2d):  # a batch norm takes half precision as it is
                 module.to(dtype)
 
     def forward(self, x: Tensor) -> SegOutput:
         """As of the network: float images [B, 3, H, W] -> maps."""
-        with torch.autocast(x.device.type, enabled=False):
-            output = self.net(x if self.dtype is None else x.to(self.dtype))
+        with torch.autocast(x.device.type, self.dtype, enabled=not self.own and self.dtype is not None):
+            output = self.net(x.to(self.dtype) if self.own and self.dtype is not None else x)
         read = {tap: value if tap in self.channels else None for tap, value in output._asdict().items()}
         if self.output_dtype is not None:
             read = {tap: value if value is None else value.to(self.output_dtype) for tap, value in read.items()}

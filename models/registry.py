@@ -18,9 +18,11 @@ from torch import nn
 from models.backbone import Backbone, NormLayer, scaled
 from models.heads import DeepLabHead, FCNHead, PSPHead
 from models.mobilenetv2 import MobileNetV2
+from models.outside import build_outside, is_outside, parse_taps
 from models.preprocess import Preprocess
 from models.resnet import ResNet
 from models.segmentation import SegmentationNet
+from models.timm_backbone import PREFIX, WIDE_FROM, TimmBackbone, is_timm
 from models.weight_files import read_info
 from models.weights import is_given, load_weights
 from utils.errors import UserError
@@ -28,6 +30,7 @@ from utils.errors import UserError
 log = logging.getLogger("afdcd")
 WIDTH_SUFFIX = re.compile(r"(?P<base>.+)_w(?P<width>\d+(?:\.\d+)?)")
 MAX_WIDTH = 4.0
+UNSAFE = re.compile(r"[^\w.+-]+")  # in names of files
 
 
 class BackboneEntry(NamedTuple):
@@ -62,7 +65,8 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class NetworkChoice:
-    """A network as the settings name it; the fields are arguments of :func:`get_segmentation_model`."""
+    """A network as the settings name it; the fields are arguments of :func:`get_segmentation_model`. backbone: without
+    a meaning for networks of other libraries."""
 
     model: str
     backbone: str
@@ -70,11 +74,17 @@ class NetworkChoice:
     pretrained_base: str | None = None
     preprocess: str | Preprocess | None = None
     aux: bool | None = None
+    taps: str | None = None
 
     def build(self, num_class: int, **more: Any) -> nn.Module:
         """The network with its weights. more: further arguments, as ``norm_layer``."""
         return get_segmentation_model(self.model, self.backbone, num_class, self.aux, self.pretrained,
-                                      self.pretrained_base, preprocess=self.preprocess, **more)
+                                      self.pretrained_base, preprocess=self.preprocess, taps=self.taps, **more)
+
+
+def network_name(model: str, backbone: str, between: str = "_") -> str:
+    """A network as a part of file names: deeplabv3_resnet18, smp-Unet-resnet34. between: model and backbone."""
+    return UNSAFE.sub("-", model if is_outside(model) else f"{model}{between}{backbone}")
 
 
 def described_network(source: str | None) -> dict[str, str]:
@@ -102,7 +112,7 @@ def list_models() -> list[tuple[str, str]]:
 
 def model_help(whose: str = "") -> str:
     """Help of a flag that chooses a model."""
-    return f"architecture{whose}: {', '.join(ARCHITECTURES)}"
+    return f"architecture{whose}: {', '.join(ARCHITECTURES)}; or of another library: smp:, tv:, hf:, module:NAME"
 
 
 def backbone_help(whose: str = "") -> str:
@@ -111,7 +121,7 @@ def backbone_help(whose: str = "") -> str:
     for model, entry in ARCHITECTURES.items():
         by_backbones.setdefault(entry.backbones, []).append(model)
     pairs = "; ".join(f"of {' and '.join(models)}: {', '.join(names)}" for names, models in by_backbones.items())
-    return f"backbone{whose}, {pairs}; _w0.5 behind a name halves its channels"
+    return f"backbone{whose}, {pairs}; or timm:NAME; _w0.5 behind a name halves its channels"
 
 
 def split_backbone(name: str) -> tuple[str, float]:
@@ -133,37 +143,62 @@ def default_aux(model: str) -> bool:
 def get_segmentation_model(model: str = "deeplabv3", backbone: str = "resnet18", num_class: int = 19,
                            aux: bool | None = None, pretrained: str | None = None, pretrained_base: str | None = None,
                            norm_layer: NormLayer = nn.BatchNorm2d, local_rank: int | None = None,
-                           preprocess: Preprocess | str | None = None) -> nn.Module:
+                           preprocess: Preprocess | str | None = None, taps: str | None = None) -> nn.Module:
     """Build a network by name and load its weights.
 
     model, backbone: a pair of :func:`list_models`, the backbone optionally with a width suffix (``_w0.5``).
     aux: auxiliary head; None = the habit of the model. pretrained: a whole segmentation network; pretrained_base: an
     ImageNet backbone (not read when ``pretrained`` is given, which holds the backbone too). Both, and preprocess, as
     in ``weights.load_weights``. norm_layer: called with a channel count. local_rank: for old callers, without effect.
+    Networks and backbones of other libraries: see ``models/outside`` and ``timm_backbone``. taps: of such a network, as
+    'c4=PATH,head=PATH', see ``outside/taps.py``.
     Raises UserError for an unknown name, a class count below 1, or weights that do not fit."""
-    architecture = _architecture(model)
-    base, width = split_backbone(str(backbone))
-    if base not in architecture.backbones:
-        raise UserError(f"unknown backbone {backbone!r} for {model}: expected one of "
-                        f"{', '.join(architecture.backbones)}, optionally with a width suffix such as _w0.5")
     if isinstance(num_class, bool) or not isinstance(num_class, int) or num_class < 1:
         raise UserError(f"{model}-{backbone}: num_class must be a whole number of at least 1, got {num_class!r}")
-    features = BACKBONES[base].build(width, norm_layer)
-    head_width = scaled(BACKBONES[base].head_widths[architecture.head], width)
-    head = architecture.head(features.channels[3], head_width, num_class, norm_layer)
-    has_aux = architecture.aux if aux is None else bool(aux)
-    auxlayer = FCNHead(features.channels[2], num_class, norm_layer) if has_aux else None
-    net = SegmentationNet(model, backbone, features, head, auxlayer, num_class)
+    if is_outside(model):
+        if is_given(pretrained_base):
+            raise UserError(f"{model}: takes no backbone weights; put them into its own file, or into what builds it")
+        net = build_outside(model, num_class, parse_taps(taps), aux)
+        load_weights(net, pretrained, "model", preprocess=preprocess)
+        return net
+    if taps:
+        raise UserError(f"taps {taps!r}: only for networks of other libraries, the maps of {model} are known")
+    net = _own_network(model, str(backbone), num_class, aux, norm_layer,
+                       pretrained_base if is_given(pretrained_base) and not is_given(pretrained) else None)
     if is_given(pretrained):
         load_weights(net, pretrained, "model", preprocess=preprocess)
         if is_given(pretrained_base):
             log.info("%s-%s: %s is not read, %s holds the backbone too", model, backbone, pretrained_base, pretrained)
     else:
-        load_weights(net, pretrained_base, "backbone", preprocess=preprocess)
+        load_weights(net, None if is_timm(str(backbone)) else pretrained_base, "backbone", preprocess=preprocess)
+    return net
+
+
+def _own_network(model: str, backbone: str, num_class: int, aux: bool | None, norm_layer: NormLayer,
+                 timm_weights: str | None) -> SegmentationNet:
+    """Heads of this repository over one of its backbones, or one of timm's with its weights."""
+    architecture = _architecture(model)
+    base, width = (backbone, 1.0) if is_timm(backbone) else split_backbone(backbone)
+    if is_timm(backbone):
+        features: Backbone = TimmBackbone(backbone.removeprefix(PREFIX), timm_weights)
+        head_widths = WIDE if features.channels[3] >= WIDE_FROM else NARROW
+    elif base in architecture.backbones:
+        features, head_widths = BACKBONES[base].build(width, norm_layer), BACKBONES[base].head_widths
+    else:
+        raise UserError(f"unknown backbone {backbone!r} for {model}: expected one of "
+                        f"{', '.join(architecture.backbones)}, optionally with a width suffix such as _w0.5, or "
+                        "timm:NAME")
+    head = architecture.head(features.channels[3], scaled(head_widths[architecture.head], width), num_class, norm_layer)
+    has_aux = architecture.aux if aux is None else bool(aux)
+    auxlayer = FCNHead(features.channels[2], num_class, norm_layer) if has_aux else None
+    net = SegmentationNet(model, backbone, features, head, auxlayer, num_class)
+    if is_timm(backbone):
+        net.preprocess = features.preprocess
     return net
 
 
 def _architecture(model: str) -> Architecture:
     if model not in ARCHITECTURES:
-        raise UserError(f"unknown model {model!r}: expected one of {', '.join(ARCHITECTURES)}")
+        raise UserError(f"unknown model {model!r}: expected one of {', '.join(ARCHITECTURES)}, or SOURCE:NAME with "
+                        "a source among smp, tv, hf, module")
     return ARCHITECTURES[model]

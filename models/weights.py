@@ -89,7 +89,7 @@ def _fit_model(net: nn.Module, file: WeightFile) -> Fit:
                             f"but {net.name} was built with {built!r}")
     own = net.state_dict()
     report, foreign = _compare(own, file.tensors, lambda k: bool(PROFILER.fullmatch(k) or MODEL_EXTRAS.fullmatch(k))
-                               or (k.startswith("auxlayer.") and not net.aux))
+                               or k.startswith(net.optional))
     if not report.matched:
         raise UserError(f"{file.name}: no tensor of it belongs to {net.name} (it has {_some(file.tensors)}); "
                         "a backbone file goes to the pretrained-base option")

@@ -5,9 +5,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from engine.results import FORMAT, digest, network_name
+from engine.results import FORMAT, digest
 from engine.run_files import plain
 from engine.settings import parse_settings
+from models import network_name
 from utils.files import write_json
 
 CLASSES = ["road", "car"]

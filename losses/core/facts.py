@@ -1,8 +1,8 @@
 """What a method is given: facts of the run and of the networks, a batch, the means for a stage before training."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,17 +16,27 @@ from models.registry import NetworkChoice
 
 @dataclass(frozen=True)
 class NetInfo:
-    """What a method may know about a network without running it. channels: per tap; stride: of its output."""
+    """What a method may know about a network without running it. channels: per tap; stride: of its output; strides: of
+    taps, where they differ from it."""
     name: str
     channels: Mapping[str, int]
     num_class: int
     stride: int = 8
     preprocess: Preprocess = CAFFE_BGR
+    strides: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, net: nn.Module) -> NetInfo:
         """The description of a network of ``models/``."""
-        return cls(net.name, dict(net.channels), net.num_class, net.output_stride, net.preprocess)
+        return cls(net.name, dict(net.channels), net.num_class, net.output_stride, net.preprocess, dict(net.strides))
+
+    def stride_of(self, tap: str) -> int:
+        """The stride of a tap's map, in pixels of the image."""
+        return self.strides.get(tap, self.stride)
+
+    def resized(self, teacher: NetInfo, taps: Iterable[str]) -> NetInfo:
+        """The student as a method sees it when the maps at ``taps`` are brought to the size of the teacher's."""
+        return replace(self, strides={**self.strides, **{tap: teacher.stride_of(tap) for tap in taps}})
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ class Needs:
     """Requirements of a method, checked before it is built.
 
     student, teacher: fields of ``SegOutput`` that it reads; without any of the teacher it needs none. same_stride,
-    same_classes (and stride): of both networks. least_classes: of the data set. smallest_map: (height, width) at the
-    output stride; why: the reason, in a few words. settings, tap_settings: those that change the map, the taps."""
+    same_classes: it compares maps position by position, class by class; where the strides of a map differ, the
+    student's is resized to the teacher's, see :func:`taps_to_resize`. least_classes: of the data set. smallest_map:
+    (height, width); why: the reason, in a few words. settings, tap_settings: those that change the map, the taps."""
     student: tuple[str, ...] = ()
     teacher: tuple[str, ...] = ()
     same_stride: bool = False
@@ -41,18 +42,26 @@ def check_needs(method: str, needs: Needs, student: NetInfo, teacher: NetInfo | 
                             f"but {net.name} offers only {', '.join(net.channels)}", settings=needs.tap_settings)
     if needs.teacher and needs.same_classes:
         _check_equal(method, "logits", student, student.channels["logits"], teacher, teacher.channels["logits"])
-    if needs.teacher and (needs.same_classes or needs.same_stride):
-        _check_equal(method, "output stride", student, student.stride, teacher, teacher.stride)
     if student.num_class < needs.least_classes:
         raise UserError(f"method {method!r} needs at least {needs.least_classes} classes, the data set has "
                         f"{student.num_class}")
-    size = tuple(-(-side // student.stride) for side in crop_size)
+    stride = max((student.stride_of(tap) for tap in needs.student), default=student.stride)
+    size = tuple(-(-side // stride) for side in crop_size)
     height, width = needs.smallest_map
     if size[0] < height or size[1] < width:
         why = f" ({needs.why})" if needs.why else ""
         raise UserError(f"method {method!r} needs maps of {height}x{width} or more{why}, but crops of {crop_size[0]}x"
-                        f"{crop_size[1]} give {size[0]}x{size[1]}: use crops of {height * student.stride}x"
-                        f"{width * student.stride} or more", settings=["crop_size", *needs.settings])
+                        f"{crop_size[1]} give {size[0]}x{size[1]}: use crops of {height * stride}x"
+                        f"{width * stride} or more", settings=["crop_size", *needs.settings])
+
+
+def taps_to_resize(needs: Needs, student: NetInfo, teacher: NetInfo | None) -> tuple[str, ...]:
+    """The maps of the student that a method gets resized, bilinearly with corners aligned, to the size of the
+    teacher's: those that it compares position by position and whose strides differ."""
+    if teacher is None or not (needs.same_stride or needs.same_classes):
+        return ()
+    return tuple(tap for tap in needs.student
+                 if tap in needs.teacher and student.stride_of(tap) != teacher.stride_of(tap))
 
 
 def _check_equal(method: str, what: str, student: NetInfo, of_student: int, teacher: NetInfo, of_teacher: int) -> None:

@@ -1,15 +1,16 @@
 """Combining methods: which ones a run uses, and the whole training objective as one module."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from losses.core.distiller import Distiller, methods
 from losses.core.facts import Batch, NetInfo, RunFacts
-from losses.core.needs import check_needs
+from losses.core.needs import check_needs, taps_to_resize
 from losses.core.task import SegCrossEntropyLoss, task_loss
+from models.heads import resize
 from models.output import SegOutput
 from utils.options import OptionGroup
 
@@ -22,10 +23,19 @@ def active_methods(terms: Mapping[str, float]) -> dict[str, type[Distiller]]:
 def build_distillers(options: Mapping[str, OptionGroup], run: RunFacts, student: NetInfo,
                      teacher: NetInfo | None) -> nn.ModuleDict:
     """The methods with an active term, by name; UserError, before any is built, when a requirement is not met."""
-    active = active_methods(run.active)
+    active, seen = active_methods(run.active), {}
+    resized = maps_to_resize(options, run, student, teacher)
     for name, cls in active.items():
-        check_needs(name, cls.requires(options[name], run, student, teacher), student, teacher, run.crop_size)
-    return nn.ModuleDict({name: cls.build(options[name], run, student, teacher) for name, cls in active.items()})
+        seen[name] = student.resized(teacher, resized[name]) if resized[name] else student
+        check_needs(name, cls.requires(options[name], run, student, teacher), seen[name], teacher, run.crop_size)
+    return nn.ModuleDict({name: cls.build(options[name], run, seen[name], teacher) for name, cls in active.items()})
+
+
+def maps_to_resize(options: Mapping[str, OptionGroup], run: RunFacts, student: NetInfo,
+                   teacher: NetInfo | None) -> dict[str, tuple[str, ...]]:
+    """{method with an active term: the student's maps that it gets at the teacher's size}."""
+    return {name: taps_to_resize(cls.requires(options[name], run, student, teacher), student, teacher)
+            for name, cls in active_methods(run.active).items()}
 
 
 def taps_of_teacher(options: Mapping[str, OptionGroup], run: RunFacts, student: NetInfo, teacher: NetInfo) -> set[str]:
@@ -34,22 +44,29 @@ def taps_of_teacher(options: Mapping[str, OptionGroup], run: RunFacts, student: 
             for tap in cls.requires(options[name], run, student, teacher).teacher}
 
 
+def resize_maps(student: SegOutput, teacher: SegOutput | None, taps: Iterable[str]) -> SegOutput:
+    """The student's output with the maps at ``taps`` in the size of the teacher's."""
+    return student._replace(**{tap: resize(getattr(student, tap), getattr(teacher, tap).shape[2:]) for tap in taps})
+
+
 class Objective(nn.Module):
     """Student and distillers together: the one module that DDP wraps and that the optimizer trains.
 
     student: returns ``SegOutput``. distillers: by method. weights: {term that counts: lambda}. aux_weight: of the cross
     entropy of the auxiliary logits (0.4 in the published runs). group_size: images over whose labeled pixels the cross
     entropies are averaged, 0 = all. plain_maps: methods get the maps of both networks in the order of their dimensions,
-    however the networks lay them out."""
+    however the networks lay them out. resized: {method: the student's maps that it gets at the teacher's size}."""
     plain_maps = False
 
     def __init__(self, student: nn.Module, distillers: Mapping[str, Distiller], weights: Mapping[str, float],
-                 aux_weight: float = 0.4, ignore_label: int = -1, group_size: int = 0) -> None:
+                 aux_weight: float = 0.4, ignore_label: int = -1, group_size: int = 0,
+                 resized: Mapping[str, tuple[str, ...]] | None = None) -> None:
         super().__init__()
         self.student = student
         self.distillers = nn.ModuleDict(distillers)
         self.criterion = SegCrossEntropyLoss(ignore_label, group_size)
         self.weights = {"task": 1.0, "aux": aux_weight, **weights}
+        self.resized = dict(resized or {})
 
     def forward(self, images: Tensor, teacher: SegOutput | None, target: Tensor, step: int,
                 generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -60,8 +77,9 @@ class Objective(nn.Module):
                                 for maps in (student, teacher))
         batch = Batch(student, teacher, target, images, step)
         terms = task_loss(batch.student, target, self.criterion)
-        for distiller in self.distillers.values():
-            terms.update({name: value for name, value in distiller(batch, generator).items() if self.weights.get(name)})
+        for name, distiller in self.distillers.items():
+            seen = batch._replace(student=resize_maps(student, teacher, self.resized.get(name, ())))
+            terms.update({term: value for term, value in distiller(seen, generator).items() if self.weights.get(term)})
         return terms
 
     def run_student(self, images: Tensor) -> SegOutput:

@@ -37,10 +37,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.results import network_name, result_path
+from engine.results import result_path
 from engine.run_files import RunFiles
 from engine.settings import Settings, parse_settings
-from models import split_backbone
+from models import network_name, split_backbone
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent

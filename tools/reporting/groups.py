@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from engine.results import network_name
+from models import network_name
 from utils.errors import UserError
 
 #: one result file, as ``engine.results`` reads it

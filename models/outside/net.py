@@ -1,0 +1,115 @@
+"""A network that somebody else wrote, behind the interface of :class:`models.segmentation.SegmentationNet`."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.output import SegOutput
+from models.outside.taps import Catcher, as_map, probe, tensors_in
+from models.preprocess import IMAGENET_RGB, Preprocess
+from utils.errors import UserError
+from utils.tensor_files import first_line
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The logits of most networks: what they return, its entry ``logits`` or ``out``, or else its first tensor."""
+    if isinstance(output, Mapping):
+        output = next((output[key] for key in ("logits", "out") if key in output), output)
+    found = next(tensors_in(output), None)
+    if found is None:
+        raise UserError(f"the network returns {type(output).__name__} without a tensor: expected class scores "
+                        "[B, K, h, w], alone, first, or under 'out' or 'logits'")
+    return found
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What a source knows of a network.
+
+    taps: {field of SegOutput: path}, see ``taps.py``. preprocess: of its input. multiple: its input's sides must divide
+    by it. side: of the image that it is tried with. logits: from what it returns to class scores, a map [B, K, h, w].
+    optional: what the names of tensors start with that a weight file may hold in vain."""
+
+    net: nn.Module
+    taps: Mapping[str, str] = field(default_factory=dict)
+    preprocess: Preprocess = IMAGENET_RGB
+    multiple: int = 1
+    side: int = 128
+    logits: Callable[[Any], Tensor] = first_tensor
+    optional: tuple[str, ...] = ()
+
+
+class OutsideNet(nn.Module):
+    """``Outside.net`` as a segmentation network of this repository: same attributes, same output, see
+    :class:`models.segmentation.SegmentationNet`.
+
+    The logits are what the network itself returns, at whatever stride: often its final, full-size answer. Fields of
+    ``SegOutput`` without a tap are None. strides: {tap: of its map, in pixels of the image}. Images whose sides do not
+    divide by ``multiple`` are padded below and on the right with 0, the mean color, and the maps cut. Tensors in a
+    state dict have the names that they have in ``net``."""
+
+    own = False
+
+    def __init__(self, source: str, outside: Outside, num_class: int, taps: Mapping[str, str] | None = None) -> None:
+        super().__init__()
+        self.model, self.backbone, self.name, self.num_class, self.in_channels = source, "", source, num_class, 3
+        self.trained_on: dict[str, Any] | None = None
+        self.preprocess, self.multiple, self.optional = outside.preprocess, outside.multiple, outside.optional
+        self.net, self.read_logits = outside.net, outside.logits
+        self.taps = {**outside.taps, **(taps or {})}
+        self.catcher = Catcher(self.net, self.taps, source)
+        self.side = -(-outside.side // self.multiple) * self.multiple
+        self._register_load_state_dict_pre_hook(self._add_prefix)
+        try:
+            output = probe(self, self.side)
+        except UserError:
+            raise
+        except Exception as error:  # of any kind: somebody else's code
+            raise UserError(f"{source}: does not run on an image of {self.side}x{self.side} "
+                            f"({type(error).__name__}: {first_line(error)})") from error
+        maps = {name: value for name, value in output._asdict().items() if value is not None}
+        if maps["logits"].shape[1] != num_class:
+            raise UserError(f"{source}: scores {maps['logits'].shape[1]} classes, the data set has {num_class}")
+        self.channels = {name: value.shape[1] for name, value in maps.items()}
+        self.strides = {name: max(1, round(self.side / value.shape[2])) for name, value in maps.items()}
+        self.aux = "aux" in maps
+        self.output_stride = self.strides["logits"]
+
+    def forward(self, x: Tensor) -> SegOutput:
+        """x: float [B, 3, H, W]; UserError for another shape or an integer type."""
+        if x.dim() != 4 or x.shape[1] != 3 or not x.is_floating_point():
+            raise UserError(f"{self.name} expects a float image batch [B, 3, H, W], got {x.dtype} {list(x.shape)}")
+        size, padded = x.shape[2:], self._pad(x)
+        output = self.net(padded)
+        maps = self.catcher.take()
+        if "logits" not in maps:
+            maps["logits"] = self.read_logits(output)
+        inside = tuple(padded.shape[2:])
+        return SegOutput(*(maps.get(name) if maps.get(name) is None
+                           else self._cut(as_map(maps[name], inside, f"{self.name}: {name}"), size, inside)
+                           for name in SegOutput._fields))
+
+    def state_dict(self, *args: Any, destination=None, prefix: str = "", keep_vars: bool = False):
+        """As of ``net``: weights go back to where they came from."""
+        return self.net.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def _add_prefix(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}net.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+
+    def _pad(self, x: Tensor) -> Tensor:
+        below, right = (-side % self.multiple for side in x.shape[2:])
+        return F.pad(x, (0, right, 0, below)) if below or right else x
+
+    @staticmethod
+    def _cut(value: Tensor, size: tuple[int, int], padded: tuple[int, int]) -> Tensor:
+        """The part of a map over the image itself, its sides rounded up."""
+        if tuple(size) == padded:
+            return value
+        height, width = (-(-have * side // whole) for have, side, whole in
+                         zip(value.shape[2:], size, padded, strict=True))
+        return value[:, :, :height, :width]

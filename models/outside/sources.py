@@ -1,0 +1,180 @@
+"""Where networks of other libraries come from: one function per source, each of which imports its library."""
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.outside.net import Outside, OutsideNet
+from models.preprocess import IMAGENET_RGB, Preprocess, get_preprocess
+from models.torchvision_compat import import_torchvision
+from utils.errors import UserError
+from utils.tensor_files import first_line
+
+#: smallest score of a class, where scores become logits
+SMALLEST = 1e-6
+
+
+def is_outside(model: str) -> bool:
+    """Whether a model's name is that of a network elsewhere."""
+    return ":" in model
+
+
+def brings_weights(model: str) -> bool:
+    """Whether a name stands for a network with its weights, so that a teacher needs no weight file."""
+    return model.startswith("hf:")
+
+
+def build_outside(model: str, num_class: int, taps: Mapping[str, str] | None = None, aux: bool | None = None,
+                  ) -> OutsideNet:
+    """The network that ``SOURCE:NAME`` names, with random weights but for ``hf:``, whose folders hold them.
+
+    num_class: its classes. taps: in place of, or beside, those that the source knows. aux: with its auxiliary head, for
+    torchvision. Raises UserError for an unknown source or name, a missing library, or another number of classes."""
+    source, _, name = model.partition(":")
+    if source not in SOURCES:
+        raise UserError(f"model {model!r}: unknown source {source!r}, expected one of "
+                        f"{', '.join(f'{known}:' for known in SOURCES)}")
+    return OutsideNet(model, SOURCES[source](name, num_class, bool(aux)), num_class, taps)
+
+
+def library(name: str, extra: str, model: str) -> Any:
+    """Import an optional library. UserError, with what to install, when it is not there."""
+    import_torchvision()  # most of them import it
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{model}: needs {name} (pip install '.[{extra}]'): {error}") from error
+
+
+def smp(name: str, num_class: int, aux: bool) -> Outside:
+    """segmentation_models_pytorch: ARCHITECTURE:ENCODER."""
+    architecture, _, encoder = name.partition(":")
+    package = library("segmentation_models_pytorch", "smp", f"smp:{name}")
+    try:
+        net = package.create_model(architecture, encoder or "resnet34", encoder_weights=None, classes=num_class)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"smp:{name}: {first_line(error)} (expected smp:ARCHITECTURE:ENCODER, as smp:Unet:resnet34)"
+                        ) from error
+    stages = len(net.encoder.out_channels)
+    taps = {f"c{4 - i}": f"encoder[{stages - 1 - i}]" for i in range(min(4, stages - 1))}
+    if isinstance(net.segmentation_head, nn.Sequential):
+        taps["head"] = "segmentation_head.0:in"
+    return Outside(net, taps, IMAGENET_RGB, net.encoder.output_stride)
+
+
+def tv(name: str, num_class: int, aux: bool) -> Outside:
+    """torchvision.models.segmentation."""
+    import_torchvision()
+    from torchvision.models import get_model, list_models, segmentation  # after the compatibility step
+
+    known = list_models(module=segmentation)
+    if name not in known:
+        raise UserError(f"tv:{name}: expected one of {', '.join(known)}")
+    more = {} if name.startswith("lraspp") else {"aux_loss": aux}
+    net = get_model(name, weights=None, weights_backbone=None, num_classes=num_class, **more)
+    if name.startswith("lraspp"):
+        return Outside(net, {"c3": "backbone[0]", "c4": "backbone[1]", "head": "classifier.cbr"})
+    stages = [stage for stage in ("layer1", "layer2", "layer3", "layer4") if hasattr(net.backbone, stage)]
+    taps = {f"c{i}": f"backbone.{stage}" for i, stage in enumerate(stages, start=1)} or {"c4": "backbone[0]"}
+    taps["head"] = f"classifier.{len(net.classifier) - 1}:in"
+    if aux:
+        taps["aux"] = "aux_classifier"
+    return Outside(net, taps, optional=() if aux else ("aux_classifier.",))
+
+
+def hf(name: str, num_class: int, aux: bool) -> Outside:
+    """transformers: a name of its hub, or a folder with a config.json and, but for random weights, a weight file."""
+    package = library("transformers", "hf", f"hf:{name}")
+    folder = Path(name).expanduser()
+    try:
+        config = package.AutoConfig.from_pretrained(name)
+        kind = next(kind for kind in (package.AutoModelForSemanticSegmentation,
+                                      package.AutoModelForUniversalSegmentation) if type(config) in kind._model_mapping)
+        empty = folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+        net = kind.from_config(config) if empty else kind.from_pretrained(name)
+    except StopIteration:
+        raise UserError(f"hf:{name}: a {config.model_type} is no segmentation network of transformers") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"hf:{name}: {first_line(error)}") from error
+    if config.num_labels != num_class:
+        labels = ", ".join(str(v) for v in list(config.id2label.values())[:5])
+        raise UserError(f"hf:{name}: scores {config.num_labels} classes ({labels} …), the data set has {num_class}")
+    paths = {path for path, _ in net.named_modules()}
+    taps = next((taps for taps in HF_TAPS if all(text.partition("[")[0].removesuffix(":in") in paths
+                                                  for text in taps.values())), {})
+    side = config.image_size if isinstance(getattr(config, "image_size", None), int) and "layernorm" in paths else 128
+    universal = "class_predictor" in paths
+    return Outside(net, taps, hf_preprocess(package, name), side=side,
+                   logits=class_scores if universal else lambda output: output.logits)
+
+
+HF_TAPS: tuple[dict[str, str], ...] = (
+    {**{f"c{i + 1}": f"segformer.stages.{i}" for i in range(4)}, "head": "decode_head.classifier:in"},
+    {**{f"c{i + 1}": f"segformer.encoder.layer_norm.{i}" for i in range(4)}, "head": "decode_head.classifier:in"},
+    {**{f"c{i + 1}": f"backbone[{i}]" for i in range(4)}, "head": "decode_head.classifier:in"},
+    {**{f"c{i + 1}": f"model.pixel_level_module.encoder[{i}]" for i in range(4)},
+     "head": "model.pixel_level_module.decoder[0]"},
+    {"c4": "layernorm", "head": "upscale_block"},
+)
+
+
+def class_scores(output: Any) -> Tensor:
+    """Logits of each pixel from masks with classes (Cheng et al. 2022, semantic inference): the logarithm of the sum
+    over queries of class probability times mask probability. [B, Q, K + 1] and [B, Q, h, w] -> [B, K, h, w]."""
+    classes = output.class_queries_logits.softmax(-1)[..., :-1]
+    scores = classes.transpose(1, 2) @ output.masks_queries_logits.sigmoid().flatten(2)
+    return scores.clamp_min(SMALLEST).log().unflatten(2, output.masks_queries_logits.shape[2:])
+
+
+def hf_preprocess(package: Any, name: str) -> Preprocess:
+    """What preprocessor_config.json says; ImageNet's mean and standard deviation where there is none."""
+    try:
+        said = package.image_processing_base.ImageProcessingMixin.get_image_processor_dict(name)[0]
+    except OSError:
+        return IMAGENET_RGB
+    scale = 1 / said.get("rescale_factor", 1 / 255) if said.get("do_rescale", True) else 1.0
+    if not said.get("do_normalize", True):
+        return Preprocess("rgb", (0, 0, 0), (1, 1, 1), scale)
+    return Preprocess("rgb", tuple(said.get("image_mean", IMAGENET_RGB.mean)),
+                      tuple(said.get("image_std", IMAGENET_RGB.std)), scale)
+
+
+def module(name: str, num_class: int, aux: bool) -> Outside:
+    """PACKAGE.FILE:CALLABLE. Called with num_class or num_classes if it takes one. What it returns may have the
+    attributes taps, preprocess ('bgr', 'rgb' or a Preprocess) and multiple, see :class:`Outside`."""
+    path, _, attribute = name.rpartition(":")
+    if not path or not attribute:
+        raise UserError(f"module:{name}: expected module:PACKAGE.FILE:CALLABLE")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        build = getattr(importlib.import_module(path), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"module:{name}: {first_line(error)} (modules are looked for from {here})") from error
+    net = call(build, num_class, name)
+    if not isinstance(net, nn.Module):
+        raise UserError(f"module:{name}: returned a {type(net).__name__}, expected an nn.Module")
+    return Outside(net, dict(getattr(net, "taps", {})), get_preprocess(getattr(net, "preprocess", IMAGENET_RGB)),
+                   int(getattr(net, "multiple", 1)))
+
+
+def call(build: Callable[..., Any], num_class: int, name: str) -> Any:
+    """Call with the number of classes under the name that it has, or without."""
+    try:
+        wanted = inspect.signature(build).parameters
+    except (TypeError, ValueError):
+        wanted = {}
+    given = {key: num_class for key in ("num_class", "num_classes") if key in wanted}
+    try:
+        return build(**given)
+    except Exception as error:  # of any kind: somebody else's code
+        raise UserError(f"module:{name}: {type(error).__name__}: {first_line(error)}") from error
+
+
+SOURCES: dict[str, Callable[[str, int, bool], Outside]] = {"smp": smp, "tv": tv, "hf": hf, "module": module}
