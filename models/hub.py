@@ -44,7 +44,8 @@ def save_pretrained(net: nn.Module, folder: str | os.PathLike, *, classes: Seque
     config = build_config(net, classes, palette) | dict(more or {})
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in net.state_dict().items()}
     try:
-        write_atomically(folder / WEIGHTS, lambda p: safetensors.save_file(tensors, p, metadata={"format": "pt"}))
+        content = safetensors.save(tensors, metadata={"format": "pt"})  # its own file could be read by nobody else
+        write_atomically(folder / WEIGHTS, lambda p: p.write_bytes(content))
         write_json(folder / CONFIG, config)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({first_line(error)})") from error
