@@ -13,6 +13,7 @@ import torch
 from helpers import assert_refused
 from reference import fill
 from result_files import make_result, score
+from tiny_network import tiny_backbone
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,9 +24,7 @@ from engine.segmenter import Segmenter
 from engine.settings import build_parser, from_flat, parse_settings
 from engine.trained import open_trained
 from models import SegOutput, get_segmentation_model, save_state_dict
-from models.backbone import Backbone, Stages, conv_norm_act
 from models.hub import from_pretrained
-from models.registry import ARCHITECTURES, BACKBONES, NARROW, BackboneEntry
 from tools import export as program
 from tools.exporting.card import read_record
 from tools.exporting.check import check, load_pt2
@@ -48,27 +47,9 @@ from utils.files import sha256, write_json
 MODEL, BACKBONE = "psp", "tiny"
 
 
-class Tiny(Backbone):
-    """Five convolutions."""
-
-    def __init__(self, width: float, norm_layer) -> None:
-        super().__init__((8, 8, 8, 16))
-        shapes = ((3, 8, 2), (8, 8, 2), (8, 8, 2), (8, 8, 1), (8, 16, 1))
-        self.convs = nn.ModuleList(nn.Sequential(*conv_norm_act(c_in, c_out, 3, norm_layer, stride=stride))
-                                   for c_in, c_out, stride in shapes)
-
-    def forward(self, x: torch.Tensor) -> Stages:
-        stages = [x]
-        for conv in self.convs:
-            stages.append(conv(stages[-1]))
-        return tuple(stages[2:])
-
-
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(BACKBONES, BACKBONE, BackboneEntry(Tiny, NARROW))
-        patch.setitem(ARCHITECTURES, MODEL, ARCHITECTURES[MODEL]._replace(backbones=(BACKBONE,)))
+    with tiny_backbone():
         yield
 
 

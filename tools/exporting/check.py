@@ -17,6 +17,8 @@ from utils.extras import need
 
 #: largest difference of a logit, times the largest logit where that is above 1
 TOLERANCE = 1e-4
+#: of onnxruntime, by device
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 #: a graph that has been loaded: from the input to the output
 Graph = Callable[[Tensor], Tensor]
 
@@ -37,18 +39,26 @@ class Check:
         return {**asdict(self), "tolerance": TOLERANCE}
 
 
-def load_pt2(path: Path) -> Graph:
-    """The graph of a file of ``torch.export.save``."""
+def load_pt2(path: Path, device: str = "cpu") -> Graph:
+    """The graph of a file of ``torch.export.save``. device: "cpu" or "cuda"."""
     with open(path, "rb") as file:
-        return torch.export.load(file).module()
+        program = torch.export.load(file)
+    if device != "cpu":
+        from torch.export.passes import move_to_device_pass
+
+        program = move_to_device_pass(program, device)
+    return program.module()
 
 
-def load_onnx(path: Path, providers: tuple[str, ...] = ("CPUExecutionProvider",), threads: int = 0) -> Graph:
-    """The graph of an ONNX file in onnxruntime. threads: 0, as many as it likes."""
-    runtime = need("onnxruntime", "export")
+def load_onnx(path: Path, device: str = "cpu", threads: int = 0) -> Graph:
+    """The graph of an ONNX file in onnxruntime, which takes and returns tensors of the CPU. threads: 0, as many as it
+    likes. UserError when onnxruntime cannot use the device."""
+    runtime, provider = need("onnxruntime", "export"), PROVIDERS[device]
+    if provider not in runtime.get_available_providers():
+        raise UserError(f"onnxruntime has no {provider}; expected the package onnxruntime-gpu for device {device}")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = runtime.InferenceSession(str(path), options, providers=list(providers))
+    session = runtime.InferenceSession(str(path), options, providers=[provider])
 
     def run(x: Tensor) -> Tensor:
         return torch.from_numpy(np.asarray(session.run(None, {INPUT: x.cpu().numpy()})[0]))
