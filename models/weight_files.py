@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from models.preprocess import Preprocess
 from models.torchvision_compat import import_torchvision
 from utils.errors import UserError
+from utils.extras import need
 from utils.files import write_json
 from utils.tensor_files import first_line, load_tensors, save_tensors
 
@@ -56,9 +57,20 @@ def open_weights(source: str | os.PathLike) -> WeightFile:
     if name.startswith(TORCHVISION):
         return WeightFile(name, _tensors(name, _download(name)))
     path = Path(name).expanduser()
-    content, info = load_tensors(path, "weights file"), read_info(path)
+    content = read_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path, "weights file")
+    info = read_info(path)
     nested = content.get(INFO_KEY) if isinstance(content, Mapping) else None
     return WeightFile(name, _tensors(name, content), _checked_info(name, nested) if info is None else info)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file. Raises UserError when it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file")
+    try:
+        return need("safetensors.torch", "export").load_file(path)
+    except (OSError, ValueError, need("safetensors", "export").SafetensorError) as error:
+        raise UserError(f"{path}: not a weights file that can be loaded ({first_line(error)})") from error
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:

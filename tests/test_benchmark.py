@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, assert_refused
+from in_process import InThisProcess
 
 from tools import benchmark
 from tools.bench import cases, turns
 from tools.bench.measure import count_flops, timed
 from tools.bench.report import best_rates, figures, form_table, method_table, variant_table
 from tools.bench.turns import Measured, Plan, Refused, Worker, measure
-from tools.bench.worker import answers
-from utils.cli import describe_error
 from utils.errors import UserError
 
 QUICK = ["--short", "--device", "cpu", "--threads", "1", "--repeats", "1"]
@@ -37,34 +36,6 @@ class OtherRun:
 def build_run(*args):
     return OtherRun()
 """
-
-
-class InThisProcess:
-    """Does what :class:`Worker` does without a process of its own."""
-
-    def __init__(self, job: dict) -> None:
-        self.requests: list[str] = []
-        self.answers = answers(job, iter(lambda: self.requests.pop(0), None))
-        self.about = self._answer()
-
-    def ask(self, **request) -> dict:
-        self.requests.append(json.dumps(request))
-        return self._answer()
-
-    def _answer(self) -> dict:
-        try:
-            return json.loads(json.dumps(next(self.answers)))
-        except UserError as error:
-            raise Refused(describe_error(error)) from None
-
-    def close(self) -> None:
-        self.answers.close()
-
-    def __enter__(self) -> InThisProcess:
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.close()
 
 
 class Scripted(InThisProcess):

@@ -40,6 +40,17 @@ def overlay(image: np.ndarray, index: np.ndarray | Tensor, palette: np.ndarray, 
     return np.where(is_class[..., None], mixed, image)
 
 
+def with_legend(image: np.ndarray, classes: Sequence[str], palette: np.ndarray) -> np.ndarray:
+    """An image [H,W,3] on top of a strip of white paper, as wide, with the color (uint8 [K,3] RGB) and name of each
+    class, at least one."""
+    width = image.shape[1]
+    margin, font = max(width // 60, 4), _font(min(max(width // 40, 12), 28))
+    legend = _legend(classes, palette, max(width - 2 * margin, 1), font)
+    side = width - legend.shape[1]
+    around = ((margin, margin), (side // 2, side - side // 2), (0, 0))
+    return np.concatenate([image, np.pad(legend, around, constant_values=255)])
+
+
 def save_rgb(path: Path, image: np.ndarray) -> None:
     """Write an RGB image [H,W,3] as PNG, atomically."""
     _save(path, Image.fromarray(np.ascontiguousarray(image)))

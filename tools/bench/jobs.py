@@ -13,6 +13,7 @@ import inspect
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import cv2
@@ -239,13 +240,46 @@ def network(name: str, classes: int) -> nn.Module:
     return get_segmentation_model(model=model, backbone=backbone, num_class=classes)
 
 
+def build_forward(job: Mapping[str, Any]) -> Work:
+    """A forward pass of a network with random weights, up to its logits. form: as ``eval.py`` asks it, or that of a
+    file that ``tools/export.py`` can write."""
+    from engine.evaluate import prepare_for_inference
+    from tools.exporting.check import load_onnx, load_pt2
+
+    device, form = job["device"], job["form"]
+    start_device(device)
+    x = torch.randn(job["batch"], 3, *job["size"], device=device)
+    facts: dict[str, float] = {}
+    if form == "pytorch":
+        net = get_segmentation_model(job["model"], job["backbone"], job["num_class"], aux=False)
+        facts["parameters"] = sum(p.numel() for p in net.parameters())
+        ask = prepare_for_inference(net.to(device))
+    elif form == "torch-export":
+        ask = load_pt2(Path(job["file"]), device)
+    else:
+        ask = load_onnx(Path(job["file"]), device, job["threads"] or torch.get_num_threads())
+
+    @torch.no_grad()
+    def run() -> None:
+        ask(x)
+
+    return Work(run, job["batch"], facts=facts)
+
+
+def start_device(device: str) -> None:
+    """What ``eval.py`` does before it builds anything."""
+    if device == "cpu" and (keep_freed_memory := added_since("utils.allocator.keep_freed_memory")):
+        keep_freed_memory()
+    init_distributed(no_cuda=device == "cpu")
+
+
 def build_peak(job: Mapping[str, Any]) -> Work:
     """What the machine can do; ``run`` returns it."""
     return Work(rates(job["device"], job["small"]))
 
 
 BUILDERS = {"step": build_step, "criterion": build_criterion, "contrast": build_contrast, "loader": build_loader,
-            "eval": build_eval, "form": build_form, "peak": build_peak}
+            "eval": build_eval, "form": build_form, "forward": build_forward, "peak": build_peak}
 
 
 def build(job: Mapping[str, Any]) -> Work:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,6 +57,23 @@ def timed(run: Callable[[], object], steps: int, warm: int, device: str) -> dict
     if device == "cuda":
         torch.cuda.empty_cache()  # room for the processes that have their turn next
     return costs
+
+
+def call_times(run: Callable[[], object], calls: int, warm: int, device: str, most: float) -> dict[str, Any]:
+    """Seconds of every single ``run()``, after ``warm`` that do not count, and the peak of memory.
+
+    most: seconds after which no more calls are made, but for three. The device is waited for at every call."""
+    for _ in range(warm):
+        run()
+    synchronize(device)
+    reset_peak(device)
+    seconds: list[float] = []
+    while len(seconds) < calls and (len(seconds) < 3 or sum(seconds) < most):
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds, "peak": peak_memory(device)}
 
 
 def count_flops(run: Callable[[], object]) -> int:

@@ -34,7 +34,7 @@ def answers(job: dict, requests: Iterator[str]) -> Iterator[dict]:
     if job["threads"]:
         torch.set_num_threads(job["threads"])
     from tools.bench.jobs import build
-    from tools.bench.measure import count_flops, peak_memory, reset_peak, timed
+    from tools.bench.measure import call_times, count_flops, peak_memory, reset_peak, timed
 
     work = build(job)
     gc.collect()
@@ -45,6 +45,8 @@ def answers(job: dict, requests: Iterator[str]) -> Iterator[dict]:
         request = json.loads(line)
         if request["do"] == "turn":
             yield timed(work.run, request["steps"], request["warm"], job["device"])
+        elif request["do"] == "calls":
+            yield call_times(work.run, request["calls"], request["warm"], job["device"], request["most"])
         elif request["do"] == "flops":
             yield {"flops": count_flops(work.run)}
         else:

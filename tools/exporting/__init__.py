@@ -1,0 +1,1 @@
+"""What `tools/export.py` writes: traced networks, their check against PyTorch, the model card."""
