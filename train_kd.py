@@ -15,6 +15,7 @@ from engine.journal import Journal
 from engine.lock import locked
 from engine.log import setup_logging
 from engine.method_list import method_table
+from engine.nonfinite import check_step
 from engine.ready import get_ready
 from engine.results import check_result_target, write_result
 from engine.run import Run, run_stages, train_batch, training_batches
@@ -61,7 +62,8 @@ def run_steps(run: Run, journal: Journal, signals: StopSignals) -> bool:
             result = train_batch(run, batch)
             run.step += 1
             journal.finished_step(len(batch["name"]))
-            if run.is_due(running.log_iter):
+            check_step(run, result, journal)
+            if run.is_due(running.log_iter) and result.fault is None:
                 journal.write_step(result)
             stop = signals.agreed()
             if stop or run.is_due(running.save_per_iters) or run.wants_validation:

@@ -54,7 +54,7 @@ def build_run(settings: Settings, distributed: Distributed) -> Run:
     optimizer = build_optimizer(settings, objective)
     step_fn = TrainStep(model, teacher, optimizer, lr=o.lr, max_iterations=o.max_iterations, power=o.poly_power,
                         min_lr=o.min_lr, seed=o.seed, rank=distributed.rank, amp=speed.amp_dtype,
-                        parts=speed.grad_accumulation)
+                        parts=speed.grad_accumulation, may_skip=settings.running.skip_nonfinite > 0)
     return Run(settings, distributed, spec, train_set, val_set, report_sets, student, teacher, objective, model,
                optimizer, step_fn, files)
 

@@ -11,6 +11,7 @@ import torch
 
 import dataset as data
 from engine.log import LOG
+from engine.nonfinite import check_finite
 from engine.optimizer import load_optimizer
 from engine.run import Run
 from engine.run_files import plain
@@ -25,8 +26,9 @@ FORMAT = 1
 #: settings that may differ between a run and its continuation without changing the result
 FREE_TO_CHANGE = frozenset((
     "resume", "workers", "data", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters", "val_per_iters",
-    "diagnose_every", "skip_val", "results", "protocol", "label", "tensorboard", "panels", "local_rank", "no_cuda",
-    "teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base"))
+    "diagnose_every", "skip_nonfinite", "timeout", "skip_val", "results", "protocol", "label", "tensorboard", "panels",
+    "local_rank", "no_cuda", "teacher_pretrained", "teacher_pretrained_base", "student_pretrained",
+    "student_pretrained_base"))
 
 
 def versions() -> dict[str, str]:
@@ -38,7 +40,7 @@ def save_run(run: Run) -> None:
     """Write the student's weights and the training state, on the main process; the state before is kept. UserError when
     a weight is not finite or another run has taken the folder (nothing is written then), or the files cannot be
     written."""
-    run.step_fn.check_finite(run.step)
+    check_finite(run)
     if not run.distributed.is_main_process:
         return
     run.check_lock()
@@ -58,7 +60,7 @@ def save_state(run: Run, keep: Path | None = None) -> None:
         "scaler": run.step_fn.scaler.state_dict(), "step": run.step, "best": run.best,
         # without a validation set, none is missing
         "validated": run.step if run.val_set is None else run.validated, "config": plain(run.settings),
-        "processes": run.distributed.world_size}), keep)
+        "processes": run.distributed.world_size, "skipped": run.step_fn.skipped}), keep)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -103,6 +105,7 @@ def resume(run: Run) -> bool:
             run.step_fn.scaler.load_state_dict(state["scaler"])
         run.student.preprocess = Preprocess.from_dict(state["net_info"]["preprocess"])
         run.step, run.best = int(state["step"]), float(state["best"])
+        run.step_fn.skipped = int(state.get("skipped", 0))
         run.validated = int(state.get("validated", run.step))  # earlier programs validated first
         stage_options = {name for d in run.objective.distillers.values() for name in d.stage_options}
         changes = changed_settings(state["config"], run.settings, stage_options)

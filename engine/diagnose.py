@@ -6,8 +6,7 @@ computes. Nothing of the run changes: it ends with the same weights, bit for bit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from engine.journal import Journal
 from engine.run import Run, network_inputs
 from losses.core.objective import Objective
 from utils.distributed import is_distributed, reduce_mean
+from utils.module_state import modules_kept
 from utils.randomness import random_numbers_kept
 
 #: {term: {"raw", "weighted", "gradient", "cosine"}}, see :func:`compare_gradients`
@@ -51,30 +51,6 @@ def diagnose(run: Run, batch: dict) -> Diagnosis:
         terms = step_fn.compute_terms(objective, *inputs, run.step, generator)
         scale = step_fn.scaler.get_scale() if step_fn.scaler.is_enabled() else 1.0
         return compare_gradients(objective, terms, run.step, scale)
-
-
-@contextmanager
-def modules_kept(module: nn.Module) -> Iterator[None]:
-    """Afterwards the module and its children hold the buffers (batch-norm statistics, queues) and attributes that they
-    hold now. The copies of buffers are on the CPU: the queues of some methods take gigabytes.
-
-    Parameters are not copied, and attributes that are changed in place only where they are dicts or lists."""
-    buffers = [(buffer, buffer.detach().to("cpu", copy=True)) for buffer in module.buffers()]
-    attributes = [(child, vars(child).copy()) for child in module.modules()]
-    containers = [(value, value.copy()) for _, held in attributes for value in held.values()
-                  if isinstance(value, (dict, list))]
-    try:
-        yield
-    finally:
-        for child, held in attributes:
-            vars(child).clear()
-            vars(child).update(held)
-        for value, held in containers:
-            value.clear()
-            (value.update if isinstance(value, dict) else value.extend)(held)
-        with torch.no_grad():
-            for buffer, held in buffers:
-                buffer.copy_(held)
 
 
 def compare_gradients(objective: Objective, terms: Mapping[str, Tensor], step: int, scale: float = 1.0) -> Diagnosis:

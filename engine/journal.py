@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from engine.checkpoint import versions
 from engine.log import LOG, RunLogger, setup_logging
+from engine.nonfinite import check_finite
 from engine.run import Run
 from engine.run_files import plain, readable
 from engine.settings import DEAD_OPTIONS, given_teacher_flags
@@ -90,7 +91,7 @@ class Journal:
     def write_step(self, result: StepResult) -> None:
         """Write down the last iteration, averaged over the processes. Raises UserError when a loss is not finite."""
         run = self.run
-        run.step_fn.check_finite(run.step)
+        check_finite(run)
         names = list(result.terms)
         values = reduce_mean(torch.stack([*result.terms.values(), *result.weighted.values(), result.total]).double())
         raw, weighted = (dict(zip(names, part.tolist(), strict=True)) for part in values[:-1].chunk(2))

@@ -65,13 +65,18 @@ def build_loader(run: Run, start_step: int, steps: int, batch_size: int) -> Data
     The samples do not depend on worker or process counts.
     """
     settings, distributed = run.settings, run.distributed
-    sampler = data.TrainSampler(len(run.train_set), batch_size=batch_size, steps=steps, rank=distributed.rank,
-                                world_size=distributed.world_size, seed=settings.optimization.seed,
-                                start_step=start_step, mode=settings.data.sampling)
+    sampler = build_sampler(run, start_step, steps, batch_size)
     workers = settings.data.workers
     return DataLoader(run.train_set, batch_sampler=sampler, num_workers=workers, collate_fn=data.collate,
                       worker_init_fn=data.worker_init, pin_memory=distributed.device.type == "cuda",
                       persistent_workers=workers > 0)
+
+
+def build_sampler(run: Run, start_step: int, steps: int, batch_size: int) -> data.TrainSampler:
+    """Which samples this process gets from ``start_step`` to ``steps``."""
+    return data.TrainSampler(len(run.train_set), batch_size=batch_size, steps=steps, rank=run.distributed.rank,
+                             world_size=run.distributed.world_size, seed=run.settings.optimization.seed,
+                             start_step=start_step, mode=run.settings.data.sampling)
 
 
 def training_batches(run: Run) -> Iterator[dict]:

@@ -30,6 +30,7 @@ class RunFiles:
         self.best = self.directory / f"{self.stem}_best_model.pth"
         self.state = self.directory / f"{self.stem}_state.pth"
         self.previous_state = self.directory / f"{self.stem}_state_previous.pth"
+        self.replay = self.directory / f"{self.stem}_replay.pth"
         self.config = self.directory / f"{self.stem}_config.json"
         self.text_log = self.log_directory / f"{self.log_name}_log.txt"
         choice = settings.running.resume

@@ -197,6 +197,10 @@ class Running(OptionGroup):
     log_iter: int = option(10, "steps between log lines", at_least=1)
     save_per_iters: int = option(800, "steps between training states", at_least=1)
     val_per_iters: int = option(800, "steps between validations", at_least=1)
+    skip_nonfinite: int = option(0, "steps in the whole run whose loss or gradient may be NaN or infinite: they change "
+                                    "nothing and are counted; one more is an error", at_least=0, metavar="N")
+    timeout: int = option(1800, "seconds without an answer of a loading process or of another process after which the "
+                                "run ends", at_least=1, metavar="SECONDS")
     diagnose_every: int = option(0, "steps between measurements of every term's gradient, for tools/diagnose.py; one "
                                     "takes about a backward pass per term; 0 = none", at_least=0)
     skip_val: bool = option(False, "no validation, hence no best model and no final report")

@@ -33,6 +33,7 @@ from losses.core import methods
 from tools.simulate_memory import build, loader_batch, settings_of
 from utils.cli import parse_options, run_main
 from utils.distributed import init_distributed
+from utils.errors import UserError
 from utils.files import write_json
 from utils.options import OptionGroup, option
 from utils.score import SegmentationMetric
@@ -250,7 +251,8 @@ def train(options: Options) -> dict[str, Any]:
         for batch in batches(images, label, settings.optimization.batch_size, steps):
             losses.append(train_batch(run, batch).weighted)
             run.step += 1
-        run.step_fn.check_finite(steps)
+        if fault := run.step_fn.find_fault():
+            raise UserError(f"--{name}: {fault}")
         seconds = time.perf_counter() - start
         curve = [{term: float(value) for term, value in one.items()} for one in losses]
         found[name] = {"steps": steps, "images_per_second": steps * settings.optimization.batch_size / seconds,

@@ -5,6 +5,7 @@ import gc
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,6 +90,15 @@ def reduce_mean(values: Tensor) -> Tensor:
     total = values.detach().clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every process calls this with, by rank; plain values."""
+    found = [value]
+    if is_distributed():
+        found *= dist.get_world_size()
+        dist.all_gather_object(found, value)
+    return found
 
 
 def same_everywhere(number: int, device: torch.device) -> bool:

@@ -13,12 +13,13 @@ from torch import nn
 
 import train_kd
 from engine.build import build_run
-from engine.diagnose import compare_gradients, diagnose, inner, modules_kept
+from engine.diagnose import compare_gradients, diagnose, inner
 from engine.ready import get_ready
 from engine.run import Run, train_batch, training_batches
 from engine.settings import parse_settings
 from losses.core.objective import Objective
 from utils.distributed import init_distributed
+from utils.module_state import modules_kept
 
 
 def made(weights: dict[str, float]) -> tuple[Objective, torch.Tensor, torch.Tensor]:
