@@ -163,7 +163,9 @@ def test_only_the_predictions_that_are_wanted_are_copied(copied: list[tuple[int,
 def test_validation_copies_what_it_draws(copied: list[tuple[int, ...]], panels: int, is_main_process: bool,
                                          count: int) -> None:
     data, pictures, records = Data(), {}, []
-    data.spec, data.split = get_dataset_spec("camvid"), "val"
+    camvid = get_dataset_spec("camvid")
+    data.spec = SimpleNamespace(palette=camvid.palette, classes=camvid.classes[:Net().num_class])
+    data.split = "val"
     logger = SimpleNamespace(record=lambda kind, step, **values: records.append(values),
                              picture=lambda name, image, step: pictures.update({name: image}))
     validator = Validator(data, Distributed(0, 1, 0, CPU), logger if is_main_process else None, panels)
