@@ -112,19 +112,22 @@ def _of_folder(source: str, folder: Path, known: Known) -> Trained:
 def _of_file(source: str, path: Path, known: Known) -> Trained:
     """Of a weights file: described by the JSON file beside it, by the run that wrote it, or by the caller."""
     config, info = read_run_config(path), read_info(path) or {}
-    model = known.model or info.get("model") or config.get("student_model")
-    backbone = known.backbone or info.get("backbone") or config.get("student_backbone")
-    labels = _Labels()
+    model, backbone = (next((value for value in (getattr(known, key), info.get(key), config.get(f"student_{key}"))
+                             if value is not None), None) for key in ("model", "backbone"))
+    names = (info.get("trained_on") or {}).get("classes")
+    labels = _Labels(tuple(names) if names else None)
     if known.dataset is not None:
         labels = _labels(known.dataset, known.data)
     elif config:
         try:
-            labels = _labels(config["dataset"], known.data or config["data"])
+            found = _labels(config["dataset"], known.data or config["data"])
+            if not names or found.classes == labels.classes:  # else other data lie there now
+                labels = found
         except (KeyError, UserError) as error:
-            LOG.warning("%s: the names of its classes are not known: %s", path.name, error)
-    num_class = known.num_class or info.get("num_class") or (labels.classes and len(labels.classes))
+            LOG.warning("%s: the %s of its classes are not known: %s", path.name, "colors" if names else "names", error)
+    num_class = known.num_class or info.get("num_class") or (len(labels.classes) if labels.classes else None)
     wanted = {"model": model, "backbone": backbone, "num_class": num_class}
-    if missing := [name for name, value in wanted.items() if not value]:
+    if missing := [name for name, value in wanted.items() if value is None]:
         raise UserError(f"{path}: no JSON file beside it says what network it is of: name it", settings=missing)
     net = NetworkChoice(model, backbone, str(path), preprocess=known.preprocess, aux=False).build(int(num_class))
     return _trained(net.eval(), source, path, labels, path.parent if config else None)

@@ -65,13 +65,19 @@ def build_config(net: nn.Module, classes: Sequence[str] | None = None,
 def from_pretrained(source: str | os.PathLike) -> nn.Module:
     """The network of a folder of :func:`save_pretrained`, or of a repository of the hub, in eval mode on the CPU.
 
-    Raises UserError when there is none, when it cannot be fetched, and for files that do not fit together."""
+    Raises UserError when there is none, when it cannot be fetched, for files that do not fit together, and for a
+    repository of the hub that names code of this machine to run."""
     folder = fetch(source)
     config = read_config(folder)
+    if not Path(source).expanduser().is_dir() and str(config["model"]).startswith("module:"):
+        raise UserError(f"{source}: its model is {config['model']}, code that would be run here; look at it, then "
+                        f"open the folder {folder}")
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: no {WEIGHTS}; expected a folder of tools/export.py --to safetensors")
     net = get_segmentation_model(config["model"], config["backbone"], config["num_class"], config["aux"])
     load_weights(net, folder / WEIGHTS, preprocess=config["preprocess"])
+    if "trained_on" in config:
+        net.trained_on = config["trained_on"]
     return net.eval()
 
 

@@ -95,6 +95,7 @@ def test_a_run_means_its_student_and_its_teacher(tmp_path) -> None:
     assert find_subjects(str(distilled / "kd_x.pth"), 19) == [Subject("psp", "tiny", 7)]
     (tmp_path / CONFIG).write_text(json.dumps(build_config(net)))
     assert find_subjects(str(tmp_path), 19) == [Subject("psp", "tiny", 7)]
+    assert find_subjects("smp:Unet:mit-b0", 19) == [Subject("smp:Unet:mit-b0", "", 19)]
     assert find_subjects("deeplabv3-resnet18_w0.5", 19) == [Subject("deeplabv3", "resnet18_w0.5", 19)]
 
 

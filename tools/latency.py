@@ -72,7 +72,7 @@ class Subject:
     @property
     def title(self) -> str:
         """As the table names it."""
-        return f"{self.role} {self.model}-{self.backbone}".strip()
+        return f"{self.role} {'-'.join(filter(None, (self.model, self.backbone)))}".strip()
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,8 @@ def find_subjects(source: str, num_class: int) -> list[Subject]:
             raise UserError(f"{source}: no JSON file beside it says what network it is of; expected MODEL-BACKBONE")
         return [Subject(info["model"], info["backbone"], info["num_class"])]
     model, dash, backbone = source.partition("-")
+    if ":" in model:  # of another library, whose name is one word
+        return [Subject(source, "", num_class)]
     if not dash:
         raise UserError(f"{source}: no such file or folder; expected one, or MODEL-BACKBONE such as deeplabv3-resnet18")
     return [Subject(model, backbone, num_class)]
@@ -136,15 +138,16 @@ def chosen_forms(options: Latency) -> list[str]:
 
 
 def write_forms(subject: Subject, forms: Sequence[str], folder: Path) -> dict[str, Path]:
-    """Export a network into a folder; {form: its file}."""
+    """Export a network into a folder, which is made; {form: its file}."""
     exported = [form for form in forms if form != "pytorch"]
     if not exported:
         return {}
     torch.manual_seed(0)
     net = get_segmentation_model(subject.model, subject.backbone, subject.num_class, aux=False).eval()
     program, files = trace(net, Form(), input_divisor(net)), {}
+    folder.mkdir()
     for form in exported:
-        files[form] = folder / f"{subject.model}-{subject.backbone}-{subject.num_class}-{form}"
+        files[form] = folder / form
         if form == "torch-export":
             write_pt2(program, files[form])
         else:
@@ -233,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
         with torch.device("meta"):  # what does not exist is said before anything is measured
             get_segmentation_model(one.model, one.backbone, one.num_class)
     with tempfile.TemporaryDirectory() as folder:
-        found = [measure(one, forms, options, Path(folder)) for one in subjects]
+        found = [measure(one, forms, options, Path(folder) / str(i)) for i, one in enumerate(subjects)]
     rows = [row for some, _ in found for row in some]
     about = machine(options.device) | {"threads": options.threads or torch.get_num_threads()}
     print(f"Pictures of {options.size[0]}x{options.size[1]}\n\n{show(rows)}\n")

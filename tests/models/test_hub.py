@@ -50,6 +50,10 @@ def test_a_hub_id_is_downloaded(net, tmp_path, monkeypatch) -> None:
     assert asked[0] == ("owner/student", ["config.json", "model.safetensors"])
     with pytest.raises(UserError, match="a/b/c: no such folder; expected"):
         from_pretrained("a/b/c")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model": "module:os:abort"}))
+    with pytest.raises(UserError, match="its model is module:os:abort, code that would be run here"):
+        from_pretrained("owner/student")
 
 
 def test_only_what_belongs_to_the_network_is_uploaded(net, tmp_path, monkeypatch) -> None:

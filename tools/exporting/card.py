@@ -73,7 +73,7 @@ def _scores(trained: Trained, settings: Settings) -> dict[str, Any]:
 
 def model_card(config: Mapping[str, Any]) -> str:
     """The README.md of an exported folder. config: the content of its ``config.json``."""
-    record, name = config["training"], f"{config['model']}-{config['backbone']}"
+    record, name = config["training"], _network(config)
     title = f"{name}, {_dataset(record)}" if record else name
     head = ["---", "pipeline_tag: image-segmentation", "tags:", "- semantic-segmentation",
             "- knowledge-distillation", "---", "", f"# {title}", "",
@@ -82,6 +82,11 @@ def model_card(config: Mapping[str, Any]) -> str:
             + ("any" if config["input_divisor"] == 1 else f"multiples of {config['input_divisor']}") + ".", ""]
     return "\n".join([*head, *_training(record), *_scores_section(record), *_files(config), *_use(), *_classes(config),
                       *_licence(record)]) + "\n"
+
+
+def _network(names: Mapping[str, Any]) -> str:
+    """Model and backbone; networks of other libraries have no backbone."""
+    return "-".join(filter(None, (names["model"], names["backbone"])))
 
 
 def _dataset(record: Mapping[str, Any]) -> str:
@@ -101,7 +106,7 @@ def _training(record: Mapping[str, Any]) -> list[str]:
             ["method", "plain training, no distillation" if about is None
              else f"`{method}` ({about.paper}, {about.year}), weights: {terms}"],
             ["teacher", "none" if teacher is None
-             else f"{teacher['model']}-{teacher['backbone']}, file {teacher['weights'] or UNKNOWN}"],
+             else f"{_network(teacher)}, file {teacher['weights'] or UNKNOWN}"],
             ["started from", record["started_from"] or "random weights"],
             ["length", f"{record['iterations']} iterations of {record['batch_size']} crops of "
                        f"{record['crop_size'][0]}x{record['crop_size'][1]}, seed {record['seed']}"]]

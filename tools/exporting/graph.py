@@ -89,8 +89,10 @@ class Deployable(nn.Module):
 
 
 def input_divisor(net: nn.Module) -> int:
-    """What height and width of a network's input have to be multiples of, found by asking it. UserError when it takes
-    none of the tried sizes."""
+    """What height and width of a network's input have to be multiples of: its attribute ``multiple``, where it pads by
+    itself, which a graph does not; else found by asking it. UserError when it takes none of the tried sizes."""
+    if getattr(net, "multiple", 1) > 1:
+        return net.multiple
     for divisor in DIVISORS:
         try:
             with torch.no_grad():
