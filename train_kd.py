@@ -27,6 +27,10 @@ from engine.validation import report, validate
 from utils.allocator import keep_freed_memory
 from utils.cli import run_main
 from utils.distributed import barrier, cleanup, init_distributed
+from utils.watchdog import Watchdog, no_step, time_limit
+
+#: seconds beyond --timeout that processes wait for each other: the watchdog, which says more, comes first
+MARGIN = 60
 
 
 def train(run: Run, signals: StopSignals) -> bool:
@@ -52,28 +56,35 @@ def train(run: Run, signals: StopSignals) -> bool:
 
 def run_steps(run: Run, journal: Journal, signals: StopSignals) -> bool:
     """The iterations. Whether a signal has ended them."""
-    running = run.settings.running
     with signals.deferred():
         if run.wants_validation:  # a run that was stopped between saving and validating
             validate_saved(run, journal, signals)
         for batch in training_batches(run):
-            journal.clock.got_batch()
-            diagnose_step(run, batch, journal)
-            result = train_batch(run, batch)
-            run.step += 1
-            journal.finished_step(len(batch["name"]))
-            check_step(run, result, journal)
-            if run.is_due(running.log_iter) and result.fault is None:
-                journal.write_step(result)
-            stop = signals.agreed()
-            if stop or run.is_due(running.save_per_iters) or run.wants_validation:
-                save_run(run)
+            with time_limit(no_step):
+                stop = run_step(run, batch, journal, signals)
             if stop:
                 signals.end(run.step)
                 return True
             if run.wants_validation:
                 validate_saved(run, journal, signals)
     return False
+
+
+def run_step(run: Run, batch: dict, journal: Journal, signals: StopSignals) -> bool:
+    """One iteration, logged and saved if that is due. Whether a signal ends the run, which is then saved."""
+    running = run.settings.running
+    journal.clock.got_batch()
+    diagnose_step(run, batch, journal)
+    result = train_batch(run, batch)
+    run.step += 1
+    journal.finished_step(len(batch["name"]))
+    check_step(run, result, journal)
+    if run.is_due(running.log_iter) and result.fault is None:
+        journal.write_step(result)
+    stop = signals.agreed()
+    if stop or run.is_due(running.save_per_iters) or run.wants_validation:
+        save_run(run)
+    return stop
 
 
 def validate_saved(run: Run, journal: Journal, signals: StopSignals) -> None:
@@ -94,13 +105,15 @@ def main(argv: list[str] | None = None) -> int:
     if settings.list_taps:
         print(tap_table(settings))
         return 0
-    distributed = init_distributed(settings.running.no_cuda)
+    timeout = settings.running.timeout
+    distributed = init_distributed(settings.running.no_cuda, timeout=timeout + MARGIN)
     setup_logging(distributed.is_main_process)
     if settings.speed.fast and distributed.device.type == "cpu":
         keep_freed_memory()
     check_result_target(settings)
     files = RunFiles(settings)
-    with StopSignals(settings, distributed) as signals, locked(files, distributed.is_main_process) as lock:
+    with Watchdog(timeout), StopSignals(settings, distributed) as signals, \
+            locked(files, distributed.is_main_process) as lock:
         barrier()  # until the folder is this run's own: only then is it known what there is to go on with
         run = build_run(settings, distributed)
         run.lock = lock

@@ -11,7 +11,7 @@ import torch
 
 import dataset as data
 from engine.log import LOG
-from engine.nonfinite import check_finite
+from engine.nonfinite import check_finite, last_good_state
 from engine.optimizer import load_optimizer
 from engine.run import Run
 from engine.run_files import plain
@@ -44,8 +44,13 @@ def save_run(run: Run) -> None:
     if not run.distributed.is_main_process:
         return
     run.check_lock()
-    save_state_dict(run.student, run.files.student)
-    save_state(run, keep=run.files.previous_state)
+    try:
+        save_state_dict(run.student, run.files.student)
+        save_state(run, keep=run.files.previous_state)
+    except UserError as error:
+        if run.lock is not None:
+            run.lock.check()  # if it is that, nothing of this folder is this run's
+        raise UserError(f"{error}; {last_good_state(run.files.states())}") from error
 
 
 def save_state(run: Run, keep: Path | None = None) -> None:

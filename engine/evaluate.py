@@ -17,6 +17,7 @@ from engine.predict import Size, check_options, predict, predict_classes
 from models.prepare import fold_batch_norms, to_channels_last
 from utils.distributed import available_cpus, rank_and_world
 from utils.score import SegmentationMetric
+from utils.watchdog import in_time
 
 
 @torch.no_grad()
@@ -97,7 +98,7 @@ def _batches(dataset: Dataset, device: torch.device, workers: int, size: int,
                         generator=torch.Generator())  # else the loader draws from the global stream of a training run
     show = rank == 0 and sys.stderr.isatty() if progress is None else progress
     with tqdm(total=sum(map(len, mine)), desc="evaluate", unit="img", disable=not show, leave=False) as bar:
-        for chunk in loader:
+        for chunk in in_time(loader):
             for batch in chunk:
                 yield batch
                 bar.update(len(batch["name"]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,30 @@ class _TqdmHandler(logging.StreamHandler):
     """Print through tqdm, so that log lines do not tear the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+        except BrokenPipeError:  # whoever reads has gone, which ends the program
+            raise
+        except OSError:  # a file on a full disk, say
+            return
+
+
+class _LogFile(logging.FileHandler):
+    """A text log that misses lines, with one warning, while they cannot be written."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.failed:
+            self.failed = True
+            warn_once_full(Path(self.baseFilename), sys.exc_info()[1])
+
+
+def warn_once_full(path: Path, error: BaseException | None) -> None:
+    """Say on the terminal alone that a log cannot be written and the run goes on."""
+    with suppress(OSError):
+        tqdm.write(f"{path}: cannot be written ({error}): the run goes on without it until there is room",
+                   file=sys.stderr)
 
 
 def setup_logging(is_main_process: bool, path: Path | None = None) -> None:
@@ -37,7 +62,7 @@ def setup_logging(is_main_process: bool, path: Path | None = None) -> None:
     handlers: list[logging.Handler] = [_TqdmHandler()]
     if is_main_process and path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+        handlers.append(_LogFile(path, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         LOG.addHandler(handler)
@@ -62,12 +87,17 @@ class RunLogger:
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / f"{name}.jsonl"
         self._drop_after(start_step, start_step if validated is None else validated)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
+        self._pending, self._warned = b"", False  # what could not be written yet
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            self._board = SummaryWriter(str(directory / f"{name}_tensorboard"), purge_step=start_step + 1)
+            folder = directory / f"{name}_tensorboard"
+            try:
+                self._board = SummaryWriter(str(folder), purge_step=start_step + 1)
+            except OSError as error:
+                warn_once_full(folder, error)
 
     def _drop_after(self, step: int, validated: int) -> None:
         if not self.path.is_file():
@@ -77,22 +107,45 @@ class RunLogger:
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Append one JSON line ``{"kind", "step", ...}`` and plot its numbers (nested dicts become a/b tags)."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for tag, value in _flatten(kind, values):
+        self._pending += json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n"
+        self._write_pending()
+        with self._board_may_fail():
+            for tag, value in _flatten(kind, values) if self._board is not None else ():
                 self._board.add_scalar(tag, value, step)
+
+    def _write_pending(self) -> None:
+        """Write what is due. What finds no room is kept for the next time."""
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending):]
+        except OSError as error:
+            if not self._warned:
+                warn_once_full(self.path, error)
+            self._warned = True
+
+    @contextmanager
+    def _board_may_fail(self) -> Iterator[None]:
+        """TensorBoard raises, some time later, what its writing thread has met: it is then left out."""
+        try:
+            yield
+        except OSError as error:
+            warn_once_full(Path(self._board.log_dir), error)
+            self._board = None
 
     def picture(self, tag: str, image: np.ndarray, step: int) -> None:
         """Add one picture (uint8 [H, W, 3], RGB) to TensorBoard."""
-        if self._board is not None:
-            self._board.add_image(tag, image, step, dataformats="HWC")
+        with self._board_may_fail():
+            if self._board is not None:
+                self._board.add_image(tag, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close everything."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._write_pending()
+        with suppress(OSError):
+            self._file.close()
+        with self._board_may_fail():
+            if self._board is not None:
+                self._board.close()
 
 
 def _is_within(line: str, step: int, validated: int) -> bool:

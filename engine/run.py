@@ -17,6 +17,7 @@ from engine.step import StepResult, TrainStep
 from losses.core.facts import Preparation
 from losses.core.objective import Objective
 from utils.distributed import Distributed, barrier
+from utils.watchdog import in_time
 
 
 @dataclass
@@ -84,7 +85,7 @@ def training_batches(run: Run) -> Iterator[dict]:
     run.model.train()
     o = run.settings.optimization
     if run.step < o.max_iterations:
-        yield from build_loader(run, run.step, o.max_iterations, o.batch_size)
+        yield from in_time(build_loader(run, run.step, o.max_iterations, o.batch_size))
 
 
 def to_device(run: Run, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,7 +121,7 @@ def run_stages(run: Run, check: Callable[[], None] = lambda: None) -> None:
     def batches(steps: int, batch_size: int, start: int,
                 role: str) -> Iterator[tuple[Tensor | tuple[Tensor, Tensor], Tensor]]:
         nets = {"teacher": [run.teacher], "student": [run.student], "both": [run.student, run.teacher]}[role]
-        for batch in build_loader(run, start, steps, batch_size):
+        for batch in in_time(build_loader(run, start, steps, batch_size)):
             images, valid, target = to_device(run, batch)
             inputs = tuple(net.preprocess(images, valid) for net in nets)
             yield inputs if role == "both" else inputs[0], target

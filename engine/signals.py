@@ -13,6 +13,7 @@ from types import FrameType
 from engine.log import LOG
 from engine.settings import Settings
 from utils.distributed import Distributed, LargestEverywhere
+from utils.watchdog import no_step, time_limit
 
 #: exit code after a signal: EX_TEMPFAIL ("try again later") of sysexits.h; Ctrl-C has the shell's own
 REQUEUE, INTERRUPTED = 75, 130
@@ -62,7 +63,8 @@ class StopSignals:
     def agreed(self, now: bool = False) -> bool:
         """Whether one of the processes was asked to stop. All have to call it, at the same places. now: on GPUs too
         the present answer, which waits for the device, not that of the last call."""
-        number = self._largest.now(self.asked) if now else self._largest(self.asked)
+        with time_limit(no_step):
+            number = self._largest.now(self.asked) if now else self._largest(self.asked)
         self.asked = self.asked or number
         return number != 0
 

@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 from utils.errors import UserError
+from utils.faults import explained
 from utils.options import Option, OptionGroup, flag, options_of
 
 Group = TypeVar("Group", bound=OptionGroup)
@@ -151,7 +152,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line on stderr, exit code 2."""
-        _say(f"{self.prog}: error: {' '.join(message.split())}\n")
+        say(f"{self.prog}: error: {' '.join(message.split())}\n")
         self.exit(2)
 
     def _normalize(self, args: list[str]) -> list[str]:
@@ -189,13 +190,13 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
              prog: str | None = None) -> int:
     """Run a program and return its exit code, for ``sys.exit(run_main(main))``.
 
-    UserError becomes one line on stderr and code 2, Ctrl-C code 130, a closed pipe the shell's 141; other exceptions
-    are defects and pass through."""
+    UserError and what the machine has caused (``utils/faults.py``) become one line on stderr and code 2, Ctrl-C code
+    130, a closed pipe the shell's 141; other exceptions are defects and pass through."""
     prog = prog or os.path.basename(sys.argv[0])
     try:
         return main(argv) or 0
     except UserError as error:
-        _say(f"{prog}: error: {describe_error(error)}\n")
+        say(f"{prog}: error: {describe_error(error)}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
@@ -205,10 +206,11 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is written at the end
         return 141
-    except RuntimeError as error:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not _is_lost_connection(error):
+    except Exception as error:
+        line = explained(error)
+        if line is None:
             raise
-        _say(f"{prog}: another process failed; its message is above or below\n")
+        say(f"{prog}: error: {line}\n")
         return 2
 
 
@@ -219,7 +221,7 @@ def _output_is_closed() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """Write a line to stderr, unless another process of this machine has written the same one."""
     if _is_first(line):
         sys.stderr.write(line)
@@ -230,24 +232,25 @@ def _is_first(line: str) -> bool:
 
     They count in the launcher's store, which outlives them and is there before any process group. Nobody waits, and a
     line that only one process has is its first."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    store = launcher_store()
+    run = [os.environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "GROUP_RANK")]
+    try:
+        return store is None or store.add(f"said/{'/'.join(run)}/{line}", 1) == 1
+    except RuntimeError:  # no store any more
         return True
+
+
+def launcher_store() -> Any:
+    """The store of ``torchrun`` that the processes of all machines share; None without one."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
     from torch.distributed import TCPStore  # the command line itself needs no torch
 
     patience = timedelta(seconds=STORE_PATIENCE)
-    run = [os.environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "GROUP_RANK")]
     try:
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=patience)
-        return store.add(f"said/{'/'.join(run)}/{line}", 1) == 1
+        return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=patience)
     except (KeyError, ValueError, RuntimeError):  # no store any more
-        return True
-
-
-def _is_lost_connection(error: RuntimeError) -> bool:
-    """What gloo and NCCL raise in a process whose partner has gone."""
-    text = str(error).lower()
-    return any(sign in text for sign in ("connection closed by peer", "connection reset", "broken pipe",
-                                         "remote process exited", "socket closed"))
+        return None
 
 
 def describe_error(error: UserError) -> str:

@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -30,9 +32,11 @@ class Distributed:
         return self.rank == 0
 
 
-def init_distributed(no_cuda: bool = False, gpu: int | None = None) -> Distributed:
+def init_distributed(no_cuda: bool = False, gpu: int | None = None, timeout: float = 1800) -> Distributed:
     """Join the process group that ``torchrun`` describes in the environment (NCCL with one GPU per process, gloo on
-    CPU), or stand alone. gpu: of a single process. UserError when a node has more processes than GPUs."""
+    CPU), or stand alone. gpu: of a single process. timeout: seconds that a process waits for another. UserError when a
+    node has more processes than GPUs, or the environment describes half a group."""
+    check_environment()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0 if gpu is None else gpu))
     cuda = torch.cuda.is_available() and not no_cuda
@@ -43,8 +47,21 @@ def init_distributed(no_cuda: bool = False, gpu: int | None = None) -> Distribut
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
     return Distributed(rank, world, local, device)
+
+
+def check_environment() -> None:
+    """UserError for several processes without a launcher: variables that somebody has set, or left behind."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise UserError(f"environment variable {name}={os.environ[name]!r}: expected a number; torchrun sets it")
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if os.environ.get("WORLD_SIZE", "1") != "1" and missing:
+        world, program = os.environ["WORLD_SIZE"], os.path.basename(sys.argv[0])
+        raise UserError(f"WORLD_SIZE={world} is set, but not {', '.join(missing)}: start with torchrun "
+                        f"--nproc_per_node {world} {program} ..., or unset WORLD_SIZE for a single process")
 
 
 def cleanup() -> None:

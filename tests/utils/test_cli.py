@@ -200,7 +200,7 @@ def test_processes_that_fail_alike_say_so_once(capsys: pytest.CaptureFixture[str
     assert [said(missing, RANK=rank) for rank in "312"] == [first, "", ""]
     assert [said(broken, RANK=rank) for rank in "01"] == ["prog.py: error: 7.png: truncated file\n", ""]
     assert [said(None, RANK=rank) for rank in "01"] == ["prog.py: error: unrecognized arguments: --zzz\n", ""]
-    lost = "prog.py: another process failed; its message is above or below\n"
+    lost = "prog.py: error: another process failed; its message is above or below\n"
     assert [said(RuntimeError("Broken pipe"), RANK=rank) for rank in "01"] == [lost, ""]
     assert said(missing, RANK="4", GROUP_RANK="1") == first, "every machine has a terminal of its own"
     assert said(missing, RANK="0", TORCHELASTIC_RESTART_COUNT="1") == first
