@@ -143,6 +143,12 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._suggestion(unknown)}")
         return parsed
 
+    def given(self, args: Sequence[str] | None = None) -> frozenset[str]:
+        """The settings that a command line names, whatever their defaults."""
+        unset = object()
+        parsed = self.parse_args(args, argparse.Namespace(**{action.dest: unset for action in self._actions}))
+        return frozenset(name for name, value in vars(parsed).items() if value is not unset)
+
     def format_help(self) -> str:
         """As argparse, with a short usage line: the groups below it list the options."""
         if self.usage is None and all(action.option_strings for action in self._actions):
