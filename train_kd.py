@@ -10,6 +10,7 @@ import sys
 
 from engine.build import build_run, check_length, in_iterations
 from engine.checkpoint import resume, save_run, save_state
+from engine.closing import summarize
 from engine.diagnose import diagnose_step
 from engine.journal import Journal
 from engine.lock import locked
@@ -43,6 +44,7 @@ def train(run: Run, signals: StopSignals) -> bool:
     if not stopped:
         report(run, journal)
         write_result(run)
+        summarize(run, journal)
     journal.close()
     barrier()
     return stopped

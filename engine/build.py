@@ -42,7 +42,8 @@ def build_run(settings: Settings, distributed: Distributed) -> Run:
     objective = build_objective(settings, student, teacher, bool(files.resume_from),
                                 build_criterion(settings, train_set, distributed.device))
     for term, (factor, why) in weight_factors(settings, teacher and NetInfo.of(teacher)).items():
-        LOG.info("--lambda-%s %g x %.4g: %s", term.replace("_", "-"), settings.weights[term], factor, why)
+        weight = settings.weights[term]
+        LOG.info("--lambda-%s %g x %.4g = %.4g: %s", term.replace("_", "-"), weight, factor, weight * factor, why)
     speed, o = settings.speed, settings.optimization
     check_parts(settings, objective, distributed)
     if speed.uses_channels_last:

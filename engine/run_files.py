@@ -1,11 +1,11 @@
 """Where a run keeps its files, and what happens to those of an earlier run in the same folder."""
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
+from engine.layout import INDENT, fold
 from engine.log import LOG
 from engine.settings import DEAD_OPTIONS, Settings
 from utils.files import remove_leftovers
@@ -100,9 +100,13 @@ def plain(settings: Settings) -> dict[str, object]:
 
 
 def readable(settings: Settings) -> str:
-    """Every effective setting as ``name=value``, in indented lines of at most 120 columns."""
-    pairs = [f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in plain(settings).items()
-             if k not in DEAD_OPTIONS]
-    protected = "  ".join(pair.replace(" ", "\0") for pair in pairs)
-    lines = textwrap.wrap(protected, 116, break_long_words=False, break_on_hyphens=False)
-    return "\n".join("    " + line.replace("\0", " ") for line in lines)
+    """Every effective setting as ``name=value``, in indented lines."""
+    return fold([INDENT + "every setting:", *(f"{name}={written(value)}" for name, value in plain(settings).items()
+                                              if name not in DEAD_OPTIONS)])
+
+
+def written(value: object) -> str:
+    """A value as the command line takes it."""
+    values = value if isinstance(value, list) else [value]
+    return " ".join(f"{v:g}" if isinstance(v, float) else str(v).lower() if isinstance(v, bool) else str(v)
+                    for v in values)

@@ -90,7 +90,7 @@ class Data(OptionGroup):
     crop_size: tuple[int, ...] = option((512, 1024), "training crop: height width, or one number for a square",
                                         at_least=1, metavar="N")
     ignore_label: int = option(-1, "label value of pixels that do not count")
-    workers: int = option(8, "data-loading processes per training process", at_least=0)
+    workers: int = option(8, "data-loading processes per training process, at most one per CPU", at_least=0)
     sampling: str = option("reference", "reference: the repeated list shuffled as a whole; epoch: a fresh shuffle of "
                                         "every epoch", choices=("reference", "epoch"))
     selection_split: str | None = option(
