@@ -75,7 +75,18 @@ launch() {
         printf '%q ' "${command[@]}"
         echo
     else
+        check_environment
         exec "${command[@]}"
+    fi
+}
+
+# Without .venv and PYTHON, the interpreter of the machine has to have what the programs need.
+check_environment() {
+    if [[ $PYTHON == python3 ]] &&
+        ! python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null; then
+        echo "no environment: there is no $ROOT/.venv, and python3 has no PyTorch; make one by" \
+            "\"bash ${IN}tools/setup_env.sh\"" >&2
+        exit 2
     fi
 }
 

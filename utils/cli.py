@@ -199,7 +199,9 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
     are defects and pass through."""
     prog = prog or os.path.basename(sys.argv[0])
     try:
-        return main(argv) or 0
+        code = main(argv) or 0
+        sys.stdout.flush()  # a reader that has gone shows here, not when the interpreter ends
+        return code
     except UserError as error:
         _say(f"{prog}: error: {describe_error(error)}\n")
         return 2
