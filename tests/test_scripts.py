@@ -308,6 +308,7 @@ def test_without_an_environment_a_script_says_how_to_make_one(tmp_path):
     (tmp_path / "bin" / "python3").write_text("#!/bin/sh\nexit 1\n")  # no module torch
     (tmp_path / "bin" / "python3").chmod(0o755)
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    done = run("bash", tmp_path / "train_scripts" / SCRIPT, cwd=tmp_path, DRY_RUN="", PYTHON="", GPUS="0", PATH=path)
-    assert done.returncode == 2 and "bash tools/setup_env.sh" in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
+    for name in (SCRIPT, "reproduce.sh"):
+        done = run("bash", tmp_path / "train_scripts" / name, cwd=tmp_path, DRY_RUN="", PYTHON="", GPUS="0", PATH=path)
+        assert done.returncode == 2 and "bash tools/setup_env.sh" in done.stderr
+        assert len(done.stderr.splitlines()) == 1 and done.stdout == ""

@@ -43,9 +43,7 @@ DATA=${DATA:-${DATA_ROOT:-${IN}data}/$DATA_NAME}
 CKPT=${CKPT:-${IN}pretrained_ckpt}
 WORK_DIR=${WORK_DIR:-${IN}work_dir/$FOLDER/$NAME}
 LOG_DIR=${LOG_DIR:-${IN}log_dir/$FOLDER/$NAME}
-if [[ -z ${PYTHON:-} ]]; then
-    if [[ -x $ROOT/.venv/bin/python ]]; then PYTHON=$ROOT/.venv/bin/python; else PYTHON=python3; fi
-fi
+source "$ROOT/train_scripts/python.sh"
 if ! [[ $GPUS =~ ^[0-9]+$ ]]; then
     echo "GPUS=$GPUS: expected a number of processes, 0 for the CPU" >&2
     exit 2
@@ -77,16 +75,6 @@ launch() {
     else
         check_environment
         exec "${command[@]}"
-    fi
-}
-
-# Without .venv and PYTHON, the interpreter of the machine has to have what the programs need.
-check_environment() {
-    if [[ $PYTHON == python3 ]] &&
-        ! python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null; then
-        echo "no environment: there is no $ROOT/.venv, and python3 has no PyTorch; make one by" \
-            "\"bash ${IN}tools/setup_env.sh\"" >&2
-        exit 2
     fi
 }
 
