@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sys
 
-from engine.build import build_run
+from engine.build import build_run, check_length, in_iterations
 from engine.checkpoint import resume, save_run, save_state
+from engine.closing import summarize
 from engine.diagnose import diagnose_step
 from engine.journal import Journal
 from engine.lock import locked
@@ -49,6 +50,7 @@ def train(run: Run, signals: StopSignals) -> bool:
     if not stopped:
         report(run, journal)
         write_result(run)
+        summarize(run, journal)
     journal.close()
     barrier()
     return stopped
@@ -110,12 +112,14 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(distributed.is_main_process)
     if settings.speed.fast and distributed.device.type == "cpu":
         keep_freed_memory()
+    settings = in_iterations(settings)
     check_result_target(settings)
     files = RunFiles(settings)
     with Watchdog(timeout), StopSignals(settings, distributed) as signals, \
             locked(files, distributed.is_main_process) as lock:
         barrier()  # until the folder is this run's own: only then is it known what there is to go on with
         run = build_run(settings, distributed)
+        check_length(settings, len(run.train_set))
         run.lock = lock
         stopped = train(run, signals)
         del run  # and with it DDP, which holds the process group

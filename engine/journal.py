@@ -12,10 +12,12 @@ import torch
 from tqdm import tqdm
 
 from engine.checkpoint import versions
+from engine.introduction import introduce
+from engine.layout import INDENT, fold
 from engine.log import LOG, RunLogger, setup_logging
 from engine.nonfinite import check_finite
 from engine.run import Run
-from engine.run_files import plain, readable
+from engine.run_files import plain
 from engine.settings import DEAD_OPTIONS, given_teacher_flags
 from engine.step import StepResult
 from utils.distributed import reduce_mean
@@ -63,12 +65,7 @@ class Journal:
             LOG.warning("not used, since no method of this run reads that teacher: %s", ", ".join(unread))
         if run.teacher is None and run.settings.speed.teacher_precision:
             LOG.warning("--teacher-precision has no effect: no method of this run reads that teacher")
-        LOG.info("configuration (also in %s):\n%s", run.files.config, readable(run.settings))
-        count = sum(p.numel() for p in run.student.parameters()) / 1e6
-        extra = sum(p.numel() for p in run.objective.distillers.parameters()) / 1e6
-        LOG.info("student %s %.2f M parameters, distillers %.2f M (%s), %d training images, %d processes on %s",
-                 run.student.name, count, extra, ", ".join(run.objective.distillers) or "none", len(run.train_set),
-                 run.distributed.world_size, run.distributed.device.type)
+        introduce(run)
 
     def start(self) -> None:
         """The iterations start now, after the stages: speeds count from here."""
@@ -110,23 +107,24 @@ class Journal:
                            diagnostics=diagnostics, load=load(),
                            memory_mb=round(peak_memory(run.distributed.device) / 1e6),
                            **{k: round(v, 4) for k, v in window.items()}, **flops)
-        terms = "  ".join(f"{k} {weighted[k]:.4g} ({raw[k]:.4g})" for k in names)
-        short = " ".join(f"{k} {weighted[k]:.3g}" for k in names)
-        self.progress.set_postfix_str(f"{short} lr {result.lr:.4f} {speed:.1f} img/s", refresh=False)
-        LOG.info("step %d/%d  lr %.5f  loss %.4f = %s  %.1f img/s%s  data %.0f%%  ETA %s", run.step, o.max_iterations,
-                 result.lr, values[-1].item(), terms, speed, said, 100 * window["waiting_for_data"], left)
+        total, waiting = values[-1].item(), f"data {100 * window['waiting_for_data']:.0f}%"
+        self.progress.set_postfix_str(f"loss {total:.3g} {speed:.1f} img/s", refresh=False)
+        LOG.info("%s", fold([f"step {run.step}/{o.max_iterations}", f"loss {total:.4g}:",
+                             *(f"{k} {weighted[k]:.4g}" for k in names), f"lr {result.lr:.4g}",
+                             f"{speed:.1f} img/s", waiting, f"ETA {left}"]))
+        LOG.debug("%s", fold([f"{INDENT}without weights:", *(f"{k} {raw[k]:.4g}" for k in names), *said]))
 
-    def _utilization(self, speed: float) -> tuple[dict[str, float], str]:
+    def _utilization(self, speed: float) -> tuple[dict[str, float], list[str]]:
         """TFLOP/s of all processes, and their share of the devices' peak where that is known, for the record and for
-        the line; nothing where operations were not counted (``--compile``)."""
+        the text log; nothing where operations were not counted (``--compile``)."""
         if self.run.step_fn.flops is None:
-            return {}, ""
+            return {}, []
         reached = speed * self.run.step_fn.flops
-        record, said = {"tflops": round(reached / 1e12, 4)}, f"  {reached / 1e12:.3g} TFLOP/s"
+        record, said = {"tflops": round(reached / 1e12, 4)}, f"{reached / 1e12:.3g} TFLOP/s"
         if self._peak:
             share = reached / (self._peak * self.run.distributed.world_size)
             record["utilization"], said = round(share, 4), f"{said} ({100 * share:.0f}% of peak)"
-        return record, said
+        return record, [said]
 
     def close(self) -> None:
         """Close the progress bar and the files."""

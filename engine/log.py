@@ -13,17 +13,19 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from engine.layout import break_lines
 from utils.files import write_text
 
 LOG = logging.getLogger("afdcd")
 
 
 class _TqdmHandler(logging.StreamHandler):
-    """Print through tqdm, so that log lines do not tear the progress bar."""
+    """Print through tqdm, so that log lines do not tear the progress bar; on a terminal, long lines are broken."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.write(self.format(record), file=sys.stdout)
+            text = self.format(record)
+            tqdm.write(break_lines(text) if sys.stdout.isatty() else text, file=sys.stdout)
         except BrokenPipeError:  # whoever reads has gone, which ends the program
             raise
         except OSError:  # a file on a full disk, say
@@ -51,20 +53,22 @@ def warn_once_full(path: Path, error: BaseException | None) -> None:
 def setup_logging(is_main_process: bool, path: Path | None = None) -> None:
     """Send the ``afdcd`` log to the terminal and, when given, to a file; other processes only report errors.
 
-    What is logged before the file is known is kept, and written to it when it is.
+    What is logged before the file is known is kept, and written to it when it is. The terminal gets the time of day and
+    no messages of level DEBUG.
     """
     early = [h for h in LOG.handlers if isinstance(h, MemoryHandler)]
     for handler in [h for h in LOG.handlers if h not in early]:
         LOG.removeHandler(handler)
         handler.close()
     LOG.propagate = False
-    LOG.setLevel(logging.INFO if is_main_process else logging.ERROR)
+    LOG.setLevel(logging.DEBUG if is_main_process else logging.ERROR)
     handlers: list[logging.Handler] = [_TqdmHandler()]
     if is_main_process and path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(_LogFile(path, encoding="utf-8"))
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handlers[0].setLevel(logging.INFO)
+    for handler, time in zip(handlers, ("%H:%M:%S", "%Y-%m-%d %H:%M:%S"), strict=False):
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", time))
         LOG.addHandler(handler)
     for handler in early:
         LOG.removeHandler(handler)

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import torch
 
+from dataset import EvalSampler, collate
 from engine.build import run_facts
+from engine.predict import predict_classes
 from engine.run import Run
 from losses.core.facts import NetInfo
 from losses.core.objective import taps_of_teacher
@@ -16,6 +18,7 @@ def get_ready(run: Run) -> None:
     """Prepare the teacher, and compile both networks where that was asked for. Raises UserError without a compiler."""
     speed = run.settings.speed
     if run.teacher is not None:
+        predict_panels(run)
         # a half that the losses are not used to (outside of autocast, a convolution refuses it) goes no further
         output_dtype = None if speed.amp_dtype or not speed.teacher_dtype else torch.get_default_dtype()
         teacher = PreparedTeacher(run.teacher, teacher_taps(run), speed.teacher_dtype, output_dtype, speed.fast).eval()
@@ -27,6 +30,20 @@ def get_ready(run: Run) -> None:
         run.objective.run_student = torch.compile(run.objective.run_student)
         if run.teacher is not None:
             run.step_fn.teacher = torch.compile(run.teacher.forward)
+
+
+@torch.no_grad()
+def predict_panels(run: Run) -> None:
+    """Ask the teacher, while it has all its parts, for the classes of the validation images that the main process is
+    going to draw."""
+    running = run.settings.running
+    if run.val_set is None or not run.distributed.is_main_process or not running.tensorboard:
+        return
+    for index in list(EvalSampler(len(run.val_set), 0, run.distributed.world_size))[:running.panels]:
+        batch = collate([run.val_set[index]])
+        image, valid = (batch[name].to(run.distributed.device) for name in ("image", "valid"))
+        classes = predict_classes(run.teacher, image, valid, size=batch["label"].shape[-2:])
+        run.teacher_predictions[index] = classes[0].cpu().long()
 
 
 def teacher_taps(run: Run) -> set[str]:

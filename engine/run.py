@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from engine.settings import Settings
 from engine.step import StepResult, TrainStep
 from losses.core.facts import Preparation
 from losses.core.objective import Objective
-from utils.distributed import Distributed, barrier
+from utils.distributed import Distributed, available_cpus, barrier
 from utils.watchdog import in_time
 
 
@@ -24,7 +24,8 @@ from utils.watchdog import in_time
 class Run:
     """Everything that ``engine.build.build_run`` made, and the state of training: iterations done, best validation
     mIoU (below 0: none yet), iterations done at the last validation. val_set: None without validation. teacher: None
-    when no method reads one. lock: on the folders, while the main process trains."""
+    when no method reads one. lock: on the folders, while the main process trains. teacher_predictions: {index: int64
+    [H, W]} of the validation images that are drawn."""
 
     settings: Settings
     distributed: Distributed
@@ -43,6 +44,7 @@ class Run:
     best: float = -1.0
     validated: int = 0
     lock: RunLock | None = None
+    teacher_predictions: dict[int, Tensor] = field(default_factory=dict)
 
     def check_lock(self) -> None:
         """UserError when another run has taken the folder over: nothing may be written any more."""
@@ -63,11 +65,11 @@ class Run:
 def build_loader(run: Run, start_step: int, steps: int, batch_size: int) -> DataLoader:
     """Batches of this process from ``start_step`` to ``steps``, of ``batch_size`` images over all processes.
 
-    The samples do not depend on worker or process counts.
+    The samples do not depend on worker or process counts. Loading processes: at most one per CPU.
     """
     settings, distributed = run.settings, run.distributed
     sampler = build_sampler(run, start_step, steps, batch_size)
-    workers = settings.data.workers
+    workers = min(settings.data.workers, available_cpus())
     return DataLoader(run.train_set, batch_sampler=sampler, num_workers=workers, collate_fn=data.collate,
                       worker_init_fn=data.worker_init, pin_memory=distributed.device.type == "cuda",
                       persistent_workers=workers > 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -299,3 +300,15 @@ def test_a_script_becomes_its_program(tmp_path):
     (tmp_path / "list").write_text(f"NEW=1 {shlex.quote(str(tmp_path / 'python'))} train_kd.py\n")
     done = run("bash", SCRIPTS / "array.sh", tmp_path / "list", SLURM_ARRAY_TASK_ID="1")
     assert done.returncode == 75 and int(done.stdout.split()[1]) == os.getpid()
+
+
+def test_without_an_environment_a_script_says_how_to_make_one(tmp_path):
+    shutil.copytree(SCRIPTS, tmp_path / "train_scripts")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3").write_text("#!/bin/sh\nexit 1\n")  # no module torch
+    (tmp_path / "bin" / "python3").chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    for name in (SCRIPT, "reproduce.sh"):
+        done = run("bash", tmp_path / "train_scripts" / name, cwd=tmp_path, DRY_RUN="", PYTHON="", GPUS="0", PATH=path)
+        assert done.returncode == 2 and "bash tools/setup_env.sh" in done.stderr
+        assert len(done.stderr.splitlines()) == 1 and done.stdout == ""

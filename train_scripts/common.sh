@@ -43,9 +43,7 @@ DATA=${DATA:-${DATA_ROOT:-${IN}data}/$DATA_NAME}
 CKPT=${CKPT:-${IN}pretrained_ckpt}
 WORK_DIR=${WORK_DIR:-${IN}work_dir/$FOLDER/$NAME}
 LOG_DIR=${LOG_DIR:-${IN}log_dir/$FOLDER/$NAME}
-if [[ -z ${PYTHON:-} ]]; then
-    if [[ -x $ROOT/.venv/bin/python ]]; then PYTHON=$ROOT/.venv/bin/python; else PYTHON=python3; fi
-fi
+source "$ROOT/train_scripts/python.sh"
 if ! [[ $GPUS =~ ^[0-9]+$ ]]; then
     echo "GPUS=$GPUS: expected a number of processes, 0 for the CPU" >&2
     exit 2
@@ -75,6 +73,7 @@ launch() {
         printf '%q ' "${command[@]}"
         echo
     else
+        check_environment
         exec "${command[@]}"
     fi
 }

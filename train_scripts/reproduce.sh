@@ -5,7 +5,6 @@
 # GPUS, DATA, TEACHER, ...: see common.sh.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-if [[ -z ${PYTHON:-} ]]; then
-    if [[ -x $ROOT/.venv/bin/python ]]; then PYTHON=$ROOT/.venv/bin/python; else PYTHON=python3; fi
-fi
+source "$ROOT/train_scripts/python.sh"
+check_environment
 exec "$PYTHON" "$ROOT/tools/reproduce.py" "$@"

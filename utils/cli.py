@@ -144,6 +144,12 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._suggestion(unknown)}")
         return parsed
 
+    def given(self, args: Sequence[str] | None = None) -> frozenset[str]:
+        """The settings that a command line names, whatever their defaults."""
+        unset = object()
+        parsed = self.parse_args(args, argparse.Namespace(**{action.dest: unset for action in self._actions}))
+        return frozenset(name for name, value in vars(parsed).items() if value is not unset)
+
     def format_help(self) -> str:
         """As argparse, with a short usage line: the groups below it list the options."""
         if self.usage is None and all(action.option_strings for action in self._actions):
@@ -194,7 +200,9 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
     130, a closed pipe the shell's 141; other exceptions are defects and pass through."""
     prog = prog or os.path.basename(sys.argv[0])
     try:
-        return main(argv) or 0
+        code = main(argv) or 0
+        sys.stdout.flush()  # a reader that has gone shows here, not when the interpreter ends
+        return code
     except UserError as error:
         say(f"{prog}: error: {describe_error(error)}\n")
         return 2

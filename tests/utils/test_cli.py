@@ -1,6 +1,7 @@
 """The command-line parser and the wrapper of the programs."""
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -153,6 +154,17 @@ def test_a_reader_that_has_enough_ends_a_program_quietly() -> None:
         assert process.stdout.readline() == "line\n"
         process.stdout.close()
         assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+def test_a_reader_that_has_gone_before_the_end_is_no_fault() -> None:
+    """As ``program | head -1`` of a program that writes less than a buffer holds."""
+    program = "import sys; from utils.cli import run_main; sys.exit(run_main(lambda _: print(input())))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True, env=environment) as process:
+        process.stdout.close()
+        assert process.communicate("line\n")[1] == ""
     assert process.returncode == 141
 
 

@@ -1,0 +1,48 @@
+"""What a run says when it has ended: its scores, where its files are, and how to evaluate them."""
+from __future__ import annotations
+
+import shlex
+from datetime import timedelta
+
+from engine.journal import Journal
+from engine.layout import INDENT, WIDTH, fold
+from engine.log import LOG
+from engine.results import read_log
+from engine.run import Run
+
+
+def summarize(run: Run, journal: Journal) -> None:
+    """Log the end of a run that has ended, on the main process."""
+    if journal.logger is None:
+        return
+    records = read_log(journal.logger.path)
+    seconds = sum(r.get("seconds", 0.0) for r in records if r["kind"] in ("train", "val", "stages"))
+    lines = [f"done: {run.step} iterations in {timedelta(seconds=round(seconds))}"]
+    scores = [(r["mIoU"], r["step"]) for r in records if r["kind"] == "val"]
+    if scores:
+        (best, step), last = max(scores, key=lambda score: (score[0], -score[1])), scores[-1]
+        lines.append(f"{INDENT}mIoU on {run.val_set.split}: best {100 * best:.2f} at step {step}, last "
+                     f"{100 * last[0]:.2f} at step {last[1]}")
+    elif run.val_set is None:
+        lines.append(f"{INDENT}not validated (--skip-val)")
+    weights = (("best weights", run.files.best), ("last weights", run.files.student))
+    lines.append(f"{INDENT}files in {run.files.directory}")
+    lines += [f"{INDENT}{name}: {path.name}" for name, path in weights if path.is_file()]
+    log = journal.logger.path
+    lines.append(f"{INDENT}log: {log.name if log.parent == run.files.directory else log}")
+    LOG.info("%s", "\n".join([*lines, f"{INDENT}to evaluate:", *evaluation(run)]))
+
+
+def evaluation(run: Run) -> list[str]:
+    """The lines of the command that evaluates the best weights, or the last ones, on the split that the run was
+    validated on."""
+    networks, data = run.settings.networks, run.settings.data
+    weights = run.files.best if run.files.best.is_file() else run.files.student
+    more = [["--split", run.val_set.split]] if run.val_set and run.val_set.split != run.spec.selection_split else []
+    more += [["--data-list", data.val_list]] if data.val_list is not None else []
+    more += [["--ignore-label", str(data.ignore_label)]] if data.ignore_label != -1 else []
+    more += [["--no-cuda"]] if run.settings.running.no_cuda else []
+    parts = [["python", "eval.py"], ["--model", networks.student_model], ["--backbone", networks.student_backbone],
+             ["--dataset", data.dataset], ["--data", data.data], ["--pretrained", str(weights)], *more]
+    return [INDENT + line for line in fold(
+        [shlex.join(part) for part in parts], " \\", " ", WIDTH - len(INDENT)).splitlines()]
