@@ -116,7 +116,7 @@ def test_a_folder_can_be_added_to_but_not_become_another_network(run, tmp_path, 
     entry = second["exports"].pop("torch-export")
     assert second == first, "all that was known is known"
     assert entry["input"]["shape"] == ["batch", 3, 48, 64] and entry["check"]["sizes"] == [[2, 48, 64], [1, 48, 64]]
-    assert entry["output"]["shape"] == ["batch", 11, "height/8", "width/8"]
+    assert entry["output"]["shape"] == ["batch", 11, 6, 8]
     capsys.readouterr()
     assert_refused(capsys, program.main, [str(run), "--weights", "last", "--out", str(out)], "holds another network")
     assert program.main([str(run), "--weights", "last"]) == 0
@@ -124,7 +124,7 @@ def test_a_folder_can_be_added_to_but_not_become_another_network(run, tmp_path, 
     shutil.rmtree(run / "exported")
 
 
-def test_the_card_says_what_the_run_says(run, tmp_path) -> None:
+def test_the_card_says_what_the_run_says(run, tmp_path, monkeypatch) -> None:
     pytest.importorskip("safetensors")
     cards = {}
     for which in ("best", "last"):
@@ -139,7 +139,10 @@ def test_the_card_says_what_the_run_says(run, tmp_path) -> None:
     assert not [card for card in cards.values() if "/far/away" in card or str(run) in card]
     bare = tmp_path / "bare.pth"
     save_state_dict(network(), bare)
-    assert program.main([str(bare), "--out", str(tmp_path / "bare")]) == 0
+    pushed = []
+    monkeypatch.setattr(program, "push_to_hub", lambda *given: pushed.append(given))
+    assert program.main([str(bare), "--out", str(tmp_path / "bare"), "--push-to", "owner/net"]) == 0
+    assert pushed == [(tmp_path / "bare", "owner/net")]
     card = (tmp_path / "bare" / "README.md").read_text()
     assert card.count("Not known") == 3 and "CamVid" not in card and "Hinton" not in card
 

@@ -153,7 +153,7 @@ class TestRunning:
         command = [sys.executable, "tools/reproduce.py", *arguments(place, "--only", "/none/")]
         second = next(job for job in expand(place) if job.name.endswith(f"{PLAIN}/none/1"))
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not second.states and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -91,6 +92,28 @@ def test_a_network_is_found_wherever_it_lies(run, image, tmp_path) -> None:
         assert found.classes == expected.classes and np.array_equal(found.palette, expected.palette), source
         np.testing.assert_array_equal(found(image), expected(image))
     assert not np.array_equal(Segmenter.from_pretrained(run, known=Known(weights="last"))(image), expected(image))
+    with pytest.raises(UserError, match="its config.json says what it is") as refused:
+        open_trained(tmp_path / "left", Known(model="psp"))
+    assert refused.value.settings == ("model",)
+
+
+def test_half_precision_changes_little(run, image) -> None:
+    full, half = (Segmenter.from_pretrained(run, device="cpu", amp=amp) for amp in ("off", "bf16"))
+    assert next(half.net.parameters()).dtype == torch.bfloat16 and half(image).dtype == np.uint8
+    assert 0 < np.abs(half.probabilities(image) - full.probabilities(image)).max() < 0.05
+    with pytest.raises(UserError, match="amp 'int8': expected one of off, bf16, fp16"):
+        Segmenter.from_pretrained(run, amp="int8")
+
+
+def test_the_weights_own_names_count_more_than_data_that_were_exchanged(run, tmp_path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    beside = copy / f"{STEM}_best_model.pth.json"
+    names = [f"name{i}" for i in range(CLASSES)]
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"trained_on": {"classes": names}}))
+    trained = open_trained(copy)
+    assert trained.classes == tuple(names) and trained.palette is None
+    assert open_trained(run).classes == tuple(f"class{i}" for i in range(CLASSES))
 
 
 def test_names_that_are_not_known_are_numbers(run, caplog) -> None:

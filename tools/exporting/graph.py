@@ -183,4 +183,5 @@ def describe_form(net: nn.Module, form: Form) -> dict[str, Any]:
         return {"input": given, "output": {"name": output_name(form), "dtype": kind, "shape": ["batch", *sides]}}
     stride = net.output_stride
     return {"input": given, "output": {"name": output_name(form), "dtype": "float32", "shape": [
-        "batch", net.num_class, *(f"{side}/{stride}" for side in ("height", "width"))]}}
+        "batch", net.num_class, *(f"ceil({side}/{stride})" if form.size is None else -(-side // stride)
+                                  for side in sides)]}}
