@@ -45,7 +45,8 @@ def kills(material: Material, short: bool) -> Iterator[Result]:
                 else:
                     plan = {"kill_after": [rng.randint(1, 6), rng.uniform(0, 0.3)], "rank": rng.randrange(processes)}
                 hit += run([*killed, *AUTO], processes, plan).returncode != 0
-            good = ends([*killed, *AUTO]) == 0 and is_same(*(material.base / f"{method}-{processes}-{name}" for name in ("whole", "killed")))
+            good = ends([*killed, *AUTO]) == 0 and is_same(*(material.base / f"{method}-{processes}-{name}"
+                                                             for name in ("whole", "killed")))
             yield f"kill -9, {METHODS[method]}, {_processes(processes)}", hit, hit * good
 
 

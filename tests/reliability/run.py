@@ -7,9 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT))
+for folder in ("tests", ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
 
 import torch
 from reliability.cases import CASES

@@ -13,9 +13,8 @@ import sys
 import threading
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT))
+for folder in ("tests", ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
 
 from reliability.disk import counted_writes
 
