@@ -47,7 +47,14 @@ def init_distributed(no_cuda: bool = False, gpu: int | None = None, timeout: flo
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+        limit, store = timedelta(seconds=timeout), None
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun keeps its store after a restart: addresses of processes that have gone must not be found in it
+            attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+            server = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=limit)
+            store = dist.PrefixStore(attempt, server)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=limit, store=store,
+                                **({} if store is None else {"rank": rank, "world_size": world}))
     return Distributed(rank, world, local, device)
 
 
