@@ -17,8 +17,9 @@ from utils.options import OptionGroup, flag, options_of
 PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")), "data/README.md",
          "pretrained_ckpt/README.md")
 TOOLS = ("tools.benchmark", "tools.check_data", "tools.compare", "tools.compile_kernels", "tools.diagnose",
-         "tools.loss_curves", "tools.make_scripts", "tools.quickstart", "tools.report", "tools.reproduce",
-         "tools.simulate_memory", "tools.smoke_methods", "tools.submit", "dataset.toy_streets.__main__")
+         "tools.loss_curves", "tools.make_scripts", "tools.prepare_data", "tools.quickstart", "tools.report",
+         "tools.reproduce", "tools.simulate_memory", "tools.smoke_methods", "tools.submit",
+         "dataset.toy_streets.__main__")
 #: of torchrun and sbatch, and of the README's example of a method
 OTHER_FLAGS = {"--nproc_per_node", "--nodes", "--lambda-cosine", "--cosine-margin"}
 NAMES = list(methods())
