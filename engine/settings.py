@@ -14,6 +14,7 @@ import torch
 
 from dataset.spec import list_datasets
 from engine.presets import preset
+from engine.saved import CONFIG_HELP, repeated
 from losses.core import methods
 from losses.core.distiller import Distiller
 from losses.core.objective import active_methods
@@ -279,6 +280,8 @@ def build_parser() -> ArgumentParser:
         about = "Terms combine freely; a term with weight 0 is not computed." if group is Distillation else None
         section = parser.add_argument_group(title, about)
         parser.add_options(section, group)
+        if group is Running:
+            section.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
         if group is Distillation:
             section.add_argument("--list-methods", action="store_true",
                                  help="print every method with its preset and what it adds to the given networks, and "
@@ -299,13 +302,16 @@ def _add_methods(parser: ArgumentParser, section) -> None:
 
 
 def parse_settings(argv: list[str] | None = None) -> Settings:
-    """Parse and check a command line. Explicit flags win over the preset of ``--method``, which wins over defaults.
+    """Parse and check a command line. Explicit flags win over the preset of ``--method``, which wins over defaults; or
+    over what the file of ``--config`` says (see :func:`engine.saved.repeated`).
 
     Exits with code 2 and one line on a malformed command line; raises :class:`UserError` on settings that cannot be.
     """
     parser = build_parser()
     parsed = parser.parse_args(argv)
-    if parsed.method is not None:
+    if parsed.config is not None:
+        parsed = repeated(parser, argv, Path(parsed.config))
+    elif parsed.method is not None:
         parser.set_defaults(**preset(parsed.method, parsed.dataset, parsed.student_backbone))
         parsed = parser.parse_args(argv)
     settings = from_flat(vars(parsed))

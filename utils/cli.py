@@ -109,6 +109,7 @@ class ArgumentParser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", HelpFormatter)
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
+        self.options: dict[str, Option] = {}  # by name
 
     def add_options(self, group: argparse._ActionsContainer, settings: type[OptionGroup]) -> None:
         """Add a flag for every setting of a dataclass that this parser does not have yet."""
@@ -118,6 +119,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def add_option(self, group: argparse._ActionsContainer, one: Option) -> None:
         """Add the flag of one setting."""
+        self.options[one.name] = one
         spellings = [flag(one.name), *map(flag, one.aliases)]
         help = argparse.SUPPRESS if one.hidden else one.help
         if one.kind is bool:
@@ -142,6 +144,12 @@ class ArgumentParser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._suggestion(unknown)}")
         return parsed
+
+    def given(self, args: Sequence[str] | None = None) -> frozenset[str]:
+        """The settings that a command line names, whatever their defaults."""
+        unset = object()
+        parsed = self.parse_args(args, argparse.Namespace(**{action.dest: unset for action in self._actions}))
+        return frozenset(name for name, value in vars(parsed).items() if value is not unset)
 
     def format_help(self) -> str:
         """As argparse, with a short usage line: the groups below it list the options."""
