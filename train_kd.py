@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from engine.build import build_run
+from engine.build import build_run, check_length, in_iterations
 from engine.checkpoint import resume, save_run, save_state
 from engine.diagnose import diagnose_step
 from engine.journal import Journal
@@ -92,11 +92,13 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(distributed.is_main_process)
     if settings.speed.fast and distributed.device.type == "cpu":
         keep_freed_memory()
+    settings = in_iterations(settings)
     check_result_target(settings)
     files = RunFiles(settings)
     with StopSignals(settings, distributed) as signals, locked(files, distributed.is_main_process) as lock:
         barrier()  # until the folder is this run's own: only then is it known what there is to go on with
         run = build_run(settings, distributed)
+        check_length(settings, len(run.train_set))
         run.lock = lock
         stopped = train(run, signals)
         del run  # and with it DDP, which holds the process group

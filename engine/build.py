@@ -3,21 +3,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 import dataset as data
+from engine.class_weights import class_weights
 from engine.log import LOG
 from engine.optimizer import build_optimizer
 from engine.run import Run
 from engine.run_files import RunFiles
 from engine.settings import Data, Settings
 from engine.step import TrainStep
+from engine.weights import weight_factors
 from losses.core.facts import NetInfo, RunFacts
 from losses.core.objective import Objective, build_distillers
+from losses.core.task import WeightedCrossEntropyLoss
 from models.prepare import check_precision, to_channels_last
 from utils.distributed import Distributed, send_in_bf16, synchronize_batch_norm
 from utils.errors import UserError
 from utils.randomness import seed_everything
+
+#: passes over the training images, above those of every published run
+MANY_EPOCHS = 2000
 
 
 def build_run(settings: Settings, distributed: Distributed) -> Run:
@@ -32,7 +39,10 @@ def build_run(settings: Settings, distributed: Distributed) -> Run:
     student, teacher = build_student(settings, spec.num_class), build_teacher(settings, spec.num_class)
     settings = replace(settings, networks=replace(settings.networks, aux=student.aux))
     files = RunFiles(settings)
-    objective = build_objective(settings, student, teacher, resumed=bool(files.resume_from))
+    objective = build_objective(settings, student, teacher, bool(files.resume_from),
+                                build_criterion(settings, train_set, distributed.device))
+    for term, (factor, why) in weight_factors(settings, teacher and NetInfo.of(teacher)).items():
+        LOG.info("--lambda-%s %g x %.4g: %s", term.replace("_", "-"), settings.weights[term], factor, why)
     speed, o = settings.speed, settings.optimization
     check_parts(settings, objective, distributed)
     if speed.uses_channels_last:
@@ -48,7 +58,7 @@ def build_run(settings: Settings, distributed: Distributed) -> Run:
     optimizer = build_optimizer(settings, objective)
     step_fn = TrainStep(model, teacher, optimizer, lr=o.lr, max_iterations=o.max_iterations, power=o.poly_power,
                         min_lr=o.min_lr, seed=o.seed, rank=distributed.rank, amp=speed.amp_dtype,
-                        parts=speed.grad_accumulation)
+                        parts=speed.grad_accumulation, warmup=settings.recipe.warmup)
     return Run(settings, distributed, spec, train_set, val_set, report_sets, student, teacher, objective, model,
                optimizer, step_fn, files)
 
@@ -85,16 +95,34 @@ def run_facts(settings: Settings, num_class: int, resumed: bool = False) -> RunF
         fast=settings.speed.fast)
 
 
-def build_objective(settings: Settings, student: nn.Module, teacher: nn.Module | None,
-                    resumed: bool = False) -> Objective:
-    """Student and distillers with their weights, as the one module that is trained. resumed: a state will be loaded."""
+def build_criterion(settings: Settings, train_set: data.SegmentationDataset, device: torch.device) -> nn.Module | None:
+    """The cross entropy with weights of classes or pixels where the recipe asks for them, else None."""
+    r = settings.recipe
+    if r.class_weights is None and not r.ohem:
+        return None
+    weights = None
+    if r.class_weights is not None:
+        weights = class_weights(r.class_weights, train_set, device)
+        said = "  ".join(f"{name} {weight:.3g}" for name, weight in zip(train_set.spec.classes, weights, strict=True))
+        LOG.info("class weights (%s): %s", r.class_weights, said)
+    return WeightedCrossEntropyLoss(settings.data.ignore_label, settings.distillation.group_size, weights,
+                                    (r.ohem_threshold, r.ohem_kept) if r.ohem else None)
+
+
+def build_objective(settings: Settings, student: nn.Module, teacher: nn.Module | None, resumed: bool = False,
+                    criterion: nn.Module | None = None) -> Objective:
+    """Student and distillers with their weights, as the one module that is trained. resumed: a state will be loaded.
+    criterion: the student's cross entropy, default the plain one."""
     distillers = nn.ModuleDict()
     if settings.methods:
         seed_everything(settings.optimization.seed, "distillers")
         distillers = build_distillers(settings.method_options, run_facts(settings, student.num_class, resumed),
                                       NetInfo.of(student), teacher and NetInfo.of(teacher))
-    return Objective(student, distillers, settings.weights, settings.networks.aux_weight, settings.data.ignore_label,
-                     settings.distillation.group_size)
+    factors = weight_factors(settings, teacher and NetInfo.of(teacher))
+    weights = {term: weight * factors[term][0] if term in factors else weight
+               for term, weight in settings.weights.items()}
+    return Objective(student, distillers, weights, settings.networks.aux_weight, settings.data.ignore_label,
+                     settings.distillation.group_size, criterion)
 
 
 def wrap_for_processes(objective: Objective, distributed: Distributed, sync_bn: bool, fixed_graph: bool = False,
@@ -131,6 +159,38 @@ def check_batch(settings: Settings, distributed: Distributed) -> None:
         raise UserError(f"--batch-size {batch} leaves one image per batch norm: the pooled branches of "
                         "the heads need at least 2 (more images, fewer parts by --grad-accumulation, or --sync-bn with "
                         "several processes)")
+
+
+def in_iterations(settings: Settings) -> Settings:
+    """The same settings with ``--epochs``, if there are any, as iterations of the training set."""
+    if settings.recipe.epochs is None:
+        return settings
+    spec = data.get_dataset_spec(settings.data.dataset, settings.data.data)
+    images = len(build_dataset(settings, spec, spec.train_split, train=True, list_file=settings.data.train_list))
+    o, r = settings.optimization, settings.running
+    iterations = -(-settings.recipe.epochs * images // o.batch_size)
+    if settings.recipe.warmup >= iterations:
+        raise UserError(f"--warmup {settings.recipe.warmup}: expected fewer than the {iterations} steps of --epochs "
+                        f"{settings.recipe.epochs}: {images} images, --batch-size {o.batch_size}")
+    tenth = {name: min(getattr(r, name), -(-iterations // 10)) for name in ("val_per_iters", "save_per_iters")
+             if name not in settings.given}
+    LOG.info("%d epochs of %d training images: %d iterations of %d images", settings.recipe.epochs, images, iterations,
+             o.batch_size)
+    return replace(settings, optimization=replace(o, max_iterations=iterations), running=replace(r, **tenth))
+
+
+def check_length(settings: Settings, images: int) -> None:
+    """Say when a training set of so many images is seen very often; UserError where nobody asked for it."""
+    o = settings.optimization
+    epochs = o.max_iterations * o.batch_size / images
+    if epochs <= MANY_EPOCHS:
+        return
+    said = (f"--max-iterations {o.max_iterations} of --batch-size {o.batch_size} sees each of the {images} training "
+            f"images {epochs:.0f} times")
+    if not {"max_iterations", "epochs"} & settings.given:
+        raise UserError(f"{said}, as the default is for thousands of images: expected --epochs (100 to 300 suit small "
+                        "sets) or --max-iterations")
+    LOG.warning("%s", said)
 
 
 def check_parts(settings: Settings, objective: Objective, distributed: Distributed) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from engine.log import LOG
 from engine.optimizer import load_optimizer
+from engine.recipe import without_recipe
 from engine.run import Run
 from engine.run_files import plain
 from engine.settings import Settings
@@ -24,7 +25,8 @@ FORMAT = 1
 #: settings that may differ between a run and its continuation without changing the result
 FREE_TO_CHANGE = frozenset((
     "resume", "workers", "data", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters", "val_per_iters",
-    "diagnose_every", "skip_val", "results", "protocol", "label", "tensorboard", "panels", "local_rank", "no_cuda",
+    "diagnose_every", "skip_val", "results", "protocol", "label", "name", "tensorboard", "panels", "local_rank",
+    "no_cuda",
     "teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base"))
 
 
@@ -139,6 +141,6 @@ def changed_settings(saved: dict, settings: Settings, finished: Collection[str] 
 
     finished: settings of a stage that a resumed run does not repeat.
     """
-    now = plain(settings)
+    now, saved = plain(settings), {**without_recipe(), **saved}
     return [f"{k}: {saved.get(k)} -> {now[k]}" for k in now
             if k in saved and saved[k] != now[k] and k not in FREE_TO_CHANGE and k not in finished]

@@ -10,9 +10,9 @@ from engine.settings import Settings
 from losses.core.objective import Objective
 
 
-def build_optimizer(settings: Settings, objective: Objective) -> torch.optim.SGD:
+def build_optimizer(settings: Settings, objective: Objective) -> torch.optim.Optimizer:
     """SGD over student and distillers with one weight decay and, but for ``--head-lr-factor``, one learning rate, as in
-    the reference."""
+    the reference; or AdamW, whose weight decay is not for norms and biases."""
     o = settings.optimization
     groups = student_groups(objective.student, o.head_lr_factor)
     own = [p for d in objective.distillers.values() for p in d.trained_parameters()]
@@ -20,6 +20,8 @@ def build_optimizer(settings: Settings, objective: Objective) -> torch.optim.SGD
         groups.append({"params": own, "lr_factor": 1.0})
     parameters = [p for group in groups for p in group["params"]]
     fused = settings.speed.fast and all(p.device.type in ("cpu", "cuda") for p in parameters)
+    if settings.recipe.optimizer == "adamw":
+        return torch.optim.AdamW(decayed_apart(groups), lr=o.lr, weight_decay=o.weight_decay, fused=fused or None)
     optimizer = torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay, nesterov=o.nesterov,
                                 fused=fused or None)
     if fused and o.momentum:
@@ -40,6 +42,13 @@ def student_groups(student: nn.Module, head_lr_factor: float) -> list[dict[str, 
     return [{"params": backbone, "lr_factor": 1.0}, {"params": heads, "lr_factor": head_lr_factor}]
 
 
+def decayed_apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each group as two: weights of convolutions and linear layers, then norms and biases (which have one dimension)
+    without weight decay."""
+    return [{**group, "params": [p for p in group["params"] if (p.ndim > 1) is decayed],
+             **({} if decayed else {"weight_decay": 0.0})} for group in groups for decayed in (True, False)]
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The learning rate of the coming step, times each group's factor."""
     for group in optimizer.param_groups:
@@ -47,7 +56,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take up a saved state, but for what says how the update is computed: that stays as the optimizer was built."""
+    """Take up a saved state, but for what says how the update is computed: that stays as the optimizer was built.
+    ValueError for the state of another optimizer."""
+    if any(("betas" in group) != isinstance(optimizer, torch.optim.AdamW) for group in state["param_groups"]):
+        raise ValueError(f"its optimizer is not this run's, {type(optimizer).__name__}: --optimizer")
     kept = ("fused", "foreach", "nesterov", "lr_factor")
     kernels = [{name: group[name] for name in kept if name in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)

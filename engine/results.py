@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from engine.log import LOG
+from engine.recipe import without_recipe
 from engine.run import Run
 from engine.run_files import RunFiles, plain
 from engine.settings import Networks, Settings
@@ -28,11 +29,11 @@ SCORES = ("mIoU", "mIoU_present", "pixAcc", "mAcc")
 #: settings that change no figure but time and memory, say where things lie, or that a network says itself
 UNIMPORTANT = frozenset((
     "resume", "workers", "data", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters", "diagnose_every",
-    "results", "protocol", "label", "tensorboard", "panels", "local_rank", "no_cuda", "aux", "fast", "channels_last",
-    "ddp_compression", "list_methods"))
+    "results", "protocol", "label", "name", "tensorboard", "panels", "local_rank", "no_cuda", "aux", "fast",
+    "channels_last", "ddp_compression", "list_methods"))
 #: files, of which the name counts, not where they lie
 FILES = frozenset(("teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base",
-                   "train_list", "val_list"))
+                   "train_list", "val_list", "class_weights"))
 
 
 def network_name(model: str, backbone: str) -> str:
@@ -183,5 +184,6 @@ def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
     def value(settings: Mapping[str, Any], key: str) -> Any:
         return Path(settings[key]).name if key in FILES and settings[key] else settings[key]
 
+    made = {**without_recipe(), **made}
     return [f"{key}: {value(made, key)} -> {value(wanted, key)}"
             for key in sorted(made.keys() & wanted.keys() - UNIMPORTANT) if value(made, key) != value(wanted, key)]

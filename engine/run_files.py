@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import textwrap
-from contextlib import suppress
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
@@ -22,9 +22,7 @@ class RunFiles:
         n, dataset = settings.networks, settings.data.dataset
         self.directory, self.log_directory = Path(settings.running.save_dir), Path(settings.running.log_dir)
         self.stem = f"kd_{n.student_model}_{n.student_backbone}_{dataset}"
-        teacher = f"{n.teacher_model}-{n.teacher_backbone}" if settings.needs_teacher else "none"
-        self.log_name = (f"{settings.distillation.method or 'afdcd'}_{teacher}_{n.student_model}-{n.student_backbone}"
-                         f"_{dataset}")
+        self.log_name = self._earlier_log_name(settings) or settings.run_name
         self.student = self.directory / f"{self.stem}.pth"
         self.best = self.directory / f"{self.stem}_best_model.pth"
         self.state = self.directory / f"{self.stem}_state.pth"
@@ -35,6 +33,14 @@ class RunFiles:
         self.resume_from: list[Path] = [] if choice is None else [Path(choice).expanduser()]
         if choice == "auto":
             self.resume_from = self.states()
+
+    def _earlier_log_name(self, settings: Settings) -> str | None:
+        """The name of a log that is there and was written by an earlier version, which put "none" for no teacher."""
+        n, name = settings.networks, settings.run_name
+        if settings.needs_teacher or (self.log_directory / f"{name}.jsonl").exists():
+            return None
+        earlier = f"{settings.distillation.method}_none_{n.student_model}-{n.student_backbone}_{settings.data.dataset}"
+        return earlier if (self.log_directory / f"{earlier}.jsonl").exists() else None
 
     @property
     def goes_on_here(self) -> bool:
@@ -57,23 +63,35 @@ class RunFiles:
             LOG.info("removed %d half-written files of a killed run in %s", len(found), found[0].parent)
 
     def set_aside(self) -> None:
-        """Move the weights, state, configuration and log of an earlier run into ``previous-N/``: nothing is lost."""
+        """Move the weights, state, configuration and log of an earlier run into ``previous-N/``, of the same number
+        where weights and log have a folder each: nothing is lost."""
+        held: dict[Path, list[Path]] = {}
         for directory, pattern in ((self.directory, f"{self.stem}*.*"), (self.log_directory, f"{self.log_name}*")):
-            old = sorted(p for p in directory.glob(pattern)) if directory.is_dir() else []
-            if not old:
-                continue
-            target = next_folder(directory, "previous")
+            if old := sorted(directory.glob(pattern)):
+                held.setdefault(directory.resolve(), []).extend(directory / path.name for path in old)
+        if not held:
+            return
+        name = next_folders(list(held), "previous")
+        for directory, old in held.items():
             for path in old:
-                path.rename(target / path.name)
-            LOG.info("%s held an earlier run: its %d files are now in %s", directory, len(old), target)
+                path.rename(directory / name / path.name)
+        directories = dict.fromkeys(old[0].parent for old in held.values())
+        LOG.info("%s held an earlier run: its %d files are now in %s/", " and ".join(map(str, directories)),
+                 sum(map(len, held.values())), name)
 
 
-def next_folder(directory: Path, name: str) -> Path:
-    """Make the first of name-1, name-2, … that is not there; others may be doing the same."""
+def next_folders(directories: Sequence[Path], name: str) -> str:
+    """The first of name-1, name-2, … that is in none of the directories, made in each; others may be doing the same."""
     for number in count(1):
-        with suppress(FileExistsError):
-            (directory / f"{name}-{number}").mkdir()
-            return directory / f"{name}-{number}"
+        made: list[Path] = []
+        try:
+            for directory in directories:
+                (directory / f"{name}-{number}").mkdir()
+                made.append(directory / f"{name}-{number}")
+            return f"{name}-{number}"
+        except FileExistsError:
+            for folder in made:
+                folder.rmdir()
 
 
 def plain(settings: Settings) -> dict[str, object]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.presets import preset
+from engine.recipe import without_recipe
 from utils.cli import ArgumentParser
 from utils.errors import UserError
 from utils.options import Option
@@ -32,8 +33,8 @@ def config_of(folder: Path, flag: str = "") -> Path:
     return found[0]
 
 
-def repeated(parser: ArgumentParser, argv: Sequence[str] | None, path: Path) -> Namespace:
-    """The settings of a command line on top of those of a saved configuration.
+def repeated(parser: ArgumentParser, argv: Sequence[str] | None, path: Path) -> tuple[Namespace, frozenset[str]]:
+    """The settings of a command line on top of those of a saved configuration, and which of these stay what they were.
 
     Another ``--method`` than the file's brings its preset; what the preset of the file's method sets is then dropped.
     parser: of ``train_kd.py``; its defaults are changed. UserError for a file that is missing, cannot be read, has a
@@ -41,20 +42,22 @@ def repeated(parser: ArgumentParser, argv: Sequence[str] | None, path: Path) -> 
     path = path.expanduser()
     path = config_of(path, "--config") if path.is_dir() else path
     saved, given = _read(path, parser.options), parser.given(argv)
-    parser.set_defaults(**saved)
+    parser.set_defaults(**{**without_recipe(), **saved})
     parsed = parser.parse_args(argv)
     before = saved.get("method")
     if parsed.method != before:
         rest = preset(before, parsed.dataset, parsed.student_backbone) if before else {}
         fresh = preset(parsed.method, parsed.dataset, parsed.student_backbone) if parsed.method else {}
-        parser.set_defaults(**{**{name: _default(parser.options[name]) for name in rest}, **fresh})
+        parser.set_defaults(**{**{name: _default(parser.options[name]) for name in rest}, **fresh}, scale_weights=None)
+    if "max_iterations" in given:  # in place of the file's epochs
+        parser.set_defaults(epochs=None)
     if not given & {"name", "save_dir"}:
         folder = path.resolve().parent
         parser.set_defaults(save_dir=str(folder.with_name(f"{folder.name}-repeat")))
     parsed = parser.parse_args(argv)
     if not given & {"name", "log_dir"}:
         parsed.log_dir = parsed.save_dir
-    return parsed
+    return parsed, frozenset(saved) if parsed.optimizer == saved.get("optimizer", "sgd") else frozenset()
 
 
 def _default(one: Option) -> Any:

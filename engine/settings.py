@@ -14,6 +14,7 @@ import torch
 
 from dataset.spec import list_datasets
 from engine.presets import preset
+from engine.recipe import Recipe, check_recipe, recipe_defaults
 from engine.saved import CONFIG_HELP, repeated
 from losses.core import methods
 from losses.core.distiller import Distiller
@@ -179,8 +180,11 @@ class Speed(OptionGroup):
 class Running(OptionGroup):
     """Files, logging, device."""
 
-    save_dir: str = option("~/.torch/models", "weights, training state, config", metavar="DIR")
-    log_dir: str = option("../runs/logs/", "text log, JSON lines, TensorBoard", metavar="DIR")
+    name: str | None = option(None, "the run's folder is runs/NAME (default: made of method, networks and data set)",
+                              metavar="NAME")
+    save_dir: str | None = option(None, "weights, training state, config (default: the run's folder)", metavar="DIR")
+    log_dir: str | None = option(None, "text log, JSON lines, TensorBoard (default: that of the weights)",
+                                 metavar="DIR")
     results: str | None = option(None, "write the result of the run below this folder, for tools/report.py",
                                  metavar="DIR")
     protocol: str = option("own", "name of the protocol in --results: runs of one protocol are compared",
@@ -208,7 +212,7 @@ class Running(OptionGroup):
         for name in ("save_dir", "log_dir", "results"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, str(Path(getattr(self, name)).expanduser()))
-        for name in ("protocol", "label"):
+        for name in ("protocol", "label", "name"):
             if not re.fullmatch(r"\w[\w.+=-]*", getattr(self, name) or "x"):
                 raise UserError(f"argument {flag(name)}: expected letters, digits, _ and then . + = - too, got "
                                 f"{getattr(self, name)!r}")
@@ -219,18 +223,21 @@ class Settings:
     """Everything that a run was asked for.
 
     weights: {term: lambda} of every term of every method. options: {method: its Options}, of every method.
-    list_methods: only print the table of methods.
+    list_methods: only print the table of methods. given: the settings that the command line named, none when the
+    settings come from elsewhere; no part of saved configurations.
     """
 
     networks: Networks
     data: Data
     optimization: Optimization
+    recipe: Recipe
     distillation: Distillation
     speed: Speed
     running: Running
     weights: Mapping[str, float]
     options: Mapping[str, OptionGroup]
     list_methods: bool = False
+    given: frozenset[str] = frozenset()
 
     @property
     def active(self) -> dict[str, float]:
@@ -256,11 +263,28 @@ class Settings:
     def flat(self) -> dict[str, object]:
         """{setting: value}, sorted by name: the form of saved configurations and training states."""
         values = {f"lambda_{term}": weight for term, weight in self.weights.items()}
-        groups = (self.networks, self.data, self.optimization, self.distillation, self.speed, self.running,
-                  *self.options.values())
+        groups = (self.networks, self.data, self.optimization, self.recipe, self.distillation, self.speed,
+                  self.running, *self.options.values())
         for group in groups:
             values.update(asdict(group))
         return dict(sorted(values.items()))
+
+    @property
+    def run_name(self) -> str:
+        """Method, teacher if there is one, student and data set: the name of the log, and of the default folder."""
+        n, method = self.networks, self.distillation.method or "afdcd"
+        teacher = [f"{n.teacher_model}-{n.teacher_backbone}"] if self.needs_teacher else []
+        return "_".join(["plain" if method == "none" else method, *teacher, f"{n.student_model}-{n.student_backbone}",
+                         self.data.dataset])
+
+    def with_folders(self) -> Settings:
+        """The same settings with folders for weights and log: those asked for, or ``runs/NAME``. UserError where a name
+        and a folder are asked for."""
+        r = self.running
+        if r.name and r.save_dir:
+            raise UserError("--name says where the run's folder is, and so does --save-dir: expected one of them")
+        folder = r.save_dir or str(Path("runs") / (r.name or self.run_name))
+        return replace(self, running=replace(r, save_dir=folder, log_dir=r.log_dir or folder))
 
     def with_preset(self, method: str) -> Settings:
         """The same settings with the published ones of another method in their place."""
@@ -269,8 +293,8 @@ class Settings:
 
 
 GROUPS: tuple[tuple[str, type[OptionGroup]], ...] = (
-    ("networks", Networks), ("data", Data), ("optimisation", Optimization), ("distillation", Distillation),
-    ("speed", Speed), ("running", Running))
+    ("networks", Networks), ("data", Data), ("optimisation", Optimization), ("recipe", Recipe),
+    ("distillation", Distillation), ("speed", Speed), ("running", Running))
 
 
 def build_parser() -> ArgumentParser:
@@ -309,15 +333,16 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     """
     parser = build_parser()
     parsed = parser.parse_args(argv)
+    given, kept = parser.given(argv), frozenset()
     if parsed.config is not None:
-        parsed = repeated(parser, argv, Path(parsed.config))
+        parsed, kept = repeated(parser, argv, Path(parsed.config))
     elif parsed.method is not None:
         parser.set_defaults(**preset(parsed.method, parsed.dataset, parsed.student_backbone))
         parsed = parser.parse_args(argv)
-    settings = from_flat(vars(parsed))
+    settings = replace(from_flat({**vars(parsed), **recipe_defaults(vars(parsed), given, kept)}), given=given)
     if not settings.list_methods:
         check_settings(settings)
-    return settings
+    return settings.with_folders()
 
 
 def from_flat(values: Mapping[str, object]) -> Settings:
@@ -347,6 +372,7 @@ def check_settings(settings: Settings) -> None:
         names = [name for name, cls in settings.methods.items() if cls.needs.teacher]
         raise UserError(f"--teacher-pretrained is missing: a trained teacher (a .pth file) for {', '.join(names)}; "
                         f"without one: {', '.join(f'--method {name}' for name in ('none', *without_teacher()))}")
+    check_recipe(settings)
     o = settings.optimization
     if o.min_lr > o.lr:
         raise UserError(f"--min-lr {o.min_lr:g} is above --lr {o.lr:g}: expected at most that (a method's preset may "

@@ -14,7 +14,7 @@ from utils.distributed import is_distributed
 from utils.errors import UserError
 from utils.flops import FlopCounter
 from utils.randomness import seed_everything, step_generator
-from utils.schedule import poly_lr
+from utils.schedule import poly_lr, warmup_factor
 
 
 @dataclass
@@ -34,17 +34,18 @@ class TrainStep:
 
     model: the :class:`Objective`, or DDP around it. Randomness (dropout, masks) is a function of (seed, step, rank).
     amp: half precision of the forward pass, None for none; float16 scales the loss, and a step whose gradients overflow
-    leaves the weights as they are. parts: a batch is worked through in so many equal parts. flops: operations per image
-    of the first step, None before it and where they cannot be counted (``counts_flops`` False).
+    leaves the weights as they are. parts: a batch is worked through in so many equal parts. warmup: first steps in
+    which the learning rate grows to that of the decay. flops: operations per image of the first step, None before it
+    and where they cannot be counted (``counts_flops`` False).
     """
 
     def __init__(self, model: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer, *, lr: float,
                  max_iterations: int, power: float = 0.9, min_lr: float = 0.0, seed: int = 0, rank: int = 0,
-                 amp: torch.dtype | None = None, parts: int = 1) -> None:
+                 amp: torch.dtype | None = None, parts: int = 1, warmup: int = 0) -> None:
         self.model, self.teacher, self.optimizer = model, teacher, optimizer
         self.objective: Objective = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self.lr, self.max_iterations, self.power, self.min_lr = lr, max_iterations, power, min_lr
-        self.seed, self.rank, self.amp, self.parts = seed, rank, amp, parts
+        self.seed, self.rank, self.amp, self.parts, self.warmup = seed, rank, amp, parts, warmup
         device = next(self.objective.parameters()).device.type
         self.scaler = torch.amp.GradScaler(device, enabled=amp is torch.float16)
         self.flops: float | None = None
@@ -62,7 +63,7 @@ class TrainStep:
 
     def _train(self, images: Tensor, teacher_images: Tensor | None, target: Tensor, step: int) -> StepResult:
         generator = self.seed_streams(step, target.device)
-        lr = poly_lr(self.lr, step, self.max_iterations, self.power, self.min_lr)
+        lr = poly_lr(self.lr, step, self.max_iterations, self.power, self.min_lr) * warmup_factor(step, self.warmup)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
         done = []

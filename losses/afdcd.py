@@ -247,7 +247,8 @@ class AfDCD(Distiller):
     title = "augmentation-free dense contrastive distillation"
     paper = "Fan et al., Augmentation-Free Dense Contrastive Knowledge Distillation for Efficient Semantic Segmentation"
     year = 2023
-    terms = (Term("fd", 4e-5, "weight of Af-DCD's masked feature mimicking (a sum over the map, hence tiny)"),
+    terms = (Term("fd", 4e-5, "weight of Af-DCD's masked feature mimicking (a sum over the map, hence tiny)",
+                  sum_over="c4"),
              Term("ctr", 1e-3, "weight of Af-DCD's omni-contrastive loss"))
     Options = AfDCDOptions
     needs = Needs.both("c4", same_stride=True)
@@ -257,6 +258,8 @@ class AfDCD(Distiller):
               "citys/resnet18": {"rand_mask": False, "enhance_projector": True},
               "voc": _published(1.0, 1e-6, 5e-3), "camvid": _published(1.0, 8e-6, 1e-2),
               "ade20k": _published(0.5, 1e-6, 4e-2), "coco_stuff_164k": _published(0.5, 5e-6, 5e-3)}
+    published_crop = {"*": (512, 1024), "voc": (512, 512), "camvid": (360, 360), "ade20k": (512, 512),
+                      "coco_stuff_164k": (512, 512)}
     dataset_options = {"camvid": {"pool_size": 0}}
     cost = "two 3x3 convs at teacher width, L1 distances within patches"
 

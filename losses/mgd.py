@@ -65,10 +65,11 @@ class MGD(Distiller):
     year = 2022
     Options = MGDOptions
     terms = (Term("mgd", 0.0, "weight of MGD's restored features (a sum over C*h*w, hence tiny; 2e-5 is for "
-                              "crops of 512x512)"),)
+                              "crops of 512x512)", sum_over="c4"),)
     needs = Needs.both("c4", same_stride=True)
     # the authors' Cityscapes configurations, for crops of 512x512; a sum over C*h*w is twice as strong at 512x1024
     preset = {"*": {"lambda_mgd": 2e-5, "lambda_cwd_logit": 3.0}}
+    published_crop = {"*": (512, 512)}
     cost = "two 3x3 convs at teacher width"
 
     def __init__(self, options: MGDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> None:

@@ -21,11 +21,20 @@ from utils.options import OptionGroup
 @dataclass(frozen=True)
 class Term:
     """One scalar that a method adds to the loss. weight: the default of the setting ``lambda_NAME``. scales_task: it is
-    no scalar; its weight says how far the method's :meth:`Distiller.task_scale` holds for the cross entropy."""
+    no scalar; its weight says how far the method's :meth:`Distiller.task_scale` holds for the cross entropy. sum_over:
+    the tap of the teacher over whose channels and positions it is a sum. of_unit_maps: it is a mean over the positions,
+    of maps at unit length, and shrinks with their number."""
     name: str
     weight: float
     help: str
     scales_task: bool = False
+    sum_over: str | None = None
+    of_unit_maps: bool = False
+
+    @property
+    def depends_on_map(self) -> bool:
+        """Whether its size depends on that of the map, so that a weight belongs to one size."""
+        return self.sum_over is not None or self.of_unit_maps
 
     @property
     def setting(self) -> str:
@@ -48,6 +57,8 @@ class Distiller(nn.Module):
                  that set the same, the later one in this order wins
         rows     like preset, with "DATASET/MODEL-BACKBONE" as the most specific key: what only the scripts of the
                  published rows set, such as a defect that the figure was made with, or when to validate
+        published_crop  crop that the weights of ``preset`` belong to, for terms whose size depends on that of the map:
+                 {data set or "*": (height, width)}; output stride 8, teacher of PUBLISHED_CHANNELS
         dataset_options   own options that hold on a data set whatever was asked for, {data set: {option: value}}
         clip_norm  largest L2 norm of the gradient of the method's own parameters, None = not clipped
         trial    settings that make a trial of a few steps cheap (a short stage before training), for tests, benchmark
@@ -63,6 +74,7 @@ class Distiller(nn.Module):
     needs: Needs = Needs()
     preset: Mapping[str, Mapping[str, object]] = {}
     rows: Mapping[str, Mapping[str, object]] = {}
+    published_crop: Mapping[str, tuple[int, int]] = {"*": (512, 1024)}
     dataset_options: Mapping[str, Mapping[str, object]] = {}
     clip_norm: float | None = None
     cost: str = ""

@@ -25,11 +25,12 @@ def mean_over_groups(loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, 
     return sum(loss(s, t) * (s.shape[0] * s.shape[1] / len(student)) for s, t in parts)
 
 
-def image_weights(labeled: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+def image_weights(labeled: Tensor, group_size: int, dtype: torch.dtype, least: float = 1.0) -> Tensor:
     """Weights [B] that turn the sums of B images over their labeled pixels into the mean over each group's pixels and
-    that into the mean over the groups. labeled: pixels of each image, [B]. A group without any counts as 0."""
+    that into the mean over the groups. labeled: pixels of each image, [B], or the sums of their weights, which are 0 or
+    at least ``least``. A group without any counts as 0."""
     batch = len(labeled)
     group = torch.arange(batch, device=labeled.device) // min(group_size or batch, batch)
     same = (group[:, None] == group).to(dtype)
     counts = (same * labeled.to(dtype)).sum(1)  # no matrix product: autocast would count in half precision
-    return same.sum(1) / (batch * counts.clamp(min=1))
+    return same.sum(1) / (batch * counts.clamp(min=least))

@@ -39,16 +39,17 @@ class Objective(nn.Module):
 
     student: returns ``SegOutput``. distillers: by method. weights: {term that counts: lambda}. aux_weight: of the cross
     entropy of the auxiliary logits (0.4 in the published runs). group_size: images over whose labeled pixels the cross
-    entropies are averaged, 0 = all. plain_maps: methods get the maps of both networks in the order of their dimensions,
-    however the networks lay them out."""
+    entropies are averaged, 0 = all. criterion: these cross entropies, default :class:`SegCrossEntropyLoss`. plain_maps:
+    methods get the maps of both networks in the order of their dimensions, however the networks lay them out."""
     plain_maps = False
 
     def __init__(self, student: nn.Module, distillers: Mapping[str, Distiller], weights: Mapping[str, float],
-                 aux_weight: float = 0.4, ignore_label: int = -1, group_size: int = 0) -> None:
+                 aux_weight: float = 0.4, ignore_label: int = -1, group_size: int = 0,
+                 criterion: nn.Module | None = None) -> None:
         super().__init__()
         self.student = student
         self.distillers = nn.ModuleDict(distillers)
-        self.criterion = SegCrossEntropyLoss(ignore_label, group_size)
+        self.criterion = criterion or SegCrossEntropyLoss(ignore_label, group_size)
         self.weights = {"task": 1.0, "aux": aux_weight, **weights}
 
     def forward(self, images: Tensor, teacher: SegOutput | None, target: Tensor, step: int,

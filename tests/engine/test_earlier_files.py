@@ -28,7 +28,8 @@ def arguments(data: Path, save: Path, *more: str) -> list[str]:
         data, save, "--student-backbone", NETWORK[1], "--teacher-model", NETWORK[0], "--teacher-backbone", NETWORK[1],
         "--teacher-pretrained", str(FILES / "teacher.pth"), "--method", "afdcd", "--m-ocd", "4", "--pool-size", "2",
         "--lambda-fitnet", "0.5", "--lambda-cirkd-region", "0.1", "--cirkd-region-queue", "20",
-        "--cirkd-region-contrast", "50", "--max-iterations", "4", "--save-per-iters", "2", "--skip-val", *more)
+        "--cirkd-region-contrast", "50", "--max-iterations", "4", "--save-per-iters", "2", "--skip-val",
+        "--scale-weights", "none", *more)
 
 
 def test_an_earlier_state_goes_on_to_the_same_student(tmp_path, capsys) -> None:

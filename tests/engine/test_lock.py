@@ -61,14 +61,14 @@ class TestRuns:
 
     def test_a_log_folder_that_is_in_use_is_refused(self, data, tmp_path, capsys) -> None:
         argv = run_of(data, tmp_path / "second", "--log-dir", str(tmp_path / "logs"))
-        leave(tmp_path / "logs" / ".none_none_deeplab_mobile-mobilenetv2_w0.25_folder.lock", Owner.this_process())
+        leave(tmp_path / "logs" / ".plain_deeplab_mobile-mobilenetv2_w0.25_folder.lock", Owner.this_process())
         assert_refused(capsys, train_kd.main, argv, "--log-dir", f"process {os.getpid()} on")
         assert not (tmp_path / "second" / LOCK).exists(), "the first lock is given back"
 
     def test_a_lock_of_a_process_that_is_gone_is_taken_over(self, data, tmp_path, capsys) -> None:
         owner = ended()
         leave(tmp_path / LOCK, owner)
-        leave(tmp_path / "logs" / ".none_none_deeplab_mobile-mobilenetv2_w0.25_folder.lock", owner)
+        leave(tmp_path / "logs" / ".plain_deeplab_mobile-mobilenetv2_w0.25_folder.lock", owner)
         assert train_kd.main(run_of(data, tmp_path)) == 0
         said = capsys.readouterr().out
         assert said.count(f"took over from process {owner.process} on {owner.host}, which is not there any more") == 1

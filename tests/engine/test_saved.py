@@ -31,6 +31,7 @@ def differing(one: dict[str, object], two: dict[str, object]) -> set[str]:
 @pytest.mark.parametrize("argv", [
     (), ("--method", "none", "--no-aux", "--crop-size", "64", "--lr", "1"), ("--method", "kd", "--lambda-kd", "0.5"),
     ("--method", "afdcd", "--dataset", "voc", "--student-backbone", "resnet18", "--aux", "--selection-split", "val"),
+    ("--method", "afdcd", "--dataset", "voc", "--optimizer", "adamw", "--lr", "0.01", "--epochs", "3"),
     ("--method", "cirkd", "--resume", "auto", "--results", "r", "--amp", "bf16", "--ignore-label", "-1"),
 ])
 def test_the_same_settings_but_for_the_folders(argv, tmp_path) -> None:
@@ -49,6 +50,15 @@ def test_flags_win(tmp_path) -> None:
     assert differing(same.flat(), again.flat()) == {"seed", "save_dir", "log_dir", "lambda_cwd_feat"}
     assert again.active == {"kd": 0.5, "cwd_feat": 3} and again.running.log_dir == "c"
     assert parse_settings(["--config", path, "--log-dir", "l"]).running.log_dir == "l"
+
+
+def test_what_a_flag_sets_beside_itself(tmp_path) -> None:
+    """--max-iterations replaces the epochs of the file; another optimizer brings its defaults, the same does not."""
+    path = str(saved(tmp_path, "--optimizer", "adamw", "--lr", "0.01", "--epochs", "3"))
+    again = parse_settings(["--config", path, "--max-iterations", "5"])
+    assert (again.recipe.epochs, again.optimization.max_iterations, again.optimization.lr) == (None, 5, 0.01)
+    path = str(saved(tmp_path, "--lr", "0.01"))
+    assert parse_settings(["--config", path, "--optimizer", "adamw"]).optimization.lr == 1e-4
 
 
 def test_another_method_brings_its_preset_and_takes_the_other_away(tmp_path) -> None:
