@@ -28,6 +28,7 @@ from dataset.spec import DatasetSpec
 from dataset.store import Entry, Store, StoreWriter, pixel_bytes
 from utils.distributed import available_cpus
 from utils.errors import UserError
+from utils.files import readable_size
 
 try:
     import fcntl
@@ -224,15 +225,11 @@ def _size(sample: Sample) -> int:
     return height * width * (3 if sample.label is None else 4)
 
 
-def _readable(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
 def _announcement(folder: Path, splits: Sequence[_Split]) -> str:
     parts = [f"{len(split.missing)} of {len(split.found)} images of {split.dataset.split}" for split in splits
              if split.missing]
-    return (f"cache {folder}: decoding {', '.join(parts)}: {_readable(sum(split.needed for split in splits))} "
-            f"({_readable(shutil.disk_usage(folder).free)} are free)")
+    return (f"cache {folder}: decoding {', '.join(parts)}: {readable_size(sum(split.needed for split in splits))} "
+            f"({readable_size(shutil.disk_usage(folder).free)} are free)")
 
 
 def _fill(folder: Path, splits: Sequence[_Split]) -> None:
@@ -241,8 +238,8 @@ def _fill(folder: Path, splits: Sequence[_Split]) -> None:
         split.look_up()
     needed, free = sum(split.needed for split in splits), shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(f"{folder}: the decoded images need {_readable(needed)}, but {_readable(free)} are free; "
-                        "expected a folder on a larger disk", settings=["cache"])
+        raise UserError(f"{folder}: the decoded images need {readable_size(needed)}, but {readable_size(free)} are "
+                        "free; expected a folder on a larger disk", settings=["cache"])
     with tqdm(desc="decode", total=sum(len(split.missing) for split in splits), unit="img", leave=False,
               disable=not sys.stderr.isatty()) as bar:
         for split in splits:

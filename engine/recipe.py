@@ -55,9 +55,11 @@ def without_recipe() -> dict[str, object]:
     return {**asdict(Recipe()), "scale_weights": []}
 
 
-def recipe_defaults(parsed: Mapping[str, object], given: Collection[str]) -> dict[str, object]:
+def recipe_defaults(parsed: Mapping[str, object], given: Collection[str],
+                    kept: Collection[str] = ()) -> dict[str, object]:
     """What the recipe sets where the command line does not: {setting: value}. UserError for flags that exclude each
-    other. parsed: the settings with the preset of ``--method``. given: those of the command line."""
+    other. parsed: the settings with the preset of ``--method``. given: those of the command line. kept: those
+    of an earlier run's file."""
     values: dict[str, object] = {}
     if parsed["scale_weights"] is None:
         from_preset = [] if parsed["method"] is None else scalable_terms()
@@ -68,7 +70,7 @@ def recipe_defaults(parsed: Mapping[str, object], given: Collection[str]) -> dic
     if parsed["optimizer"] == "adamw":
         if wrong := [flag(name) for name in OF_SGD if name in given]:
             raise UserError(f"--optimizer adamw has no {', '.join(wrong)}: it is of SGD")
-        values.update({name: value for name, value in ADAMW.items() if name not in given})
+        values.update({name: value for name, value in ADAMW.items() if name not in given and name not in kept})
     return values
 
 

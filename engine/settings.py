@@ -15,6 +15,7 @@ import torch
 from dataset.spec import list_datasets
 from engine.presets import preset
 from engine.recipe import Recipe, check_recipe, recipe_defaults
+from engine.saved import CONFIG_HELP, repeated
 from losses.core import methods
 from losses.core.distiller import Distiller
 from losses.core.objective import active_methods
@@ -322,6 +323,8 @@ def build_parser() -> ArgumentParser:
         about = "Terms combine freely; a term with weight 0 is not computed." if group is Distillation else None
         section = parser.add_argument_group(title, about)
         parser.add_options(section, group)
+        if group is Running:
+            section.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
         if group is Distillation:
             section.add_argument("--list-methods", action="store_true",
                                  help="print every method with its preset and what it adds to the given networks, and "
@@ -344,25 +347,32 @@ def _add_methods(parser: ArgumentParser, section) -> None:
 
 
 def parse_settings(argv: list[str] | None = None) -> Settings:
-    """Parse and check a command line. Explicit flags win over the preset of ``--method``, which wins over defaults.
+    """Parse and check a command line. Explicit flags win over the preset of ``--method``, which wins over defaults; or
+    over what the file of ``--config`` says (see :func:`engine.saved.repeated`).
 
     Exits with code 2 and one line on a malformed command line; raises :class:`UserError` on settings that cannot be.
     """
     parser = build_parser()
     parsed = parser.parse_args(argv)
-    given = parser.given(argv)
-    if parsed.method is not None:
+    given, kept = parser.given(argv), frozenset()
+    if parsed.config is not None:
+        parsed, kept = repeated(parser, argv, Path(parsed.config))
+    elif parsed.method is not None:
         parser.set_defaults(**preset(parsed.method, parsed.dataset, parsed.student_backbone))
         parsed = parser.parse_args(argv)
-    settings = replace(from_flat({**vars(parsed), **recipe_defaults(vars(parsed), given)}), given=given)
+    settings = _settings(vars(parsed), given, kept)
     if not (settings.list_methods or settings.list_taps):
         check_settings(settings)
         if settings.needs_teacher and (said := described_network(settings.networks.teacher_pretrained)):
-            parser.set_defaults(**{f"teacher_{key}": value for key, value in said.items()})
-            parsed = parser.parse_args(argv)
-            settings = replace(from_flat({**vars(parsed), **recipe_defaults(vars(parsed), given)}), given=given)
+            known = {f"teacher_{key}": value for key, value in said.items()}
+            settings = _settings({**vars(parsed), **{k: v for k, v in known.items() if k not in given}}, given, kept)
             check_described(settings.networks.teacher, said, "teacher_")
     return settings.with_folders()
+
+
+def _settings(values: Mapping[str, object], given: frozenset[str], kept: frozenset[str]) -> Settings:
+    """Settings from a command line: with what the optimizer and the epochs that were asked for set."""
+    return replace(from_flat({**values, **recipe_defaults(values, given, kept)}), given=given)
 
 
 def from_flat(values: Mapping[str, object]) -> Settings:

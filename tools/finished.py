@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from engine.run_files import RunFiles
+from engine.saved import config_of
 from engine.settings import Settings, build_parser, from_flat
 from utils.errors import UserError
 
@@ -14,16 +15,12 @@ def read_settings(folder: Path, flag: str = "") -> Settings:
     """The settings of the run in a folder, its --save-dir; those that are newer than it have their defaults.
 
     flag: what named the folder, for messages. UserError for a folder without exactly one run."""
-    found = sorted(folder.glob("*_config.json"))
-    if len(found) != 1:
-        held = ", ".join(path.name for path in found) or "none" if folder.is_dir() else "no such folder"
-        raise UserError(f"{flag} {folder}: expected the --save-dir of one run, with its kd_..._config.json "
-                        f"({held})".strip())
+    path = config_of(folder, flag)
     try:
-        saved = json.loads(found[0].read_text(encoding="utf-8"))["config"]
+        saved = json.loads(path.read_text(encoding="utf-8"))["config"]
         return from_flat({**vars(build_parser().parse_args([])), **saved})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{found[0]}: not a configuration of a run that can be read ({error})") from error
+        raise UserError(f"{path}: not a configuration of a run that can be read ({error})") from error
 
 
 def log_places(folder: Path, settings: Settings) -> list[Path]:

@@ -110,6 +110,7 @@ class ArgumentParser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", HelpFormatter)
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
+        self.options: dict[str, Option] = {}  # by name
 
     def add_options(self, group: argparse._ActionsContainer, settings: type[OptionGroup]) -> None:
         """Add a flag for every setting of a dataclass that this parser does not have yet."""
@@ -119,6 +120,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def add_option(self, group: argparse._ActionsContainer, one: Option) -> None:
         """Add the flag of one setting."""
+        self.options[one.name] = one
         spellings = [flag(one.name), *map(flag, one.aliases)]
         help = argparse.SUPPRESS if one.hidden else one.help
         if one.kind is bool:

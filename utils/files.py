@@ -71,6 +71,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def readable_size(size: int) -> str:
+    """Bytes in words: 29.2 GB, 0.5 MB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
 def check_target(path: Path, flag: str, is_folder: bool) -> None:
     """`UserError` unless the file or folder can be written; nothing is created."""
     if path.exists() and path.is_dir() != is_folder:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from dataset import SegmentationDataset, TrainSampler, cache, collate, get_dataset_spec, store, worker_init
 from dataset.cache import use_cache
 from utils.errors import UserError
+from utils.files import readable_size
 
 CROP = (48, 64)
 
@@ -278,7 +279,7 @@ class TestFolder:
         said.clear()
         use_cache([train, val], folder, said.append)
         assert not said
-        assert cache._readable(29_180_000_000) == "29.2 GB"
+        assert readable_size(29_180_000_000) == "29.2 GB"
 
     def test_no_room(self, camvid_root, folder, monkeypatch, decoded):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 20_000))

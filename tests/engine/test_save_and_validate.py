@@ -93,3 +93,9 @@ def test_nothing_is_written_after_a_validation_in_which_another_run_took_the_fol
     monkeypatch.setattr(engine.validation, "evaluate", taken)
     assert_refused(capsys, train_kd.main, four_steps(few_images, tmp_path), "process 7 on elsewhere")
     assert content(tmp_path, "_state")["validated"] == 0 and not (tmp_path / f"{STEM}_best_model.pth").exists()
+
+
+def test_a_run_repeats_from_its_own_file(whole_run, tmp_path) -> None:
+    save = tmp_path / "again"
+    assert train_kd.main(["--config", str(whole_run), "--save-dir", str(save), "--log-dir", str(save / "logs")]) == 0
+    assert_same_run(save, whole_run)
