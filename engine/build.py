@@ -10,9 +10,10 @@ import dataset as data
 from engine.class_weights import class_weights
 from engine.log import LOG
 from engine.optimizer import build_optimizer
+from engine.options import Data
 from engine.run import Run
 from engine.run_files import RunFiles
-from engine.settings import Data, Settings
+from engine.settings import Settings
 from engine.step import TrainStep
 from engine.weights import weight_factors
 from losses.core.facts import NetInfo, RunFacts

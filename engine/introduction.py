@@ -3,10 +3,11 @@ from __future__ import annotations
 
 from engine.layout import fold
 from engine.log import LOG
+from engine.options import DEAD_OPTIONS
 from engine.presets import preset
 from engine.run import Run
 from engine.run_files import plain, readable, written
-from engine.settings import DEAD_OPTIONS, Settings, build_parser, from_flat
+from engine.settings import Settings, build_parser, from_flat
 from utils.distributed import available_cpus
 from utils.options import flag
 

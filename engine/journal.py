@@ -16,9 +16,10 @@ from engine.introduction import introduce
 from engine.layout import INDENT, fold
 from engine.log import LOG, RunLogger, setup_logging
 from engine.nonfinite import check_finite
+from engine.options import DEAD_OPTIONS
 from engine.run import Run
 from engine.run_files import plain
-from engine.settings import DEAD_OPTIONS, given_teacher_flags
+from engine.settings import given_teacher_flags
 from engine.step import StepResult
 from utils.distributed import reduce_mean
 from utils.files import write_json

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from engine.log import LOG
+from engine.options import Networks
 from engine.recipe import without_recipe
 from engine.run import Run
 from engine.run_files import RunFiles, plain
-from engine.settings import Networks, Settings
+from engine.settings import Settings
 from models import network_name
 from utils.errors import UserError
 from utils.files import sha256, write_json

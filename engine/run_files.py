@@ -7,7 +7,8 @@ from pathlib import Path
 
 from engine.layout import INDENT, fold
 from engine.log import LOG
-from engine.settings import DEAD_OPTIONS, Settings
+from engine.options import DEAD_OPTIONS
+from engine.settings import Settings
 from models import network_name
 from utils.files import remove_leftovers
 
