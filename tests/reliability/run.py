@@ -7,8 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-for folder in ("tests", ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from reliability.cases import CASES
@@ -20,7 +20,7 @@ from utils.errors import UserError
 from utils.files import write_text
 from utils.options import OptionGroup, option
 
-PAGE = ROOT / "docs" / "reliability.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 BEGIN, END = "<!-- reliability: begin -->", "<!-- reliability: end -->"
 
 

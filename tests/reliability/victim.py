@@ -13,8 +13,8 @@ import sys
 import threading
 from pathlib import Path
 
-for folder in ("tests", ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from reliability.disk import counted_writes
 
