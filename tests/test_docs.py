@@ -18,7 +18,7 @@ PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").gl
          "pretrained_ckpt/README.md")
 TOOLS = (*(f"tools.{path.stem}" for path in sorted((ROOT / "tools").glob("*.py"))), "dataset.toy_streets.__main__")
 #: of torchrun and sbatch, and of the README's example of a method
-OTHER_FLAGS = {"--nproc_per_node", "--nodes", "--lambda-cosine", "--cosine-margin"}
+OTHER_FLAGS = {"--nproc_per_node", "--nodes", "--max-restarts", "--lambda-cosine", "--cosine-margin"}
 NAMES = list(methods())
 
 
