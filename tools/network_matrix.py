@@ -73,7 +73,7 @@ class Bench:
         if not folder.is_dir():
             from models.outside.sources import library
 
-            library("transformers", "hf", RANDOM_SEGFORMER).SegformerConfig(
+            library("transformers", "hf").SegformerConfig(
                 hidden_sizes=[16, 24, 32, 48], depths=[1] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=32,
                 num_labels=self.num_class).save_pretrained(folder)
         return folder

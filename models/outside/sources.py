@@ -14,6 +14,7 @@ from models.outside.net import Outside, OutsideNet
 from models.preprocess import IMAGENET_RGB, Preprocess, get_preprocess
 from models.torchvision_compat import import_torchvision
 from utils.errors import UserError
+from utils.extras import need
 from utils.tensor_files import first_line
 
 #: smallest score of a class, where scores become logits
@@ -43,19 +44,16 @@ def build_outside(model: str, num_class: int, taps: Mapping[str, str] | None = N
     return OutsideNet(model, SOURCES[source](name, num_class, bool(aux)), num_class, taps)
 
 
-def library(name: str, extra: str, model: str) -> Any:
-    """Import an optional library. UserError, with what to install, when it is not there."""
-    import_torchvision()  # most of them import it
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"{model}: needs {name} (pip install '.[{extra}]'): {error}") from error
+def library(name: str, extra: str) -> Any:
+    """Import an optional library that imports torchvision. UserError, with what to install, when it is not there."""
+    import_torchvision()
+    return need(name, extra)
 
 
 def smp(name: str, num_class: int, aux: bool) -> Outside:
     """segmentation_models_pytorch: ARCHITECTURE:ENCODER."""
     architecture, _, encoder = name.partition(":")
-    package = library("segmentation_models_pytorch", "smp", f"smp:{name}")
+    package = library("segmentation_models_pytorch", "smp")
     try:
         net = package.create_model(architecture, encoder or "resnet34", encoder_weights=None, classes=num_class)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -90,7 +88,7 @@ def tv(name: str, num_class: int, aux: bool) -> Outside:
 
 def hf(name: str, num_class: int, aux: bool) -> Outside:
     """transformers: a name of its hub, or a folder with a config.json and, but for random weights, a weight file."""
-    package = library("transformers", "hf", f"hf:{name}")
+    package = library("transformers", "hf")
     folder = Path(name).expanduser()
     try:
         config = package.AutoConfig.from_pretrained(name)

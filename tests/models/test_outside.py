@@ -156,7 +156,7 @@ class TestSources:
                                                     ("hf:x", "transformers")])
     def test_a_missing_library_is_named(self, model, package, monkeypatch) -> None:
         monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(UserError, match=f"needs {package} .*pip install"):
+        with pytest.raises(UserError, match=f"{package} cannot be imported .*pip install"):
             get_segmentation_model(model, "", CLASSES)
 
     def test_options_that_have_no_meaning_are_refused(self) -> None:
