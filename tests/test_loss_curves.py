@@ -47,7 +47,7 @@ def test_real_runs_are_made_once(tmp_path, capsys) -> None:
     assert loss_curves.main([*flags, "--json", str(tmp_path / "all.json"), "--", *training]) == 0
     first = capsys.readouterr()
     curves = json.loads((tmp_path / "all.json").read_text())["curves"]
-    assert curves["fast"][0]["losses"] == pytest.approx(curves["plain"][0]["losses"], rel=1e-3)
+    assert curves["fast"][0]["losses"] == pytest.approx(curves["plain"][0]["losses"], rel=0.02)
     assert loss_curves.main([*flags, "--", *training]) == 0
     second = capsys.readouterr()
     assert second.out == first.out and first.err.count("\n") == 2 and not second.err
