@@ -50,6 +50,8 @@ class Network(OptionGroup):
     backbone: str = option("resnet18", lambda: f"{backbone_help()} (default: what the weights' JSON file says, else "
                                                "resnet18)")
     pretrained: str | None = option(None, "weights of the whole network, a .pth file (required)", metavar="FILE")
+    head_width: int | None = option(None, "channels of its main head (default: as in the weights)", at_least=1,
+                                    metavar="N")
     aux: bool = option(False, "load the auxiliary head too; it takes no part in the prediction")
     preprocess: str | None = option(None, "input of the network: BGR minus mean, or RGB mean/std (default: what the "
                                           "weights say)", choices=("bgr", "rgb"))
@@ -57,7 +59,8 @@ class Network(OptionGroup):
     @property
     def choice(self) -> NetworkChoice:
         """The network, with its weights."""
-        return NetworkChoice(self.model, self.backbone, self.pretrained, preprocess=self.preprocess, aux=self.aux)
+        return NetworkChoice(self.model, self.backbone, self.pretrained, preprocess=self.preprocess, aux=self.aux,
+                             head_width=self.head_width)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ BASE_HELP = ("ImageNet weights of its backbone: a file, or a name such as torchv
              "(for resnet50_original)")
 TAPS_HELP = ("maps of a network of another library, as c4=backbone.layer4,head=classifier.4:in (--list-taps prints "
              "what there is)")
+HEAD_WIDTH_HELP = "channels of its main head (default: as in its weights, else the usual ones of the backbone)"
 PREPROCESS_HELP = "its input: BGR minus mean, or RGB mean/std (default: what its weights say)"
 #: accepted so that old command lines still start; they do nothing in the reference either
 DEAD_OPTIONS = ("start_epoch", "save_epoch", "val_epoch")
@@ -51,6 +52,7 @@ class Networks(OptionGroup):
                                                 "its weights' JSON file says, else resnet101)")
     teacher_pretrained: str | None = option("None", _teacher_help, metavar="FILE")
     teacher_pretrained_base: str | None = option("None", BASE_HELP, metavar="FILE")
+    teacher_head_width: int | None = option(None, HEAD_WIDTH_HELP, at_least=1, metavar="N")
     teacher_preprocess: str | None = option(None, PREPROCESS_HELP, choices=("bgr", "rgb"))
     teacher_taps: str | None = option(None, TAPS_HELP, metavar="TAP=PATH,…")
     student_model: str = option("deeplabv3", lambda: model_help(" of the student"), aliases=("model",))
@@ -58,6 +60,7 @@ class Networks(OptionGroup):
     student_pretrained: str | None = option("None", "segmentation weights to start from", metavar="FILE",
                                             aliases=("pretrained",))
     student_pretrained_base: str | None = option("None", BASE_HELP, metavar="FILE", aliases=("pretrained_base",))
+    student_head_width: int | None = option(None, HEAD_WIDTH_HELP, at_least=1, metavar="N", aliases=("head_width",))
     student_preprocess: str | None = option(None, PREPROCESS_HELP, choices=("bgr", "rgb"), aliases=("preprocess",))
     student_taps: str | None = option(None, TAPS_HELP, metavar="TAP=PATH,…")
     aux: bool | None = option(None, "auxiliary head on c3 of the student (default: on for resnet, off for mobilenet)")
@@ -73,13 +76,15 @@ class Networks(OptionGroup):
     def teacher(self) -> NetworkChoice:
         """The teacher, with its weights."""
         return NetworkChoice(self.teacher_model, self.teacher_backbone, self.teacher_pretrained,
-                             self.teacher_pretrained_base, self.teacher_preprocess, taps=self.teacher_taps)
+                             self.teacher_pretrained_base, self.teacher_preprocess, taps=self.teacher_taps,
+                             head_width=self.teacher_head_width)
 
     @property
     def student(self) -> NetworkChoice:
         """The student, with the weights that it starts from."""
         return NetworkChoice(self.student_model, self.student_backbone, self.student_pretrained,
-                             self.student_pretrained_base, self.student_preprocess, self.aux, self.student_taps)
+                             self.student_pretrained_base, self.student_preprocess, self.aux, self.student_taps,
+                             self.student_head_width)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,11 @@ class WeightFile:
         """Whether the source was one of torchvision's weight names."""
         return self.name.startswith(TORCHVISION)
 
+    def channels_into(self, convolution: str) -> int | None:
+        """Input channels of the convolution with this weight; None when the file has no such weight."""
+        weight = self.tensors.get(convolution)
+        return weight.shape[1] if weight is not None and weight.dim() == 4 else None
+
 
 def is_given(source: str | os.PathLike | None) -> bool:
     """False for None, False, '' and 'None' (in any case): nothing to load."""
@@ -94,10 +99,10 @@ def read_info(path: str | os.PathLike) -> dict[str, Any] | None:
 
 def describe(net: nn.Module) -> dict[str, Any]:
     """What a plain state dict does not say, as JSON values: model, backbone, num_class, aux, preprocess and, if known,
-    what it was trained on."""
-    trained_on = {} if net.trained_on is None else {"trained_on": net.trained_on}
+    what it was trained on, and, if it is not the usual one, the width of its head."""
+    more = {"head_width": getattr(net, "head_width", None), "trained_on": net.trained_on}
     return {"model": net.model, "backbone": net.backbone, "num_class": net.num_class, "aux": net.aux,
-            "preprocess": net.preprocess.to_dict(), **trained_on}
+            "preprocess": net.preprocess.to_dict(), **{k: v for k, v in more.items() if v is not None}}
 
 
 def save_state_dict(net: nn.Module, path: str | os.PathLike) -> None:
