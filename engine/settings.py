@@ -19,16 +19,18 @@ from losses.core.distiller import Distiller
 from losses.core.objective import active_methods
 from models import NetworkChoice, backbone_help, brings_weights, check_described, described_network, model_help
 from models.prepare import HALF_PRECISIONS
+from models.published import local
 from utils.cli import ArgumentParser, read_options
 from utils.errors import UserError
 from utils.options import Option, OptionGroup, flag, option, options_of
 
-BASE_HELP = ("ImageNet weights of its backbone: a file, or a name such as torchvision:ResNet50_Weights.IMAGENET1K_V2 "
-             "(for resnet50_original)")
+BASE_HELP = ("ImageNet weights of its backbone: a file, get:NAME, or a name such as "
+             "torchvision:ResNet50_Weights.IMAGENET1K_V2 (for resnet50_original)")
 TAPS_HELP = ("maps of a network of another library, as c4=backbone.layer4,head=classifier.4:in (--list-taps prints "
              "what there is)")
 HEAD_WIDTH_HELP = "channels of its main head (default: as in its weights, else the usual ones of the backbone)"
 PREPROCESS_HELP = "its input: BGR minus mean, or RGB mean/std (default: what its weights say)"
+WEIGHT_FILES = ("teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base")
 #: accepted so that old command lines still start; they do nothing in the reference either
 DEAD_OPTIONS = ("start_epoch", "save_epoch", "val_epoch")
 
@@ -39,7 +41,8 @@ def without_teacher() -> list[str]:
 
 
 def _teacher_help() -> str:
-    return f"trained teacher (every method but {', '.join(without_teacher())} needs one)"
+    return (f"trained teacher (every method but {', '.join(without_teacher())} needs one): a file, or get:NAME as in "
+            "tools/get_weights.py --list")
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ class Networks(OptionGroup):
     teacher_taps: str | None = option(None, TAPS_HELP, metavar="TAP=PATH,…")
     student_model: str = option("deeplabv3", lambda: model_help(" of the student"), aliases=("model",))
     student_backbone: str = option("resnet18", lambda: backbone_help(" of the student"), aliases=("backbone",))
-    student_pretrained: str | None = option("None", "segmentation weights to start from", metavar="FILE",
-                                            aliases=("pretrained",))
+    student_pretrained: str | None = option("None", "segmentation weights to start from: a file, or get:NAME",
+                                            metavar="FILE", aliases=("pretrained",))
     student_pretrained_base: str | None = option("None", BASE_HELP, metavar="FILE", aliases=("pretrained_base",))
     student_head_width: int | None = option(None, HEAD_WIDTH_HELP, at_least=1, metavar="N", aliases=("head_width",))
     student_preprocess: str | None = option(None, PREPROCESS_HELP, choices=("bgr", "rgb"), aliases=("preprocess",))
@@ -68,9 +71,13 @@ class Networks(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base"):
+        for name in WEIGHT_FILES:
             if getattr(self, name) in ("", "None", "none"):  # the reference's spelling of nothing
                 object.__setattr__(self, name, None)
+
+    def with_files(self) -> Networks:
+        """The same with a path in place of every ``get:NAME``, which is downloaded when it is not there yet."""
+        return replace(self, **{name: local(getattr(self, name)) for name in WEIGHT_FILES})
 
     @property
     def teacher(self) -> NetworkChoice:
@@ -333,6 +340,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
             parser.set_defaults(**{f"teacher_{key}": value for key, value in said.items()})
             settings = from_flat(vars(parser.parse_args(argv)))
             check_described(settings.networks.teacher, said, "teacher_")
+        settings = replace(settings, networks=settings.networks.with_files())
     return settings
 
 
@@ -363,7 +371,8 @@ def check_settings(settings: Settings) -> None:
     if settings.needs_teacher and settings.networks.teacher_pretrained is None \
             and not brings_weights(settings.networks.teacher_model):
         names = [name for name, cls in settings.methods.items() if cls.needs.teacher]
-        raise UserError(f"--teacher-pretrained is missing: a trained teacher (a .pth file) for {', '.join(names)}; "
+        raise UserError(f"--teacher-pretrained is missing: a trained teacher (a .pth or .safetensors file) for "
+                        f"{', '.join(names)}; "
                         f"without one: {', '.join(f'--method {name}' for name in ('none', *without_teacher()))}")
     o = settings.optimization
     if o.min_lr > o.lr:

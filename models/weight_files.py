@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models.preprocess import Preprocess
+from models.published import local
 from models.torchvision_compat import import_torchvision
 from utils.errors import UserError
 from utils.extras import need
@@ -55,10 +56,11 @@ def is_given(source: str | os.PathLike | None) -> bool:
 
 
 def open_weights(source: str | os.PathLike) -> WeightFile:
-    """Read a path or a torchvision weight name. Raises UserError, in one line, for whatever is no set of tensors."""
+    """Read a path, a torchvision weight name, or what ``get:NAME`` names (see ``published.py``). Raises UserError, in
+    one line, for whatever is no set of tensors."""
     if not isinstance(source, (str, os.PathLike)):
         raise UserError(f"weights must be given as a path, got {source!r}")
-    name = os.fspath(source)
+    name = os.fspath(local(source))
     if name.startswith(TORCHVISION):
         return WeightFile(name, _tensors(name, _download(name)))
     path = Path(name).expanduser()
@@ -85,7 +87,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
 
 def read_info(path: str | os.PathLike) -> dict[str, Any] | None:
     """The JSON file beside ``path`` (see :func:`describe`), or None. Raises UserError when it is not readable."""
-    beside = _info_path(Path(path).expanduser())
+    beside = _info_path(Path(local(path)).expanduser())
     if not beside.is_file():
         return None
     try:

@@ -124,8 +124,9 @@ def _subjects_of_run(folder: Path) -> list[Subject]:
         raise UserError(f"{folder}: no weights with their JSON file, which says how many classes there are")
     classes = described[0]["num_class"]
     width = described[0].get("head_width")
+    student = Subject(n.student_model, n.student_backbone, classes, "student", width)
     teacher = Subject(n.teacher_model, n.teacher_backbone, classes, "teacher", n.teacher_head_width)
-    return [Subject(n.student_model, n.student_backbone, classes, "student", width), *([teacher] * settings.needs_teacher)]
+    return [student, *([teacher] * settings.needs_teacher)]
 
 
 def chosen_forms(options: Latency) -> list[str]:
