@@ -18,7 +18,7 @@ from torch import nn
 from models.backbone import Backbone, NormLayer, scaled
 from models.heads import DeepLabHead, FCNHead, PSPHead
 from models.mobilenetv2 import MobileNetV2
-from models.outside import build_outside, is_outside, parse_taps
+from models.outside import build_outside, is_outside, parse_taps, suggestion
 from models.preprocess import Preprocess
 from models.resnet import ResNet
 from models.segmentation import SegmentationNet
@@ -116,7 +116,7 @@ def list_models() -> list[tuple[str, str]]:
 
 def model_help(whose: str = "") -> str:
     """Help of a flag that chooses a model."""
-    return f"architecture{whose}: {', '.join(ARCHITECTURES)}; or of another library: smp:, tv:, hf:, module:NAME"
+    return f"architecture{whose}: {', '.join(ARCHITECTURES)}; or of elsewhere: smp:, tv:, hf:, mmseg:, module:NAME"
 
 
 def backbone_help(whose: str = "") -> str:
@@ -172,7 +172,7 @@ def get_segmentation_model(model: str = "deeplabv3", backbone: str = "resnet18",
     if taps:
         raise UserError(f"taps {taps!r}: only for networks of other libraries, the maps of {model} are known")
     classifier = _architecture(model).classifier
-    file = open_weights(pretrained) if is_given(pretrained) else None
+    file = _open_own(pretrained, f"{model}-{backbone}") if is_given(pretrained) else None
     net = _own_network(model, str(backbone), num_class, aux, norm_layer,
                        pretrained_base if is_given(pretrained_base) and file is None else None,
                        head_width or (file and file.channels_into(classifier)))
@@ -212,6 +212,17 @@ def _own_network(model: str, backbone: str, num_class: int, aux: bool | None, no
     return net
 
 
+def _open_own(source: str, name: str) -> WeightFile:
+    """A weight file for a network of this repository. UserError, with its model, for one of mmsegmentation."""
+    file = open_weights(source)
+    if (other := suggestion(file.tensors)) is not None:
+        advice = f"it goes to the model {other}" if other else \
+            "of those, only DeepLabV3 and PSPNet over ResNets are read"
+        raise UserError(f"{file.name}: a file of mmsegmentation, whose networks have another stem and head than "
+                        f"{name}: {advice}")
+    return file
+
+
 def _check_head_width(net: SegmentationNet, file: WeightFile, classifier: str, asked: int | None) -> None:
     """UserError when the head of a file has another width than was asked for; a line when it is an unusual one."""
     found = file.channels_into(classifier)
@@ -225,5 +236,5 @@ def _check_head_width(net: SegmentationNet, file: WeightFile, classifier: str, a
 def _architecture(model: str) -> Architecture:
     if model not in ARCHITECTURES:
         raise UserError(f"unknown model {model!r}: expected one of {', '.join(ARCHITECTURES)}, or SOURCE:NAME with "
-                        "a source among smp, tv, hf, module")
+                        "a source among smp, tv, hf, mmseg, module")
     return ARCHITECTURES[model]
