@@ -4,6 +4,7 @@ from __future__ import annotations
 import fcntl
 import http.client
 import os
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ CHUNK = 1 << 20
 #: seconds without a byte, and tries in a row that bring none, after which a download ends
 PATIENCE, TRIES = 60.0, 3
 #: what cuts a connection off in the middle
-CUT_OFF = (http.client.HTTPException, ConnectionError, TimeoutError)
+CUT_OFF = (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
 
 def download(url: str, target: Path, page: str, digest: str = "") -> str:
