@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from models import (
     network_name,
 )
 from models.prepare import HALF_PRECISIONS, check_precision
+from models.published import local
 from models.weight_files import is_given
 from utils.allocator import keep_freed_memory
 from utils.cli import ArgumentParser, read_options, run_main
@@ -49,7 +50,10 @@ class Network(OptionGroup):
                                              "deeplabv3)")
     backbone: str = option("resnet18", lambda: f"{backbone_help()} (default: what the weights' JSON file says, else "
                                                "resnet18)")
-    pretrained: str | None = option(None, "weights of the whole network, a .pth file (required)", metavar="FILE")
+    pretrained: str | None = option(None, "weights of the whole network, a .pth or .safetensors file, or get:NAME "
+                                          "(required)", metavar="FILE")
+    head_width: int | None = option(None, "channels of its main head (default: as in the weights)", at_least=1,
+                                    metavar="N")
     aux: bool = option(False, "load the auxiliary head too; it takes no part in the prediction")
     preprocess: str | None = option(None, "input of the network: BGR minus mean, or RGB mean/std (default: what the "
                                           "weights say)", choices=("bgr", "rgb"))
@@ -57,7 +61,8 @@ class Network(OptionGroup):
     @property
     def choice(self) -> NetworkChoice:
         """The network, with its weights."""
-        return NetworkChoice(self.model, self.backbone, self.pretrained, preprocess=self.preprocess, aux=self.aux)
+        return NetworkChoice(self.model, self.backbone, self.pretrained, preprocess=self.preprocess, aux=self.aux,
+                             head_width=self.head_width)
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,7 @@ def parse_settings(argv: Sequence[str] | None) -> EvalSettings:
     parsed = vars(parser.parse_args(argv))
     settings = EvalSettings(*(read_options(parsed, group) for _, group in GROUPS))
     check_described(settings.network.choice, said)
-    return settings
+    return replace(settings, network=replace(settings.network, pretrained=local(settings.network.pretrained)))
 
 
 class PredictionWriter:

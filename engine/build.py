@@ -44,7 +44,7 @@ def build_run(settings: Settings, distributed: Distributed) -> Run:
     student, teacher = build_student(settings, spec), build_teacher(settings, spec)
     if distributed.is_main_process:  # which writes the files that say it
         student.trained_on = data.fingerprint(splits)
-    settings = replace(settings, networks=replace(settings.networks, aux=student.aux))
+    settings = replace(settings, networks=replace(settings.networks, aux=student.aux, **head_widths(student, teacher)))
     files = RunFiles(settings)
     objective = build_objective(settings, student, teacher, bool(files.resume_from),
                                 build_criterion(settings, train_set, distributed.device))
@@ -70,6 +70,13 @@ def build_run(settings: Settings, distributed: Distributed) -> Run:
                         may_skip=settings.running.skip_nonfinite > 0)
     return Run(settings, distributed, spec, train_set, val_set, report_sets, student, teacher, objective, model,
                optimizer, step_fn, files)
+
+
+def head_widths(student: nn.Module, teacher: nn.Module | None) -> dict[str, int]:
+    """{setting: width} of the heads that are not of the usual width, which a weight file may have said."""
+    widths = {"student_head_width": getattr(student, "head_width", None),
+              "teacher_head_width": getattr(teacher, "head_width", None)}
+    return {name: width for name, width in widths.items() if width is not None}
 
 
 def wants_plain_maps(settings: Settings, device_type: str) -> bool:

@@ -4,7 +4,7 @@ parser. A method's own options stand in its file in ``losses/``.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,14 +14,17 @@ from engine.recipe import Recipe
 from losses.core import methods
 from models import NetworkChoice, backbone_help, model_help
 from models.prepare import HALF_PRECISIONS
+from models.published import local
 from utils.errors import UserError
 from utils.options import OptionGroup, flag, option
 
-BASE_HELP = ("ImageNet weights of its backbone: a file, or a name such as torchvision:ResNet50_Weights.IMAGENET1K_V2 "
-             "(for resnet50_original)")
+BASE_HELP = ("ImageNet weights of its backbone: a file, get:NAME, or a name such as "
+             "torchvision:ResNet50_Weights.IMAGENET1K_V2 (for resnet50_original)")
 TAPS_HELP = ("maps of a network of another library, as c4=backbone.layer4,head=classifier.4:in (--list-taps prints "
              "what there is)")
+HEAD_WIDTH_HELP = "channels of its main head (default: as in its weights, else the usual ones of the backbone)"
 PREPROCESS_HELP = "its input: BGR minus mean, or RGB mean/std (default: what its weights say)"
+WEIGHT_FILES = ("teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base")
 #: accepted so that old command lines still start; they do nothing in the reference either
 DEAD_OPTIONS = ("start_epoch", "save_epoch", "val_epoch")
 
@@ -32,7 +35,8 @@ def without_teacher() -> list[str]:
 
 
 def _teacher_help() -> str:
-    return f"trained teacher (every method but {', '.join(without_teacher())} needs one)"
+    return (f"trained teacher (every method but {', '.join(without_teacher())} needs one): a file, or get:NAME as in "
+            "tools/get_weights.py --list")
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,15 @@ class Networks(OptionGroup):
                                                 "its weights' JSON file says, else resnet101)")
     teacher_pretrained: str | None = option("None", _teacher_help, metavar="FILE")
     teacher_pretrained_base: str | None = option("None", BASE_HELP, metavar="FILE")
+    teacher_head_width: int | None = option(None, HEAD_WIDTH_HELP, at_least=1, metavar="N")
     teacher_preprocess: str | None = option(None, PREPROCESS_HELP, choices=("bgr", "rgb"))
     teacher_taps: str | None = option(None, TAPS_HELP, metavar="TAP=PATH,…")
     student_model: str = option("deeplabv3", lambda: model_help(" of the student"), aliases=("model",))
     student_backbone: str = option("resnet18", lambda: backbone_help(" of the student"), aliases=("backbone",))
-    student_pretrained: str | None = option("None", "segmentation weights to start from", metavar="FILE",
-                                            aliases=("pretrained",))
+    student_pretrained: str | None = option("None", "segmentation weights to start from: a file, or get:NAME",
+                                            metavar="FILE", aliases=("pretrained",))
     student_pretrained_base: str | None = option("None", BASE_HELP, metavar="FILE", aliases=("pretrained_base",))
+    student_head_width: int | None = option(None, HEAD_WIDTH_HELP, at_least=1, metavar="N", aliases=("head_width",))
     student_preprocess: str | None = option(None, PREPROCESS_HELP, choices=("bgr", "rgb"), aliases=("preprocess",))
     student_taps: str | None = option(None, TAPS_HELP, metavar="TAP=PATH,…")
     aux: bool | None = option(None, "auxiliary head on c3 of the student (default: on for resnet, off for mobilenet)")
@@ -59,21 +65,27 @@ class Networks(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base"):
+        for name in WEIGHT_FILES:
             if getattr(self, name) in ("", "None", "none"):  # the reference's spelling of nothing
                 object.__setattr__(self, name, None)
+
+    def with_files(self) -> Networks:
+        """The same with a path in place of every ``get:NAME``, which is downloaded when it is not there yet."""
+        return replace(self, **{name: local(getattr(self, name)) for name in WEIGHT_FILES})
 
     @property
     def teacher(self) -> NetworkChoice:
         """The teacher, with its weights."""
         return NetworkChoice(self.teacher_model, self.teacher_backbone, self.teacher_pretrained,
-                             self.teacher_pretrained_base, self.teacher_preprocess, taps=self.teacher_taps)
+                             self.teacher_pretrained_base, self.teacher_preprocess, taps=self.teacher_taps,
+                             head_width=self.teacher_head_width)
 
     @property
     def student(self) -> NetworkChoice:
         """The student, with the weights that it starts from."""
         return NetworkChoice(self.student_model, self.student_backbone, self.student_pretrained,
-                             self.student_pretrained_base, self.student_preprocess, self.aux, self.student_taps)
+                             self.student_pretrained_base, self.student_preprocess, self.aux, self.student_taps,
+                             self.student_head_width)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ UNIMPORTANT = frozenset((
     "resume", "workers", "data", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters", "diagnose_every",
     "results", "protocol", "label", "name", "tensorboard", "panels", "local_rank", "no_cuda", "aux", "fast",
     "channels_last", "ddp_compression", "list_methods", "list_taps"))
+#: settings that weight files say where they are left open
+SAID_BY_FILES = frozenset(("student_head_width", "teacher_head_width"))
 #: files, of which the name counts, not where they lie
 FILES = frozenset(("teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base",
                    "train_list", "val_list", "class_weights"))
@@ -182,5 +184,7 @@ def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
         return Path(settings[key]).name if key in FILES and settings[key] else settings[key]
 
     made = {**without_recipe(), **made}
+    left_open = {key for key in SAID_BY_FILES if wanted.get(key) is None}
     return [f"{key}: {value(made, key)} -> {value(wanted, key)}"
-            for key in sorted(made.keys() & wanted.keys() - UNIMPORTANT) if value(made, key) != value(wanted, key)]
+            for key in sorted(made.keys() & wanted.keys() - UNIMPORTANT - left_open)
+            if value(made, key) != value(wanted, key)]

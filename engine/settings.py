@@ -153,19 +153,15 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     elif parsed.method is not None:
         parser.set_defaults(**preset(parsed.method, parsed.dataset, parsed.student_backbone))
         parsed = parser.parse_args(argv)
-    settings = _settings(vars(parsed), given, kept)
+    settings = replace(from_flat({**vars(parsed), **recipe_defaults(vars(parsed), given, kept)}), given=given)
     if not (settings.list_methods or settings.list_taps):
         check_settings(settings)
+        settings = replace(settings, networks=settings.networks.with_files())
         if settings.needs_teacher and (said := described_network(settings.networks.teacher_pretrained)):
-            known = {f"teacher_{key}": value for key, value in said.items()}
-            settings = _settings({**vars(parsed), **{k: v for k, v in known.items() if k not in given}}, given, kept)
+            known = {f"teacher_{key}": value for key, value in said.items() if f"teacher_{key}" not in given}
+            settings = replace(settings, networks=replace(settings.networks, **known))
             check_described(settings.networks.teacher, said, "teacher_")
     return settings.with_folders()
-
-
-def _settings(values: Mapping[str, object], given: frozenset[str], kept: frozenset[str]) -> Settings:
-    """Settings from a command line: with what the optimizer and the epochs that were asked for set."""
-    return replace(from_flat({**values, **recipe_defaults(values, given, kept)}), given=given)
 
 
 def from_flat(values: Mapping[str, object]) -> Settings:
@@ -195,7 +191,8 @@ def check_settings(settings: Settings) -> None:
     if settings.needs_teacher and settings.networks.teacher_pretrained is None \
             and not brings_weights(settings.networks.teacher_model):
         names = [name for name, cls in settings.methods.items() if cls.needs.teacher]
-        raise UserError(f"--teacher-pretrained is missing: a trained teacher (a .pth file) for {', '.join(names)}; "
+        raise UserError(f"--teacher-pretrained is missing: a trained teacher (a .pth or .safetensors file) for "
+                        f"{', '.join(names)}; "
                         f"without one: {', '.join(f'--method {name}' for name in ('none', *without_teacher()))}")
     check_recipe(settings)
     o = settings.optimization

@@ -74,7 +74,8 @@ def from_pretrained(source: str | os.PathLike) -> nn.Module:
                         f"open the folder {folder}")
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: no {WEIGHTS}; expected a folder of tools/export.py --to safetensors")
-    net = get_segmentation_model(config["model"], config["backbone"], config["num_class"], config["aux"])
+    net = get_segmentation_model(config["model"], config["backbone"], config["num_class"], config["aux"],
+                                 head_width=config.get("head_width"))
     load_weights(net, folder / WEIGHTS, preprocess=config["preprocess"])
     if "trained_on" in config:
         net.trained_on = config["trained_on"]

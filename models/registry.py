@@ -18,12 +18,12 @@ from torch import nn
 from models.backbone import Backbone, NormLayer, scaled
 from models.heads import DeepLabHead, FCNHead, PSPHead
 from models.mobilenetv2 import MobileNetV2
-from models.outside import build_outside, is_outside, parse_taps
+from models.outside import build_outside, is_outside, parse_taps, suggestion
 from models.preprocess import Preprocess
 from models.resnet import ResNet
 from models.segmentation import SegmentationNet
 from models.timm_backbone import PREFIX, WIDE_FROM, TimmBackbone, is_timm
-from models.weight_files import read_info
+from models.weight_files import WeightFile, open_weights, read_info
 from models.weights import is_given, load_weights
 from utils.errors import UserError
 
@@ -41,11 +41,13 @@ class BackboneEntry(NamedTuple):
 
 
 class Architecture(NamedTuple):
-    """A model: its head, the full-width backbones that it goes with, whether it has an auxiliary head by default."""
+    """A model: its head, the full-width backbones that it goes with, whether it has an auxiliary head by default, and
+    the tensor whose input channels are the width of the head."""
 
     head: type[nn.Module]
     backbones: tuple[str, ...]
     aux: bool
+    classifier: str
 
 
 NARROW, WIDE = {DeepLabHead: 128, PSPHead: 128}, {DeepLabHead: 256, PSPHead: 512}
@@ -56,10 +58,10 @@ BACKBONES = {
 }
 RESNETS = tuple(name for name in BACKBONES if name.startswith("resnet"))
 ARCHITECTURES = {
-    "deeplabv3": Architecture(DeepLabHead, RESNETS, aux=True),
-    "deeplab_mobile": Architecture(DeepLabHead, ("mobilenetv2",), aux=False),
-    "psp": Architecture(PSPHead, RESNETS, aux=True),
-    "psp_mobile": Architecture(PSPHead, ("mobilenetv2",), aux=False),
+    "deeplabv3": Architecture(DeepLabHead, RESNETS, aux=True, classifier="head.block.4.weight"),
+    "deeplab_mobile": Architecture(DeepLabHead, ("mobilenetv2",), aux=False, classifier="head.block.4.weight"),
+    "psp": Architecture(PSPHead, RESNETS, aux=True, classifier="head.classifier.weight"),
+    "psp_mobile": Architecture(PSPHead, ("mobilenetv2",), aux=False, classifier="head.classifier.weight"),
 }
 
 
@@ -75,11 +77,13 @@ class NetworkChoice:
     preprocess: str | Preprocess | None = None
     aux: bool | None = None
     taps: str | None = None
+    head_width: int | None = None
 
     def build(self, num_class: int, **more: Any) -> nn.Module:
         """The network with its weights. more: further arguments, as ``norm_layer``."""
         return get_segmentation_model(self.model, self.backbone, num_class, self.aux, self.pretrained,
-                                      self.pretrained_base, preprocess=self.preprocess, taps=self.taps, **more)
+                                      self.pretrained_base, preprocess=self.preprocess, taps=self.taps,
+                                      head_width=self.head_width, **more)
 
 
 def network_name(model: str, backbone: str, between: str = "_") -> str:
@@ -112,7 +116,7 @@ def list_models() -> list[tuple[str, str]]:
 
 def model_help(whose: str = "") -> str:
     """Help of a flag that chooses a model."""
-    return f"architecture{whose}: {', '.join(ARCHITECTURES)}; or of another library: smp:, tv:, hf:, module:NAME"
+    return f"architecture{whose}: {', '.join(ARCHITECTURES)}; or of elsewhere: smp:, tv:, hf:, mmseg:, module:NAME"
 
 
 def backbone_help(whose: str = "") -> str:
@@ -143,7 +147,8 @@ def default_aux(model: str) -> bool:
 def get_segmentation_model(model: str = "deeplabv3", backbone: str = "resnet18", num_class: int = 19,
                            aux: bool | None = None, pretrained: str | None = None, pretrained_base: str | None = None,
                            norm_layer: NormLayer = nn.BatchNorm2d, local_rank: int | None = None,
-                           preprocess: Preprocess | str | None = None, taps: str | None = None) -> nn.Module:
+                           preprocess: Preprocess | str | None = None, taps: str | None = None,
+                           head_width: int | None = None) -> nn.Module:
     """Build a network by name and load its weights.
 
     model, backbone: a pair of :func:`list_models`, the backbone optionally with a width suffix (``_w0.5``).
@@ -151,22 +156,29 @@ def get_segmentation_model(model: str = "deeplabv3", backbone: str = "resnet18",
     ImageNet backbone (not read when ``pretrained`` is given, which holds the backbone too). Both, and preprocess, as
     in ``weights.load_weights``. norm_layer: called with a channel count. local_rank: for old callers, without effect.
     Networks and backbones of other libraries: see ``models/outside`` and ``timm_backbone``. taps: of such a network, as
-    'c4=PATH,head=PATH', see ``outside/taps.py``.
+    'c4=PATH,head=PATH', see ``outside/taps.py``. head_width: channels of the main head; None = that of the file
+    ``pretrained``, else the habit of model and backbone (CIRKDv2's files are 512 wide).
     Raises UserError for an unknown name, a class count below 1, or weights that do not fit."""
     if isinstance(num_class, bool) or not isinstance(num_class, int) or num_class < 1:
         raise UserError(f"{model}-{backbone}: num_class must be a whole number of at least 1, got {num_class!r}")
     if is_outside(model):
         if is_given(pretrained_base):
             raise UserError(f"{model}: takes no backbone weights; put them into its own file, or into what builds it")
+        if head_width is not None:
+            raise UserError(f"{model}: has no head of this repository, whose width could be set to {head_width}")
         net = build_outside(model, num_class, parse_taps(taps), aux)
         load_weights(net, pretrained, "model", preprocess=preprocess)
         return net
     if taps:
         raise UserError(f"taps {taps!r}: only for networks of other libraries, the maps of {model} are known")
+    classifier = _architecture(model).classifier
+    file = _open_own(pretrained, f"{model}-{backbone}") if is_given(pretrained) else None
     net = _own_network(model, str(backbone), num_class, aux, norm_layer,
-                       pretrained_base if is_given(pretrained_base) and not is_given(pretrained) else None)
-    if is_given(pretrained):
-        load_weights(net, pretrained, "model", preprocess=preprocess)
+                       pretrained_base if is_given(pretrained_base) and file is None else None,
+                       head_width or (file and file.channels_into(classifier)))
+    if file is not None:
+        _check_head_width(net, file, classifier, head_width)
+        load_weights(net, file, "model", preprocess=preprocess)
         if is_given(pretrained_base):
             log.info("%s-%s: %s is not read, %s holds the backbone too", model, backbone, pretrained_base, pretrained)
     else:
@@ -175,8 +187,9 @@ def get_segmentation_model(model: str = "deeplabv3", backbone: str = "resnet18",
 
 
 def _own_network(model: str, backbone: str, num_class: int, aux: bool | None, norm_layer: NormLayer,
-                 timm_weights: str | None) -> SegmentationNet:
-    """Heads of this repository over one of its backbones, or one of timm's with its weights."""
+                 timm_weights: str | None, head_width: int | None) -> SegmentationNet:
+    """Heads of this repository, the main one of a width or of the usual one, over one of its backbones, or one of
+    timm's with its weights."""
     architecture = _architecture(model)
     base, width = (backbone, 1.0) if is_timm(backbone) else split_backbone(backbone)
     if is_timm(backbone):
@@ -188,17 +201,40 @@ def _own_network(model: str, backbone: str, num_class: int, aux: bool | None, no
         raise UserError(f"unknown backbone {backbone!r} for {model}: expected one of "
                         f"{', '.join(architecture.backbones)}, optionally with a width suffix such as _w0.5, or "
                         "timm:NAME")
-    head = architecture.head(features.channels[3], scaled(head_widths[architecture.head], width), num_class, norm_layer)
+    usual = scaled(head_widths[architecture.head], width)
+    head = architecture.head(features.channels[3], head_width or usual, num_class, norm_layer)
     has_aux = architecture.aux if aux is None else bool(aux)
     auxlayer = FCNHead(features.channels[2], num_class, norm_layer) if has_aux else None
     net = SegmentationNet(model, backbone, features, head, auxlayer, num_class)
+    net.head_width = None if head.channels == usual else head.channels
     if is_timm(backbone):
         net.preprocess = features.preprocess
     return net
 
 
+def _open_own(source: str, name: str) -> WeightFile:
+    """A weight file for a network of this repository. UserError, with its model, for one of mmsegmentation."""
+    file = open_weights(source)
+    if (other := suggestion(file.tensors)) is not None:
+        advice = f"it goes to the model {other}" if other else \
+            "of those, only DeepLabV3 and PSPNet over ResNets are read"
+        raise UserError(f"{file.name}: a file of mmsegmentation, whose networks have another stem and head than "
+                        f"{name}: {advice}")
+    return file
+
+
+def _check_head_width(net: SegmentationNet, file: WeightFile, classifier: str, asked: int | None) -> None:
+    """UserError when the head of a file has another width than was asked for; a line when it is an unusual one."""
+    found = file.channels_into(classifier)
+    if asked is not None and found is not None and found != asked:
+        raise UserError(f"{file.name}: its head is {found} channels wide, but {asked} were asked for: leave the width "
+                        "out, or choose other weights")
+    if net.head_width is not None:
+        log.info("%s: its head is %d channels wide", net.name, net.head_width)
+
+
 def _architecture(model: str) -> Architecture:
     if model not in ARCHITECTURES:
         raise UserError(f"unknown model {model!r}: expected one of {', '.join(ARCHITECTURES)}, or SOURCE:NAME with "
-                        "a source among smp, tv, hf, module")
+                        "a source among smp, tv, hf, mmseg, module")
     return ARCHITECTURES[model]

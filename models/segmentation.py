@@ -25,6 +25,7 @@ class SegmentationNet(nn.Module):
         aux             True when there is an auxiliary head
         channels        {tap: channel count} of exactly the fields that ``forward`` fills, in their order
         strides         {tap: stride of its map}; output_stride: that of the logits
+        head_width      channels of the main head when it is not the usual width of model and backbone, else None
         own             whether all parts are of this repository, so that they can be prepared for speed
         preprocess      what the weights expect of the input; weight files change it, see ``weights.py``
         trained_on      {"classes": names, ...} of the data that the weights were trained on (``dataset/fingerprint.py``
@@ -39,6 +40,7 @@ class SegmentationNet(nn.Module):
         self.num_class, self.in_channels, self.aux = num_class, 3, auxlayer is not None
         self.preprocess: Preprocess = CAFFE_BGR
         self.trained_on: dict[str, Any] | None = None
+        self.head_width: int | None = None
         self.pretrained, self.own = backbone, not is_timm(backbone_name)
         self.head = head
         if auxlayer is not None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models.preprocess import Preprocess
+from models.published import local
 from models.torchvision_compat import import_torchvision
 from utils.errors import UserError
 from utils.extras import need
@@ -43,6 +44,11 @@ class WeightFile:
         """Whether the source was one of torchvision's weight names."""
         return self.name.startswith(TORCHVISION)
 
+    def channels_into(self, convolution: str) -> int | None:
+        """Input channels of the convolution with this weight; None when the file has no such weight."""
+        weight = self.tensors.get(convolution)
+        return weight.shape[1] if weight is not None and weight.dim() == 4 else None
+
 
 def is_given(source: str | os.PathLike | None) -> bool:
     """False for None, False, '' and 'None' (in any case): nothing to load."""
@@ -50,10 +56,11 @@ def is_given(source: str | os.PathLike | None) -> bool:
 
 
 def open_weights(source: str | os.PathLike) -> WeightFile:
-    """Read a path or a torchvision weight name. Raises UserError, in one line, for whatever is no set of tensors."""
+    """Read a path, a torchvision weight name, or what ``get:NAME`` names (see ``published.py``). Raises UserError, in
+    one line, for whatever is no set of tensors."""
     if not isinstance(source, (str, os.PathLike)):
         raise UserError(f"weights must be given as a path, got {source!r}")
-    name = os.fspath(source)
+    name = os.fspath(local(source))
     if name.startswith(TORCHVISION):
         return WeightFile(name, _tensors(name, _download(name)))
     path = Path(name).expanduser()
@@ -80,7 +87,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
 
 def read_info(path: str | os.PathLike) -> dict[str, Any] | None:
     """The JSON file beside ``path`` (see :func:`describe`), or None. Raises UserError when it is not readable."""
-    beside = _info_path(Path(path).expanduser())
+    beside = _info_path(Path(local(path)).expanduser())
     if not beside.is_file():
         return None
     try:
@@ -94,10 +101,10 @@ def read_info(path: str | os.PathLike) -> dict[str, Any] | None:
 
 def describe(net: nn.Module) -> dict[str, Any]:
     """What a plain state dict does not say, as JSON values: model, backbone, num_class, aux, preprocess and, if known,
-    what it was trained on."""
-    trained_on = {} if net.trained_on is None else {"trained_on": net.trained_on}
+    what it was trained on, and, if it is not the usual one, the width of its head."""
+    more = {"head_width": getattr(net, "head_width", None), "trained_on": net.trained_on}
     return {"model": net.model, "backbone": net.backbone, "num_class": net.num_class, "aux": net.aux,
-            "preprocess": net.preprocess.to_dict(), **trained_on}
+            "preprocess": net.preprocess.to_dict(), **{k: v for k, v in more.items() if v is not None}}
 
 
 def save_state_dict(net: nn.Module, path: str | os.PathLike) -> None:

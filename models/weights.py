@@ -52,21 +52,22 @@ class LoadReport:
     ignored: tuple[str, ...] = ()
 
 
-def load_weights(net: nn.Module, source: str | os.PathLike | None, what: str = "model",
+def load_weights(net: nn.Module, source: str | os.PathLike | WeightFile | None, what: str = "model",
                  preprocess: Preprocess | str | None = None) -> LoadReport:
     """Load a file, or a torchvision weight name, into a network in place, and set ``net.preprocess`` and, of a whole
     model, ``net.trained_on``.
 
-    source: None, '' and 'None' load nothing. what: 'model' = every tensor of the network must be in the file, and
-    only harmless others; 'backbone' = at least nine tenths of the backbone's. Missing batch counters are no error.
+    source: None, '' and 'None' load nothing; a file may be opened already. what: 'model' = every tensor of the network
+    must be in the file, and only harmless others; 'backbone' = at least nine tenths of the backbone's. Missing batch
+    counters are no error.
     preprocess: 'bgr', 'rgb' or a Preprocess. Raises UserError, before anything was changed, naming file and tensor."""
     if what not in ("model", "backbone"):
         raise ValueError(f"what must be 'model' or 'backbone', got {what!r}")
     net, wanted = unwrap(net), None if preprocess is None else get_preprocess(preprocess)
-    if not is_given(source):
+    if not isinstance(source, WeightFile) and not is_given(source):
         net.preprocess = wanted or net.preprocess
         return LoadReport()
-    file = open_weights(source)
+    file = source if isinstance(source, WeightFile) else open_weights(source)
     pairs, report, suggested = (_fit_model if what == "model" else _fit_backbone)(net, file)
     with torch.no_grad():
         for target, value in pairs:

@@ -68,6 +68,7 @@ class Subject:
     backbone: str
     num_class: int
     role: str = ""
+    head_width: int | None = None
 
     @property
     def title(self) -> str:
@@ -100,14 +101,14 @@ def find_subjects(source: str, num_class: int) -> list[Subject]:
     path = Path(source).expanduser()
     if path.is_dir() and (path / CONFIG).is_file():
         config = read_config(path)
-        return [Subject(config["model"], config["backbone"], config["num_class"])]
+        return [Subject(config["model"], config["backbone"], config["num_class"], head_width=config.get("head_width"))]
     if path.is_dir():
         return _subjects_of_run(path)
     if path.is_file():
         info = read_info(path)
         if info is None:
             raise UserError(f"{source}: no JSON file beside it says what network it is of; expected MODEL-BACKBONE")
-        return [Subject(info["model"], info["backbone"], info["num_class"])]
+        return [Subject(info["model"], info["backbone"], info["num_class"], head_width=info.get("head_width"))]
     model, dash, backbone = source.partition("-")
     if ":" in model:  # of another library, whose name is one word
         return [Subject(source, "", num_class)]
@@ -124,8 +125,10 @@ def _subjects_of_run(folder: Path) -> list[Subject]:
     if not described:
         raise UserError(f"{folder}: no weights with their JSON file, which says how many classes there are")
     classes = described[0]["num_class"]
-    student = Subject(n.student_model, n.student_backbone, classes, "student")
-    return [student, *([Subject(n.teacher_model, n.teacher_backbone, classes, "teacher")] * settings.needs_teacher)]
+    width = described[0].get("head_width")
+    student = Subject(n.student_model, n.student_backbone, classes, "student", width)
+    teacher = Subject(n.teacher_model, n.teacher_backbone, classes, "teacher", n.teacher_head_width)
+    return [student, *([teacher] * settings.needs_teacher)]
 
 
 def chosen_forms(options: Latency) -> list[str]:
@@ -143,7 +146,8 @@ def write_forms(subject: Subject, forms: Sequence[str], folder: Path) -> dict[st
     if not exported:
         return {}
     torch.manual_seed(0)
-    net = get_segmentation_model(subject.model, subject.backbone, subject.num_class, aux=False).eval()
+    net = get_segmentation_model(subject.model, subject.backbone, subject.num_class, aux=False,
+                                 head_width=subject.head_width).eval()
     program, files = trace(net, Form(), input_divisor(net)), {}
     folder.mkdir()
     for form in exported:
@@ -165,7 +169,8 @@ def measure(subject: Subject, forms: Sequence[str], options: Latency, folder: Pa
             say(f"{subject.title}: {form}, batch {batch}")
             job = {"kind": "forward", "code": str(ROOT), "device": options.device, "threads": options.threads,
                    "form": form, "batch": batch, "size": options.size, "file": str(files.get(form, "")),
-                   "model": subject.model, "backbone": subject.backbone, "num_class": subject.num_class}
+                   "model": subject.model, "backbone": subject.backbone, "num_class": subject.num_class,
+                   "head_width": subject.head_width}
             try:
                 with Worker(job) as worker:
                     if form == "pytorch" and None in cost:
@@ -234,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     subjects = list(dict.fromkeys(one for name in parsed.networks for one in find_subjects(name, options.num_class)))
     for one in subjects:
         with torch.device("meta"):  # what does not exist is said before anything is measured
-            get_segmentation_model(one.model, one.backbone, one.num_class)
+            get_segmentation_model(one.model, one.backbone, one.num_class, head_width=one.head_width)
     with tempfile.TemporaryDirectory() as folder:
         found = [measure(one, forms, options, Path(folder) / str(i)) for i, one in enumerate(subjects)]
     rows = [row for some, _ in found for row in some]

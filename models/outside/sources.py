@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from models.outside import mmsegmentation
 from models.outside.net import Outside, OutsideNet
 from models.preprocess import IMAGENET_RGB, Preprocess, get_preprocess
 from models.torchvision_compat import import_torchvision
@@ -28,12 +29,17 @@ def is_outside(model: str) -> bool:
 
 def brings_weights(model: str) -> bool:
     """Whether a name stands for a network with its weights, so that a teacher needs no weight file."""
-    return model.startswith("hf:")
+    return model.startswith("hf:") or model.startswith("smp:") and is_folder(model.removeprefix("smp:"))
+
+
+def is_folder(name: str) -> bool:
+    """Whether a name is that of a folder on this machine."""
+    return Path(name).expanduser().is_dir()
 
 
 def build_outside(model: str, num_class: int, taps: Mapping[str, str] | None = None, aux: bool | None = None,
                   ) -> OutsideNet:
-    """The network that ``SOURCE:NAME`` names, with random weights but for ``hf:``, whose folders hold them.
+    """The network that ``SOURCE:NAME`` names, with random weights but for those of :func:`brings_weights`.
 
     num_class: its classes. taps: in place of, or beside, those that the source knows. aux: with its auxiliary head, for
     torchvision. Raises UserError for an unknown source or name, a missing library, or another number of classes."""
@@ -51,14 +57,17 @@ def library(name: str, extra: str) -> Any:
 
 
 def smp(name: str, num_class: int, aux: bool) -> Outside:
-    """segmentation_models_pytorch: ARCHITECTURE:ENCODER."""
+    """segmentation_models_pytorch: ARCHITECTURE:ENCODER, or a folder of its ``save_pretrained``."""
     architecture, _, encoder = name.partition(":")
     package = library("segmentation_models_pytorch", "smp")
     try:
-        net = package.create_model(architecture, encoder or "resnet34", encoder_weights=None, classes=num_class)
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"smp:{name}: {first_line(error)} (expected smp:ARCHITECTURE:ENCODER, as smp:Unet:resnet34)"
-                        ) from error
+        if is_folder(name):
+            net = package.from_pretrained(Path(name).expanduser())
+        else:
+            net = package.create_model(architecture, encoder or "resnet34", encoder_weights=None, classes=num_class)
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"smp:{name}: {first_line(error)} (expected smp:ARCHITECTURE:ENCODER, as smp:Unet:resnet34, or "
+                        "a folder of its save_pretrained)") from error
     stages = len(net.encoder.out_channels)
     taps = {f"c{4 - i}": f"encoder[{stages - 1 - i}]" for i in range(min(4, stages - 1))}
     if isinstance(net.segmentation_head, nn.Sequential):
@@ -175,4 +184,11 @@ def call(build: Callable[..., Any], num_class: int, name: str) -> Any:
         raise UserError(f"module:{name}: {type(error).__name__}: {first_line(error)}") from error
 
 
-SOURCES: dict[str, Callable[[str, int, bool], Outside]] = {"smp": smp, "tv": tv, "hf": hf, "module": module}
+def mmseg(name: str, num_class: int, aux: bool) -> Outside:
+    """mmsegmentation's DeepLabV3 and PSPNet, which need nothing installed."""
+    net = mmsegmentation.MMSegNet(mmsegmentation.parse(name), num_class, aux)
+    return Outside(net, mmsegmentation.taps(aux), optional=() if aux else ("auxiliary_head.",))
+
+
+SOURCES: dict[str, Callable[[str, int, bool], Outside]] = {"smp": smp, "tv": tv, "hf": hf, "mmseg": mmseg,
+                                                           "module": module}

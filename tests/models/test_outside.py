@@ -18,7 +18,7 @@ from losses.core.objective import Objective, resize_maps
 from losses.kd import KD
 from models import SegOutput, get_segmentation_model, load_weights, save_state_dict
 from models.heads import resize
-from models.outside import OutsideNet, candidates, parse_taps
+from models.outside import OutsideNet, brings_weights, candidates, parse_taps
 from models.outside.net import Outside, first_tensor
 from models.outside.sources import class_scores
 from models.outside.taps import as_map
@@ -138,7 +138,7 @@ class TestWeights:
 
 class TestSources:
     @pytest.mark.parametrize(("model", "backbone", "message"), [
-        ("nowhere:x", "", "unknown source 'nowhere', expected one of smp:, tv:, hf:, module:"),
+        ("nowhere:x", "", "unknown source 'nowhere', expected one of smp:, tv:, hf:, mmseg:, module:"),
         ("tv:nothing", "", "expected one of deeplabv3_mobilenet"),
         ("module:examples.espnet", "", "expected module:PACKAGE.FILE:CALLABLE"),
         ("module:examples.nothing:f", "", "No module named"), ("module:examples.espnet:nothing", "", "no attribute"),
@@ -172,6 +172,17 @@ class TestSources:
         assert net(torch.randn(1, 3, 50, 70)).logits.shape[2:] == (50, 70)
         with pytest.raises(UserError, match="expected smp:ARCHITECTURE:ENCODER"):
             get_segmentation_model("smp:Nothing:resnet18", "", CLASSES)
+
+    def test_a_folder_of_segmentation_models_pytorch(self, tmp_path) -> None:
+        package = pytest.importorskip("segmentation_models_pytorch")
+        saved = package.create_model("FPN", "resnet18", encoder_weights=None, classes=CLASSES).eval()
+        saved.save_pretrained(str(tmp_path / "left"))
+        name = f"smp:{tmp_path / 'left'}"
+        net, x = get_segmentation_model(name, "", CLASSES).eval(), torch.randn(1, 3, 64, 64)
+        assert torch.equal(net(x).logits, saved(x)) and brings_weights(name) and not brings_weights("smp:FPN:resnet18")
+        (tmp_path / "left" / "config.json").write_text("{}")
+        with pytest.raises(UserError, match="or a folder of its save_pretrained"):
+            get_segmentation_model(name, "", CLASSES)
 
     def test_torchvision(self) -> None:
         net = get_segmentation_model("tv:lraspp_mobilenet_v3_large", "", CLASSES)

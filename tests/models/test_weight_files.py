@@ -4,11 +4,12 @@ from __future__ import annotations
 import os
 import pathlib
 import pickle
+import sys
 
 import pytest
 import torch
 
-from models import get_segmentation_model, read_info, read_state_dict, save_state_dict
+from models import described_network, get_segmentation_model, load_weights, read_info, read_state_dict, save_state_dict
 from utils.errors import UserError
 
 
@@ -70,6 +71,42 @@ def test_bad_files(tmp_path, case):
     with pytest.raises(UserError, match=message) as caught:
         read_state_dict(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+BAD_SAFETENSORS = {
+    "missing": (lambda p, whole: None, "no such weights file"),
+    "folder": (lambda p, whole: p.mkdir(), "no such weights file"),
+    "text": (lambda p, whole: p.write_text("hello world\n" * 50), "not a weights file that can be loaded"),
+    "pickle": (lambda p, whole: torch.save({"w": torch.ones(3)}, p), "not a weights file that can be loaded"),
+    "cut off": (lambda p, whole: p.write_bytes(whole[:-5]), "not a weights file that can be loaded"),
+    "longer": (lambda p, whole: p.write_bytes(whole + b"x"), "not a weights file that can be loaded"),
+    "whole numbers": (lambda p, whole: p.write_bytes(whole.replace(b'"F32"', b'"I32"')), "holds int32 values"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SAFETENSORS)
+def test_bad_safetensors(tmp_path, case):
+    safetensors = pytest.importorskip("safetensors.torch")
+    net, path = small(), tmp_path / "bad.safetensors"
+    write, message = BAD_SAFETENSORS[case]
+    write(path, safetensors.save({name: value.contiguous() for name, value in net.state_dict().items()}))
+    with pytest.raises(UserError, match=message) as caught:
+        load_weights(net, path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_safetensors_are_read_as_other_files(tmp_path, monkeypatch):
+    safetensors = pytest.importorskip("safetensors.torch")
+    net = small()
+    content = {f"module.{name}": value.half() for name, value in net.state_dict().items()}  # wrapped, half precision
+    safetensors.save_file(content, tmp_path / "net.safetensors")
+    (tmp_path / "net.safetensors.json").write_text('{"model": "psp_mobile", "backbone": "mobilenetv2_w0.125"}')
+    assert set(load_weights(small(), tmp_path / "net.safetensors").matched) == set(net.state_dict())
+    assert described_network(str(tmp_path / "net.safetensors")) == {"model": "psp_mobile",
+                                                                    "backbone": "mobilenetv2_w0.125"}
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(UserError, match=r"safetensors cannot be imported .*pip install -e '.\[export\]'"):
+        read_state_dict(tmp_path / "net.safetensors")
 
 
 @pytest.mark.parametrize("write", [lambda o, p: torch.save(o, p), lambda o, p: p.write_bytes(pickle.dumps(o, 2))],

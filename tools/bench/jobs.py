@@ -251,7 +251,8 @@ def build_forward(job: Mapping[str, Any]) -> Work:
     x = torch.randn(job["batch"], 3, *job["size"], device=device)
     facts: dict[str, float] = {}
     if form == "pytorch":
-        net = get_segmentation_model(job["model"], job["backbone"], job["num_class"], aux=False)
+        net = get_segmentation_model(job["model"], job["backbone"], job["num_class"], aux=False,
+                                     head_width=job.get("head_width"))
         facts["parameters"] = sum(p.numel() for p in net.parameters())
         ask = prepare_for_inference(net.to(device))
     elif form == "torch-export":
