@@ -36,7 +36,7 @@ def build_run(settings: Settings, distributed: Distributed) -> Run:
     spec = data.get_dataset_spec(settings.data.dataset, settings.data.data)
     train_set = build_dataset(settings, spec, spec.train_split, train=True, list_file=settings.data.train_list)
     val_set, report_sets = build_evaluation_sets(settings, spec)
-    splits = [train_set, *([val_set] if val_set else []), *report_sets]
+    splits = [split for split in (train_set, val_set, *report_sets) if split is not None]
     if settings.data.cache is not None:
         data.use_cache(splits, settings.data.cache, LOG.info)
     for split in splits:

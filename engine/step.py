@@ -60,8 +60,9 @@ class TrainStep:
     and where they cannot be counted (``counts_flops`` False).
 
     After a step whose loss or gradient is not finite the weights stay as they are, until :meth:`find_fault` asks: no
-    device is waited for. may_skip: such a step leaves no trace at all, in any process, and is counted in ``skipped``;
-    this waits for the device in every step, and holds buffers (queues) twice.
+    device is waited for (so an optimizer on a GPU that is not fused does take the step). may_skip: such a step leaves
+    no trace at all, in any process, and is counted in ``skipped``; this waits for the device in every step, and holds
+    buffers (queues) twice.
     """
 
     def __init__(self, model: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer, *, lr: float,
@@ -171,7 +172,7 @@ class TrainStep:
             self.optimizer.found_inf = broken.float()
             self.optimizer.step()
             del self.optimizer.found_inf
-        elif not broken:
+        elif broken.device.type != "cpu" or not broken:
             self.optimizer.step()
 
     def find_fault(self) -> Fault | None:

@@ -130,7 +130,8 @@ def test_an_error_that_one_of_two_processes_finds_is_told(place: Path, tmp_path:
     run = launched(2, arguments(place, "--data", str(data), "--json", str(tmp_path / "r.json")), tmp_path)
     assert run.returncode != 0 and not (tmp_path / "r.json").exists()
     told = [line for line in run.stderr.splitlines() if line.startswith("eval.py: error: ")]
-    assert len(told) == 1 and "b.png" in told[0], run.stderr
+    own = [line for line in told if "another process failed" not in line]
+    assert len(own) == 1 and "b.png" in own[0] and len(told) <= 2, run.stderr
 
 
 def test_pictures(place: Path, tmp_path: Path) -> None:
@@ -206,7 +207,7 @@ def test_reference_defaults() -> None:
     expected = {
         "model": "deeplabv3", "backbone": "resnet18", "dataset": "citys", "data": "./dataset/cityscapes/",
         "crop_size": [1024, 2048], "workers": 8, "aux": False, "blend": False, "gpu_id": "0", "no_cuda": False,
-        "local_rank": 0, "save_dir": Path("../runs/logs/"), "save_pred": False, "ignore_label": -1, "scales": [1.0],
+        "local_rank": 0, "save_dir": Path("runs"), "save_pred": False, "ignore_label": -1, "scales": [1.0],
         "flip_eval": False,
     }
     assert {key: got[key] for key in expected} == expected

@@ -95,7 +95,8 @@ def restored(content: Mapping[str, Any], options: Options) -> Run:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {options.device}: not usable here ({first_line(error)})") from error
-    spec = SimpleNamespace(num_class=content["num_class"], train_split="train")  # all that a run without data reads
+    classes = tuple(content["classes"])
+    spec = SimpleNamespace(num_class=len(classes), classes=classes, train_split="train")  # all that is read
     with mock.patch.object(engine.build.data, "get_dataset_spec", lambda *_: spec):
         run = build(settings_of(content, options), device)
     run.student.load_state_dict(content["model"])

@@ -84,7 +84,8 @@ def settings_of(row: str, method: str, batch: int, flags: list[str], short: bool
 
 def build(settings: Settings, device: torch.device) -> Run:
     """The run as the program builds it, without data; stages before training change no size."""
-    with mock.patch.object(engine.build, "build_dataset", lambda *args, **kwargs: None):
+    with mock.patch.object(engine.build, "build_dataset", lambda *args, **kwargs: None), \
+            mock.patch.object(engine.build.data, "fingerprint", lambda splits: None):
         run = engine.build.build_run(settings, Distributed(0, 1, 0, device))
     get_ready(run)
     run.model.train()

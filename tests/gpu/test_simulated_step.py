@@ -54,6 +54,7 @@ def data(tmp_path_factory) -> Path:
 def gpu(monkeypatch) -> Iterator[torch.device]:
     """The simulated device. Weights are not read: there is nothing to put them into."""
     monkeypatch.setattr("models.registry.load_weights", lambda *args, **kwargs: None)
+    monkeypatch.setattr("models.registry._open_own", lambda *args: None)
     _per_channel.cache_clear()
     with simulated_gpu() as device:
         yield device

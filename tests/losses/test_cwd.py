@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -176,10 +175,6 @@ def test_errors_name_what_is_wrong():
         cwd_loss(student, teacher, norm="channel_mean")
     with pytest.raises(UserError, match="cwd: norm channel_mean.*mse"):
         build(BOTH, SMALL, LARGE, "--cwd-norm", "channel_mean")
-    with pytest.raises(UserError, match="stride 8 of the student small and 16 of the teacher large"):
-        build(BOTH, SMALL, replace(LARGE, stride=16))
-    with pytest.raises(UserError, match="stride 8 of the student small and 16 of the teacher large"):
-        build(["cwd_feat"], SMALL, replace(LARGE, stride=16))
     with pytest.raises(UserError, match="logits 5 of the student small and 6 of the teacher large"):
         build(BOTH, SMALL, NetInfo("large", {"logits": 6, "head": 9}, 6))
     with pytest.raises(UserError, match="needs head of the student, but small offers only logits"):

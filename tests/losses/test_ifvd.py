@@ -161,5 +161,3 @@ def test_errors_name_what_is_wrong():
     student, teacher = maps()
     with pytest.raises(UserError, match=r"ifvd.*\(2, 5, 9, 7\).*\(2, 8, 9, 6\)"):
         ifvd_loss(student, teacher[..., :6], labels(), CLASSES)
-    with pytest.raises(UserError, match="'ifvd'.*stride 8 of the student small and 16 of the teacher large"):
-        make("ifvd", NetInfo("small", {"head": 4}, 5), NetInfo("large", {"head": 4}, 5, 16))

@@ -160,5 +160,3 @@ def test_errors_name_what_is_wrong():
         pairwise_loss(student, teacher[..., :6])
     with pytest.raises(UserError, match="skd form 'neither': expected one of cirkd, original"):
         options_of_method("skd", skd_form="neither")
-    with pytest.raises(UserError, match="stride 8 of the student small and 16 of the teacher large"):
-        make("skd", NetInfo("small", {"head": 4}, 5), NetInfo("large", {"head": 4}, 5, 16))
