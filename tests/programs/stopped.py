@@ -4,6 +4,7 @@ $STOP: the rank that does, after its first step; "worker": the loading process, 
 """
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -26,6 +27,7 @@ loaded = []
 def then_stop(run, batch):
     result = train_batch(run, batch)
     if os.environ["STOP"] == str(run.distributed.rank):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the launcher, also while stopped
         os.kill(os.getpid(), signal.SIGSTOP)
     while os.environ["STOP"] == "worker" and run.step == 0 and not is_stopped(multiprocessing.active_children()[0].pid):
         time.sleep(0.05)
