@@ -206,7 +206,7 @@ def test_reference_defaults() -> None:
     expected = {
         "model": "deeplabv3", "backbone": "resnet18", "dataset": "citys", "data": "./dataset/cityscapes/",
         "crop_size": [1024, 2048], "workers": 8, "aux": False, "blend": False, "gpu_id": "0", "no_cuda": False,
-        "local_rank": 0, "save_dir": Path("../runs/logs/"), "save_pred": False, "ignore_label": -1, "scales": [1.0],
+        "local_rank": 0, "save_dir": Path("runs"), "save_pred": False, "ignore_label": -1, "scales": [1.0],
         "flip_eval": False,
     }
     assert {key: got[key] for key in expected} == expected
