@@ -108,8 +108,8 @@ class Runner:
             return
         self.next_news = time.monotonic() + NEWS
         for name, (job, _, _) in self.running.items():
-            said = re.search(r"step .*", last_line(job))
-            self.say(f"    {name}: {said[0] if said else 'beginning'}")
+            said = re.findall(r"step \d+/.*(?:\n    .*)*", output_of(job))
+            self.say(f"    {name}: {' '.join(said[-1].split()) if said else 'beginning'}")
 
     def _stop(self) -> None:
         """Tell every run to end, and wait. One that has ended by itself is what it is."""
@@ -153,11 +153,15 @@ def tell(process: subprocess.Popen, what: signal.Signals) -> None:
         return
 
 
+def output_of(job: Job) -> str:
+    """All that a run has said."""
+    path: Path = job.folder / OUTPUT
+    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+
+
 def last_line(job: Job) -> str:
     """What a run said last."""
-    path: Path = job.folder / OUTPUT
-    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.is_file() else []
-    return lines[-1] if lines else "it said nothing"
+    return (output_of(job).splitlines() or ["it said nothing"])[-1]
 
 
 def write_lists(jobs: Sequence[Job], folder: Path, side_by_side: int) -> list[str]:
