@@ -109,8 +109,8 @@ class Runner:
             return
         self.next_news = time.monotonic() + NEWS
         for name, (job, _, _) in self.running.items():
-            said = re.search(r"step .*", last_line(job))
-            news = f"    {name}: {said[0] if said else 'beginning'}"
+            said = re.findall(r"step \d+/.*(?:\n    .*)*", output_of(job))
+            news = f"    {name}: {' '.join(said[-1].split()) if said else 'beginning'}"
             if self.told.get(name) != news:
                 self.told[name] = news
                 self.say(news)
@@ -157,11 +157,15 @@ def tell(process: subprocess.Popen, what: signal.Signals) -> None:
         return
 
 
+def output_of(job: Job) -> str:
+    """All that a run has said."""
+    path: Path = job.folder / OUTPUT
+    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+
+
 def last_line(job: Job) -> str:
     """What a run said last."""
-    path: Path = job.folder / OUTPUT
-    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.is_file() else []
-    return lines[-1] if lines else "it said nothing"
+    return (output_of(job).splitlines() or ["it said nothing"])[-1]
 
 
 def write_lists(jobs: Sequence[Job], folder: Path, side_by_side: int) -> list[str]:
