@@ -16,10 +16,11 @@ from engine.log import LOG, RunLogger
 from engine.run import Run
 from models.weights import load_weights, save_state_dict
 from utils.distributed import Distributed, barrier, broadcast_buffers
+from utils.score import absent_classes
 from utils.visualize import comparison
 
-#: most classes of which the terminal shows the IoU too, and of which it names those without a label
-SHOWN_CLASSES, NAMED_CLASSES = 24, 8
+#: most classes of which the terminal shows the IoU too
+SHOWN_CLASSES = 24
 
 
 class Validator:
@@ -63,10 +64,9 @@ def say_scores(kind: str, dataset: SegmentationDataset, step: int, result: Mappi
     percent = [f"{name} {100 * result[name]:.2f}" for name in ("mIoU", "pixAcc", "mAcc")]
     lines = [fold([f"{kind} on {dataset.split}, step {step}:", *percent, f"({len(dataset)} images)"])]
     classes = list(zip(dataset.spec.classes, result["iou_per_class"], result["label_pixels"], strict=True))
-    if absent := [name for name, _, pixels in classes if not pixels]:
-        more = [f"and {len(absent) - NAMED_CLASSES} more"] if len(absent) > NAMED_CLASSES else []
-        lines.append(fold([f"{INDENT}without a label, so 0 in the mean:", *absent[:NAMED_CLASSES], *more,
-                           f"(mIoU of the others {100 * result['mIoU_present']:.2f})"]))
+    if note := absent_classes(result, dataset.spec.classes):
+        lines.append(INDENT + fold([*note.split(" "), f"(mIoU of the others {100 * result['mIoU_present']:.2f})"],
+                                   between=" "))
     width = max(map(len, dataset.spec.classes))
     table = aligned([f"{name:{width}} {100 * iou:5.1f}" if pixels else f"{name:{width}}     -"
                      for name, iou, pixels in classes])

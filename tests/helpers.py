@@ -132,13 +132,19 @@ def assert_same(a, b, where: str = "") -> None:
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
 
 
-def assert_refused(capsys, main, argv: list[str], *words: str) -> None:
-    """The program exits with code 2 and exactly one line on stderr that holds all of ``words``."""
+def run_here(capsys, main, *arguments: object, prog: str = "program") -> subprocess.CompletedProcess:
+    """A program run in this process: its exit code and what it wrote."""
     try:
-        code = run_main(main, argv, prog="program")
+        code = run_main(main, [*map(str, arguments)], prog=prog)
     except SystemExit as stop:
         code = stop.code
-    error = capsys.readouterr().err
+    return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+
+def assert_refused(capsys, main, argv: list[str], *words: str) -> None:
+    """The program exits with code 2 and exactly one line on stderr that holds all of ``words``."""
+    done = run_here(capsys, main, *argv)
+    code, error = done.returncode, done.stderr
     assert code == 2, (code, error)
     assert len(error.strip().splitlines()) == 1, error
     for word in words:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import run_here
 from PIL import Image
 from reference import fill, tiny_data
 from torch import nn
@@ -253,15 +254,10 @@ def test_wrong_input(place: Path, tmp_path: Path, name: str, capsys: pytest.Capt
     flags, said = WRONG[name]
     flags = [flag.format(place=place) for flag in flags]
     good = arguments(place, "--json", str(tmp_path / "r.json"), "--save-dir", str(tmp_path / "pictures"))
-    try:
-        code = run_main(program.main, [*good, *flags], prog="eval.py")
-    except SystemExit as stop:
-        code = stop.code
-    captured = capsys.readouterr()
-    assert code == 2
-    assert captured.err.count("\n") == 1 and captured.err.startswith("eval.py: error: "), captured.err
-    assert said in captured.err
-    assert "Traceback" not in captured.err
+    done = run_here(capsys, program.main, *good, *flags, prog="eval.py")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("eval.py: error: "), done.stderr
+    assert said in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from helpers import run_here
 from PIL import Image
 from reference import tiny_data
 
 from dataset import SegmentationDataset, get_dataset_spec
 from tools import check_data, prepare_data
 from tools.preparing import camvid, engine, voc
-from utils.cli import run_main
 
 Files = Mapping[str, bytes]
 PREFIX = "ADEChallengeData2016"
@@ -162,13 +162,7 @@ def colored(tmp: Path) -> list[Path]:
 @pytest.fixture
 def tool(capsys) -> Callable[..., subprocess.CompletedProcess]:
     """Run the program in this process."""
-    def run(*args: object, main=prepare_data.main) -> subprocess.CompletedProcess:
-        try:
-            code = run_main(main, [*map(str, args)], prog="prepare_data.py")
-        except SystemExit as stop:
-            code = stop.code
-        return subprocess.CompletedProcess(args, code, *capsys.readouterr())
-    return run
+    return lambda *args, main=prepare_data.main: run_here(capsys, main, *args, prog="prepare_data.py")
 
 
 def written(root: Path) -> dict[str, int]:

@@ -3,15 +3,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import run_here
 from PIL import Image
 from reference import tiny_data
 
 from tools.check_data import main
-from utils.cli import run_main
 
 REPO = Path(__file__).parents[2]
 
@@ -19,13 +20,7 @@ REPO = Path(__file__).parents[2]
 @pytest.fixture
 def check(capsys):
     """Run the program in this process."""
-    def run(*args: object) -> subprocess.CompletedProcess:
-        try:
-            code = run_main(main, [*map(str, args)], prog="check_data.py")
-        except SystemExit as stop:
-            code = stop.code
-        return subprocess.CompletedProcess(args, code, *capsys.readouterr())
-    return run
+    return partial(run_here, capsys, main, prog="check_data.py")
 
 
 def test_as_a_program(camvid_root):

@@ -11,6 +11,7 @@ from multiprocessing.context import SpawnProcess
 import cv2
 import numpy as np
 import pytest
+from helpers import run_here
 
 from dataset import SegmentationDataset, get_dataset_spec
 from dataset.toy_streets import labels, paint_scene, toy_street, write_toy_streets
@@ -305,12 +306,8 @@ class TestCommandLine:
         (["--train", "many"], "argument --train: expected a whole number, got 'many'"),
     ])
     def test_bad_numbers(self, tmp_path, capsys, change, message):
-        try:
-            code = run_main(main, ["--data", str(tmp_path / "new"), *self.ARGS, *change], prog=PROG)
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        assert code == 2 and err == f"{PROG}: error: {message}\n" and not out
+        done = run_here(capsys, main, "--data", tmp_path / "new", *self.ARGS, *change, prog=PROG)
+        assert done.returncode == 2 and done.stderr == f"{PROG}: error: {message}\n" and not done.stdout
         assert os.listdir(tmp_path) == []
 
     @pytest.mark.parametrize("below", ["", "/deeper"])

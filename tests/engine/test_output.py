@@ -100,7 +100,7 @@ def test_classes_without_a_label_are_named(caplog, count) -> None:
         say_scores("validation", dataset, 5, result)
         LOG.propagate = False
     said = {record.levelname: record.getMessage() for record in caplog.records}
-    assert "mIoU 20.00" in said["INFO"] and f"class{count - 1}  (mIoU of the others 30.00)" in said["INFO"]
+    assert "mIoU 20.00" in said["INFO"] and f"class{count - 1} (mIoU of the others 30.00)" in said["INFO"]
     table = said["INFO" if count == 3 else "DEBUG"]
     assert "class0" in table and " 30.0" in table and table.rstrip().endswith("-")
     assert ("DEBUG" in said) == (count > 24)
