@@ -49,8 +49,7 @@ def save_run(run: Run) -> None:
         save_state_dict(run.student, run.files.student)
         save_state(run, keep=run.files.previous_state)
     except UserError as error:
-        if run.lock is not None:
-            run.lock.check()  # if it is that, nothing of this folder is this run's
+        run.check_lock()  # if it is that, nothing of this folder is this run's
         raise UserError(f"{error}; {last_good_state(run.files.states())}") from error
 
 

@@ -49,7 +49,8 @@ def as_flag(name: str, value: object) -> str:
 
 
 def unusual(settings: Settings) -> tuple[dict[str, object], dict[str, object]]:
-    """What differs from the defaults, {setting: value} as JSON has it: by the preset of ``--method``, and otherwise."""
+    """{setting: value} as JSON has it: what the preset of ``--method`` sets, but for what it leaves off, and what else
+    differs from the defaults."""
     method, now = settings.distillation.method, plain(settings)
     usual = plain(from_flat(vars(build_parser().parse_args([]))))
     published = {}
@@ -57,6 +58,7 @@ def unusual(settings: Settings) -> tuple[dict[str, object], dict[str, object]]:
         published = preset(method, settings.data.dataset, settings.networks.student_backbone)
         published = {name: list(v) if isinstance(v, tuple) else v for name, v in published.items()}
     differs = {name: value for name, value in now.items() if name not in SAID and value != usual[name]}
-    of_preset = {name: value for name, value in now.items() if published.get(name, 0) and value == published[name]}
+    of_preset = {name: value for name, value in now.items() if name in published
+                 and value == published[name] and (value or value != usual[name])}
     return of_preset, {name: value for name, value in differs.items()
                        if name not in published or value != published[name]}

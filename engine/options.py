@@ -117,18 +117,19 @@ class Data(OptionGroup):
 
 @dataclass(frozen=True)
 class Optimization(OptionGroup):
-    """SGD and its schedule."""
+    """The optimizer (SGD, or what the recipe says) and its schedule."""
 
     batch_size: int = option(16, "images per step over all processes together", at_least=1)
     max_iterations: int = option(40000, "steps of the whole run", at_least=1)
-    lr: float = option(0.02, "learning rate of the first step", above=0)
+    lr: float = option(0.02, "learning rate that the decay starts from; --warmup begins below it", above=0)
     min_lr: float = option(0.0, "learning rate that the decay tends to", at_least=0, metavar="LR")
     poly_power: float = option(0.9, "min_lr + (lr - min_lr) * (1 - step / max_iterations) ** power", at_least=0)
     momentum: float = option(0.9, "momentum of SGD", at_least=0, at_most=1)
     nesterov: bool = option(False, "Nesterov's form of the momentum; not in stages before training")
     head_lr_factor: float = option(1.0, "times the learning rate: for what the student has behind its backbone, not "
                                         "for what methods train", above=0, metavar="F")
-    weight_decay: float = option(1e-4, "on every parameter, batch norm included", at_least=0)
+    weight_decay: float = option(1e-4, "SGD: on every parameter, batch norm included; AdamW: not on norms and biases",
+                                 at_least=0)
     seed: int = option(0, "of weights, sample order, augmentation, masks, dropout", at_least=0)
     sync_bn: bool = option(True, "share batch-norm statistics when there are several processes")
 

@@ -61,10 +61,11 @@ def recipe_defaults(parsed: Mapping[str, object], given: Collection[str],
     other. parsed: the settings with the preset of ``--method``. given: those of the command line. kept: those
     of an earlier run's file."""
     values: dict[str, object] = {}
-    if parsed["scale_weights"] is None:
-        from_preset = [] if parsed["method"] is None else scalable_terms()
-        values["scale_weights"] = [name for name in from_preset
-                                   if parsed[f"lambda_{name}"] and f"lambda_{name}" not in given]
+    if "scale_weights" not in given:
+        scaled = parsed["scale_weights"]
+        if scaled is None:
+            scaled = [name for name in scalable_terms() if parsed["method"] is not None and parsed[f"lambda_{name}"]]
+        values["scale_weights"] = [name for name in scaled if f"lambda_{name}" not in given]
     if parsed["epochs"] is not None and "max_iterations" in given:
         raise UserError("--epochs and --max-iterations both say how long to train: expected one of them")
     if parsed["optimizer"] == "adamw":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.presets import preset
-from engine.recipe import without_recipe
+from engine.recipe import ADAMW, without_recipe
 from utils.cli import ArgumentParser
 from utils.errors import UserError
 from utils.options import Option
@@ -49,6 +49,11 @@ def repeated(parser: ArgumentParser, argv: Sequence[str] | None, path: Path) -> 
         rest = preset(before, parsed.dataset, parsed.student_backbone) if before else {}
         fresh = preset(parsed.method, parsed.dataset, parsed.student_backbone) if parsed.method else {}
         parser.set_defaults(**{**{name: _default(parser.options[name]) for name in rest}, **fresh}, scale_weights=None)
+    if parsed.optimizer != saved.get("optimizer", "sgd"):  # whose values do not fit this one
+        usual = {name: _default(parser.options[name]) for name in ADAMW}
+        published = preset(parsed.method, parsed.dataset, parsed.student_backbone) if parsed.method else {}
+        parser.set_defaults(**{name: published.get(name, value) for name, value in usual.items()})
+        saved = {name: value for name, value in saved.items() if name not in ADAMW}
     if "max_iterations" in given:  # in place of the file's epochs
         parser.set_defaults(epochs=None)
     if not given & {"name", "save_dir"}:
@@ -57,7 +62,7 @@ def repeated(parser: ArgumentParser, argv: Sequence[str] | None, path: Path) -> 
     parsed = parser.parse_args(argv)
     if not given & {"name", "log_dir"}:
         parsed.log_dir = parsed.save_dir
-    return parsed, frozenset(saved) if parsed.optimizer == saved.get("optimizer", "sgd") else frozenset()
+    return parsed, frozenset(saved)
 
 
 def _default(one: Option) -> Any:

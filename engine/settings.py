@@ -153,7 +153,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     elif parsed.method is not None:
         parser.set_defaults(**preset(parsed.method, parsed.dataset, parsed.student_backbone))
         parsed = parser.parse_args(argv)
-    settings = replace(from_flat({**vars(parsed), **recipe_defaults(vars(parsed), given, kept)}), given=given)
+    settings = replace(from_flat({**vars(parsed), **recipe_defaults(vars(parsed), given, kept)}), given=given | kept)
     if not (settings.list_methods or settings.list_taps):
         check_settings(settings)
         settings = replace(settings, networks=settings.networks.with_files())

@@ -69,9 +69,6 @@ def from_pretrained(source: str | os.PathLike) -> nn.Module:
     repository of the hub that names code of this machine to run."""
     folder = fetch(source)
     config = read_config(folder)
-    if not Path(source).expanduser().is_dir() and str(config["model"]).startswith("module:"):
-        raise UserError(f"{source}: its model is {config['model']}, code that would be run here; look at it, then "
-                        f"open the folder {folder}")
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: no {WEIGHTS}; expected a folder of tools/export.py --to safetensors")
     net = get_segmentation_model(config["model"], config["backbone"], config["num_class"], config["aux"],
@@ -99,7 +96,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def fetch(source: str | os.PathLike) -> Path:
-    """The folder itself where it is one; else that of a repository of the hub, ``owner/name``, downloaded once."""
+    """The folder itself where it is one; else that of a repository of the hub, ``owner/name``, downloaded once.
+
+    UserError when there is none, and for a repository that names code to run."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -109,10 +108,15 @@ def fetch(source: str | os.PathLike) -> Path:
                         "hub")
     hub = need("huggingface_hub", "hub")
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+        folder = Path(hub.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
     except Exception as error:  # the hub's own errors, those of three HTTP libraries, OSError, ValueError
         raise UserError(f"{name}: no such folder here, and the Hugging Face hub gives none of that name "
                         f"({first_line(error)})") from error
+    model = str(read_config(folder)["model"])
+    if model.startswith("module:"):
+        raise UserError(f"{name}: its model is {model}, code that would be run here; look at it, then open the folder "
+                        f"{folder}")
+    return folder
 
 
 def push_to_hub(folder: str | os.PathLike, repo: str, *, private: bool = True, token: str | None = None) -> str:

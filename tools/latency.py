@@ -27,6 +27,7 @@ import torch
 
 from models import get_segmentation_model, read_info
 from models.hub import CONFIG, read_config
+from models.outside import is_outside
 from tools.bench.turns import ROOT, Refused, Worker, say
 from tools.exporting.graph import Form, input_divisor, trace, write_onnx, write_pt2
 from tools.finished import read_settings
@@ -238,6 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     forms = chosen_forms(options)
     subjects = list(dict.fromkeys(one for name in parsed.networks for one in find_subjects(name, options.num_class)))
     for one in subjects:
+        if is_outside(one.model):  # whose library may not build without memory
+            continue
         with torch.device("meta"):  # what does not exist is said before anything is measured
             get_segmentation_model(one.model, one.backbone, one.num_class, head_width=one.head_width)
     with tempfile.TemporaryDirectory() as folder:

@@ -237,7 +237,13 @@ class CrossProcessBatchNorm2d(nn.BatchNorm2d):
 def synchronize_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     """Make every batch norm of a module use the statistics of all processes. Parameters and names stay the same."""
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        hooks = {name: (child._forward_pre_hooks, child._forward_pre_hooks_with_kwargs, child._forward_hooks)
+                 for name, child in module.named_modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)}
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        for name, child in module.named_modules():
+            if name in hooks:  # which the new modules come without
+                child._forward_pre_hooks, child._forward_pre_hooks_with_kwargs, child._forward_hooks = hooks[name]
+        return module
     for child in module.modules():
         if type(child) is nn.BatchNorm2d:
             child.__class__ = CrossProcessBatchNorm2d

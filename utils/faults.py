@@ -7,8 +7,8 @@ import re
 
 #: errors of the system that are no defect of the program
 OF_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
-MEMORY = ("fewer images by --batch-size, a smaller --crop-size, --grad-accumulation 2 (the same gradients in parts), "
-          "or --amp bf16 on a GPU")
+MEMORY = ("fewer images by --batch-size, or --amp bf16 on a GPU; in training also a smaller --crop-size, or "
+          "--grad-accumulation 2 (the same gradients in parts)")
 SHARED = ("the shared memory of the loading processes is full: free /dev/shm (df -h /dev/shm; docker run --shm-size "
           "16g), or take fewer --workers")
 FILES = "the limit on open files is reached: raise it (ulimit -n 65536), or take fewer --workers"
@@ -18,7 +18,7 @@ SIGNS = (
     (r"too many open files|received 0 items of ancdata", FILES),
     (r"worker \(pid.*(exited unexpectedly|killed by signal)",
      "a loading process was killed, as a rule by the system since memory ran out (dmesg tells): take fewer --workers, "
-     "or more memory; --resume auto goes on"),
+     "or more memory; a training goes on by --resume auto"),
     (r"cuda out of memory|cublas_status_alloc_failed|hip out of memory", f"the GPU's memory is full: try {MEMORY}"),
     (r"defaultcpuallocator: can't allocate|insufficient memory|not enough memory", f"the memory is full: try {MEMORY}"),
 )
@@ -29,8 +29,9 @@ OF_PROCESSES = (
     (r"clients joined|timed out.*(waiting for clients|rendezvous)|client socket has timed out",
      "not all processes have come to the start: check that every machine runs its launcher, with the same address and "
      "number of machines, and that the port is open"),
-    (r"timed out|timeout", "another process did not answer within --timeout: it is stopped, or its machine is gone; "
-     "look there, then go on with --resume auto"),
+    (r"(gloo|nccl|store|collective|watchdog|recv|send|waiting|barrier).*(timed out|timeout)|timed out waiting|"
+     r"timeout waiting", "another process did not answer in time (in training --timeout): it is stopped, or its "
+     "machine is gone; look there, then start again, a training with --resume auto"),
 )
 
 

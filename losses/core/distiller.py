@@ -58,7 +58,7 @@ class Distiller(nn.Module):
         rows     like preset, with "DATASET/MODEL-BACKBONE" as the most specific key: what only the scripts of the
                  published rows set, such as a defect that the figure was made with, or when to validate
         published_crop  crop that the weights of ``preset`` belong to, for terms whose size depends on that of the map:
-                 {data set or "*": (height, width)}; output stride 8, teacher of PUBLISHED_CHANNELS
+                 {data set or "*": (height, width)}; output stride 8, teacher ResNet-101 (``engine/weights.py``)
         dataset_options   own options that hold on a data set whatever was asked for, {data set: {option: value}}
         clip_norm  largest L2 norm of the gradient of the method's own parameters, None = not clipped
         trial    settings that make a trial of a few steps cheap (a short stage before training), for tests, benchmark

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.output import SegOutput
-from models.outside.taps import Catcher, as_map, probe, tensors_in
+from models.outside.taps import Catcher, Layout, probe, tensors_in
 from models.preprocess import IMAGENET_RGB, Preprocess
 from utils.errors import UserError
 from utils.tensor_files import first_line
@@ -61,6 +61,7 @@ class OutsideNet(nn.Module):
         self.preprocess, self.multiple, self.optional = outside.preprocess, outside.multiple, outside.optional
         self.net, self.read_logits = outside.net, outside.logits
         self.taps = {**outside.taps, **(taps or {})}
+        self.layouts: dict[str, Layout] = {}  # of each tap, as the first image has shown it
         self.catcher = Catcher(self.net, self.taps, source)
         self.side = -(-outside.side // self.multiple) * self.multiple
         self._register_load_state_dict_pre_hook(self._add_prefix)
@@ -88,10 +89,19 @@ class OutsideNet(nn.Module):
         maps = self.catcher.take()
         if "logits" not in maps:
             maps["logits"] = self.read_logits(output)
+        if lost := [name for name in self.taps if name not in maps]:
+            raise UserError(f"{self.name}: nothing has passed at {', '.join(f'{n}={self.taps[n]}' for n in lost)}: the "
+                            "module is not called in this mode")
         inside = tuple(padded.shape[2:])
-        return SegOutput(*(maps.get(name) if maps.get(name) is None
-                           else self._cut(as_map(maps[name], inside, f"{self.name}: {name}"), size, inside)
+        return SegOutput(*(self._map(name, maps[name], size, inside) if name in maps else None
                            for name in SegOutput._fields))
+
+    def _map(self, name: str, value: Tensor, size: tuple[int, int], padded: tuple[int, int]) -> Tensor:
+        """One map in the form [B, C, h, w], cut to the image."""
+        what = f"{self.name}: {name}"
+        if name not in self.layouts:
+            self.layouts[name] = Layout.of(value, padded, what)
+        return self._cut(self.layouts[name].map(value, padded, what), size, padded)
 
     def state_dict(self, *args: Any, destination=None, prefix: str = "", keep_vars: bool = False):
         """As of ``net``: weights go back to where they came from."""

@@ -20,6 +20,7 @@ from utils.tensor_files import first_line
 
 #: smallest score of a class, where scores become logits
 SMALLEST = 1e-6
+COUNTER = "num_batches_tracked"
 
 
 def is_outside(model: str) -> bool:
@@ -70,6 +71,9 @@ def smp(name: str, num_class: int, aux: bool) -> Outside:
                         "a folder of its save_pretrained)") from error
     stages = len(net.encoder.out_channels)
     taps = {f"c{4 - i}": f"encoder[{stages - 1 - i}]" for i in range(min(4, stages - 1))}
+    last = [m for m in net.segmentation_head.modules() if not any(m.children())][-1]
+    if type(last).__module__.startswith("torch.nn") and not isinstance(last, (nn.Identity, nn.Conv2d, nn.Upsample)):
+        raise UserError(f"smp:{name}: ends in {type(last).__name__}, expected class scores without an activation")
     if isinstance(net.segmentation_head, nn.Sequential):
         taps["head"] = "segmentation_head.0:in"
     return Outside(net, taps, IMAGENET_RGB, net.encoder.output_stride)
@@ -98,17 +102,7 @@ def tv(name: str, num_class: int, aux: bool) -> Outside:
 def hf(name: str, num_class: int, aux: bool) -> Outside:
     """transformers: a name of its hub, or a folder with a config.json and, but for random weights, a weight file."""
     package = library("transformers", "hf")
-    folder = Path(name).expanduser()
-    try:
-        config = package.AutoConfig.from_pretrained(name)
-        kind = next(kind for kind in (package.AutoModelForSemanticSegmentation,
-                                      package.AutoModelForUniversalSegmentation) if type(config) in kind._model_mapping)
-        empty = folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-        net = kind.from_config(config) if empty else kind.from_pretrained(name)
-    except StopIteration:
-        raise UserError(f"hf:{name}: a {config.model_type} is no segmentation network of transformers") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"hf:{name}: {first_line(error)}") from error
+    config, net = _from_transformers(package, name)
     if config.num_labels != num_class:
         labels = ", ".join(str(v) for v in list(config.id2label.values())[:5])
         raise UserError(f"hf:{name}: scores {config.num_labels} classes ({labels} …), the data set has {num_class}")
@@ -119,6 +113,28 @@ def hf(name: str, num_class: int, aux: bool) -> Outside:
     universal = "class_predictor" in paths
     return Outside(net, taps, hf_preprocess(package, name), side=side,
                    logits=class_scores if universal else lambda output: output.logits)
+
+
+def _from_transformers(package: Any, name: str) -> tuple[Any, nn.Module]:
+    """(configuration, network) of a name or folder. UserError when a tensor of the network is not in its files."""
+    folder = Path(name).expanduser()
+    try:
+        config = package.AutoConfig.from_pretrained(name)
+        kind = next(kind for kind in (package.AutoModelForSemanticSegmentation,
+                                      package.AutoModelForUniversalSegmentation) if type(config) in kind._model_mapping)
+        if folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+            return config, kind.from_config(config)
+        net, loading = kind.from_pretrained(name, output_loading_info=True)
+    except StopIteration:
+        raise UserError(f"hf:{name}: a {config.model_type} is no segmentation network of transformers") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"hf:{name}: {first_line(error)}") from error
+    lost = sorted(key for key in {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}
+                  if not key.endswith(COUNTER))
+    if lost:
+        raise UserError(f"hf:{name}: {len(lost)} tensors of the network are not in its files, or of another shape: "
+                        f"{', '.join(lost[:3])}")
+    return config, net
 
 
 HF_TAPS: tuple[dict[str, str], ...] = (
@@ -140,16 +156,16 @@ def class_scores(output: Any) -> Tensor:
 
 
 def hf_preprocess(package: Any, name: str) -> Preprocess:
-    """What preprocessor_config.json says; ImageNet's mean and standard deviation where there is none."""
+    """What its image processor does; ImageNet's mean and standard deviation where there is none."""
     try:
-        said = package.image_processing_base.ImageProcessingMixin.get_image_processor_dict(name)[0]
-    except OSError:
+        said = package.AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError):
         return IMAGENET_RGB
-    scale = 1 / said.get("rescale_factor", 1 / 255) if said.get("do_rescale", True) else 1.0
-    if not said.get("do_normalize", True):
-        return Preprocess("rgb", (0, 0, 0), (1, 1, 1), scale)
-    return Preprocess("rgb", tuple(said.get("image_mean", IMAGENET_RGB.mean)),
-                      tuple(said.get("image_std", IMAGENET_RGB.std)), scale)
+    order = "bgr" if getattr(said, "do_flip_channel_order", False) else "rgb"
+    scale = 1 / said.rescale_factor if said.do_rescale else 1.0
+    if not said.do_normalize:
+        return Preprocess(order, (0, 0, 0), (1, 1, 1), scale)
+    return Preprocess(order, tuple(said.image_mean), tuple(said.image_std), scale)
 
 
 def module(name: str, num_class: int, aux: bool) -> Outside:

@@ -102,21 +102,39 @@ class Keep:
         self.catcher.caught[self.field] = found[self.tap.index]
 
 
-def as_map(x: Tensor, size: tuple[int, int], what: str) -> Tensor:
-    """[B, C, h, w] of a map, of tokens [B, N, C] (those of the image are the last) or of a map [B, h, w, C].
+class Layout(NamedTuple):
+    """How a map stands in a tensor: 'map' [B, C, h, w], 'last' [B, h, w, C] or 'tokens' [B, N, C]. stride: of tokens;
+    extra: how many of them, the first ones, are no part of the image."""
 
-    size: of the image; the strides of STRIDES are tried. what: for the message of UserError when none fits."""
-    if x.dim() == 4:
-        if not fits(x.shape[2:], size) and fits(x.shape[1:3], size):
-            return x.permute(0, 3, 1, 2)
-        return x
-    if x.dim() == 3:
-        grids = [grid for grid in (grid_at(stride, size) for stride in STRIDES) if grid[0] * grid[1] <= x.shape[1]]
-        if grids:
-            height, width = grids[0]
-            return x[:, x.shape[1] - height * width:].transpose(1, 2).unflatten(2, (height, width))
-    raise UserError(f"{what}: expected a map [B, C, h, w] or tokens [B, N, C] of images of {size[0]}x{size[1]}, "
-                    f"got {list(x.shape)}")
+    kind: str
+    stride: int = 0
+    extra: int = 0
+
+    @classmethod
+    def of(cls, x: Tensor, size: tuple[int, int], what: str) -> Layout:
+        """Of a tensor that an image of ``size`` has left. what: for the message of UserError when it is no map."""
+        if x.dim() == 4:
+            is_last = not fits(x.shape[2:], size) and fits(x.shape[1:3], size)
+            return cls("last" if is_last else "map")
+        if x.dim() == 3:
+            for stride in STRIDES:
+                height, width = grid_at(stride, size)
+                if height * width <= x.shape[1]:
+                    return cls("tokens", stride, x.shape[1] - height * width)
+        raise UserError(f"{what}: expected a map [B, C, h, w] or tokens [B, N, C] of images of {size[0]}x{size[1]}, "
+                        f"got {list(x.shape)}")
+
+    def map(self, x: Tensor, size: tuple[int, int], what: str) -> Tensor:
+        """[B, C, h, w]. size: of the image. UserError for tokens that are not as many as the image has."""
+        if self.kind != "tokens":
+            return x.permute(0, 3, 1, 2) if self.kind == "last" else x
+        count = x.shape[1] - self.extra
+        up = grid_at(self.stride, size)
+        for height, width in (up, (size[0] // self.stride, size[1] // self.stride)):
+            if height * width == count:
+                return x[:, self.extra:].transpose(1, 2).unflatten(2, (height, width))
+        raise UserError(f"{what}: {count} tokens of an image of {size[0]}x{size[1]}, expected {up[0]} x {up[1]} at "
+                        f"stride {self.stride}: use sides that divide by {self.stride}")
 
 
 def grid_at(stride: int, size: tuple[int, int]) -> tuple[int, int]:

@@ -74,7 +74,7 @@ def test_what_differs_from_defaults_and_preset() -> None:
     settings = parse_settings(["--method", "afdcd", "--teacher-pretrained", "t.pth", "--lambda-ctr", "1", "--seed",
                                "3"])
     of_preset, given = unusual(settings)
-    assert of_preset == {"lambda_kd": 1, "lambda_fd": 2e-6, "enhance_projector": True}
+    assert of_preset == {"lambda_kd": 1, "lambda_fd": 2e-6, "enhance_projector": True, "rand_mask": False}
     assert given == {"lambda_ctr": 1, "seed": 3, "teacher_pretrained": "t.pth"}
 
 

@@ -102,3 +102,17 @@ def test_files_that_are_none(tmp_path, capsys) -> None:
     (tmp_path / "kd_y_config.json").touch()
     assert_refused(capsys, train_kd.main, ["--config", str(tmp_path)], "expected the --save-dir of one run",
                    "kd_x_config.json, kd_y_config.json")
+
+
+def test_what_the_file_says_counts_as_said(tmp_path) -> None:
+    """It keeps its intervals and its length, and another optimizer or an explicit weight drops what belongs to the
+    one before."""
+    path = str(saved(tmp_path, "--epochs", "3", "--val-per-iters", "800"))
+    again = parse_settings(["--config", path])
+    assert {"val_per_iters", "max_iterations", "epochs"} <= again.given and again.running.val_per_iters == 800
+    path = str(saved(tmp_path, "--optimizer", "adamw"))
+    again = parse_settings(["--config", path, "--optimizer", "sgd"])
+    assert (again.optimization.lr, again.optimization.weight_decay) == (0.02, 1e-4)
+    path = str(saved(tmp_path, "--method", "at"))
+    assert parse_settings(["--config", path]).recipe.scale_weights == ("at",)
+    assert parse_settings(["--config", path, "--lambda-at", "5000"]).recipe.scale_weights == ()

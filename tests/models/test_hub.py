@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from engine.trained import open_trained
 from models import get_segmentation_model, load_weights
 from models.hub import build_config, from_pretrained, push_to_hub, read_config, save_pretrained
 from utils.errors import UserError
@@ -52,8 +53,9 @@ def test_a_hub_id_is_downloaded(net, tmp_path, monkeypatch) -> None:
         from_pretrained("a/b/c")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model": "module:os:abort"}))
-    with pytest.raises(UserError, match="its model is module:os:abort, code that would be run here"):
-        from_pretrained("owner/student")
+    for opened in (from_pretrained, open_trained):
+        with pytest.raises(UserError, match="its model is module:os:abort, code that would be run here"):
+            opened("owner/student")
 
 
 def test_only_what_belongs_to_the_network_is_uploaded(net, tmp_path, monkeypatch) -> None:

@@ -21,7 +21,7 @@ from models.heads import resize
 from models.outside import OutsideNet, brings_weights, candidates, parse_taps
 from models.outside.net import Outside, first_tensor
 from models.outside.sources import class_scores
-from models.outside.taps import as_map
+from models.outside.taps import Layout
 from models.prepare import PreparedTeacher
 from models.torchvision_compat import import_torchvision
 from utils.errors import UserError
@@ -82,12 +82,20 @@ class TestTaps:
 
     def test_tokens_become_maps(self) -> None:
         tokens = torch.arange(2 * 25 * 3.0).view(2, 25, 3)  # one class token and 4 x 6 of the image
-        out = as_map(tokens, (64, 96), "c4")
+        layout = Layout.of(tokens, (64, 96), "c4")
+        out = layout.map(tokens, (64, 96), "c4")
+        assert layout == ("tokens", 16, 1)
+        assert layout.map(torch.zeros(1, 1 + 31 * 31, 8), (500, 500), "c4").shape == (1, 8, 31, 31), "rounded down"
+        with pytest.raises(UserError, match="c4: 24 tokens of an image of 80x96, expected 5 x 6 at stride 16"):
+            layout.map(tokens, (80, 96), "c4")
         assert out.shape == (2, 3, 4, 6) and torch.equal(out[1, :, 2, 5], tokens[1, 1 + 2 * 6 + 5])
         last = torch.randn(2, 4, 6, 3)
-        assert torch.equal(as_map(last, (64, 96), "c4"), last.permute(0, 3, 1, 2))
+        layout = Layout.of(last, (64, 96), "c4")
+        assert torch.equal(layout.map(last, (64, 96), "c4"), last.permute(0, 3, 1, 2))
+        square = torch.randn(1, 4, 4, 4)  # which the sides alone do not tell
+        assert torch.equal(layout.map(square, (64, 64), "c4"), square.permute(0, 3, 1, 2))
         with pytest.raises(UserError, match=r"c4: expected a map .* got \[2, 3\]"):
-            as_map(torch.zeros(2, 3), (64, 96), "c4")
+            Layout.of(torch.zeros(2, 3), (64, 96), "c4")
 
     @pytest.mark.parametrize(("text", "message"), [
         ("c4", "expected NAME=PATH"), ("c5=x", "names among logits, aux, c1"), ("c4=a,c4=b", "c4 is given twice"),
@@ -200,6 +208,12 @@ class TestSources:
         assert (net.preprocess.scale, net.preprocess.mean) == (2.0, (0.5, 0.5, 0.5))
         with pytest.raises(UserError, match=r"scores 5 classes \(LABEL_0"):
             get_segmentation_model(f"hf:{tmp_path}", "", 7)
+        from safetensors.torch import load_file, save_file  # which transformers brings
+        tensors = load_file(tmp_path / "model.safetensors")
+        save_file({k: v for k, v in tensors.items() if "classifier" not in k}, tmp_path / "model.safetensors",
+                  metadata={"format": "pt"})
+        with pytest.raises(UserError, match=r"2 tensors of the network are not in its files.*decode_head.classifier"):
+            get_segmentation_model(f"hf:{tmp_path}", "", CLASSES)
 
     def test_masks_with_classes_become_scores_of_pixels(self) -> None:
         classes, masks = torch.randn(2, 4, CLASSES + 1), torch.randn(2, 4, 3, 5)
