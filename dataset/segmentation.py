@@ -116,6 +116,8 @@ class SegmentationDataset(Dataset):
             label = self.read(index)[1]
             if label is not None and (self.spec.id_to_train[label] != IGNORE).any():
                 return
+        if not any(sample.label for sample in self.samples):
+            raise UserError(f"{os.path.dirname(self.samples[0].image)}: split '{self.split}' has no labels")
         raise UserError(f"{os.path.dirname(self.samples[0].label or self.samples[0].image)}: every pixel of the "
                         f"{len(self)} labels of split '{self.split}' is ignored; expected pixels with a class")
 

@@ -41,7 +41,7 @@ class MethodFacts:
     refused: str = ""
 
 
-def described_network(choice: NetworkChoice, num_class: int) -> NetInfo:
+def unallocated_network(choice: NetworkChoice, num_class: int) -> NetInfo:
     """Channels of a network that is never allocated, and whose weights are not read."""
     with torch.device("meta"):
         return NetInfo.of(replace(choice, pretrained=None, pretrained_base=None).build(num_class))
@@ -113,7 +113,7 @@ def method_table(settings: Settings, width: int | None = None) -> str:
     width = width or min(140, max(100, shutil.get_terminal_size((120, 40)).columns))
     data = settings.data
     num_class = get_dataset_spec(data.dataset, data.data).num_class
-    teacher, student = (described_network(choice, num_class)
+    teacher, student = (unallocated_network(choice, num_class)
                         for choice in (settings.networks.teacher, settings.networks.student))
     titles = ("method", "year", "parameters".rjust(WIDTHS[2]), "state".rjust(WIDTHS[3]), "taps", "preset")
     intro = (f"Methods for {teacher.name} -> {student.name} on {data.dataset} ({num_class} classes, crop "

@@ -173,6 +173,15 @@ def from_flat(values: Mapping[str, object]) -> Settings:
                     bool(values.get("list_taps", False)))
 
 
+def from_saved(saved: Mapping[str, object], where: object) -> Settings:
+    """Settings from those that a run has written; those that are newer than it have their defaults. where: names their
+    file in the UserError for settings of another version."""
+    try:
+        return from_flat({**vars(build_parser().parse_args([])), **saved})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: not the settings of a run of this version ({error})") from error
+
+
 def given_teacher_flags(settings: Settings) -> list[str]:
     """Flags of the teacher that the command line or a script has set to something."""
     default, given = asdict(Networks()), asdict(settings.networks)

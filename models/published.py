@@ -74,7 +74,8 @@ def fetch(name: str, folder: Path | None = None) -> Path:
     and for a file that has to be fetched by hand."""
     one = find(name)
     target = (folder or one.folder).expanduser() / one.file
-    if target.is_file():
+    if target.is_file():  # perhaps of another origin
+        check(one, target)
         return target
     if one.url is None:
         raise UserError(f"{PREFIX}{name}: has no link that a program could follow; see {one.page}, and put the file to "

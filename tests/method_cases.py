@@ -11,7 +11,7 @@ from helpers import train_arguments
 from torch import Tensor, nn
 
 from engine.build import run_facts
-from engine.method_list import described_network
+from engine.method_list import unallocated_network
 from engine.presets import published
 from engine.settings import Settings, parse_settings
 from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, Preparation, RunFacts, methods
@@ -222,7 +222,7 @@ def train(distiller: Distiller, crop: tuple[int, int], steps: range, info: tuple
 @cache
 def trial_flags(name: str) -> tuple[str, ...]:
     """Flags of a short run of the method: its preset, or that of camvid where only this one fits small crops."""
-    student, teacher = (described_network(NetworkChoice(*net), CLASSES) for net in (RUN_STUDENT, RUN_TEACHER))
+    student, teacher = (unallocated_network(NetworkChoice(*net), CLASSES) for net in (RUN_STUDENT, RUN_TEACHER))
     for crop in CROPS:
         for weights in ("citys", "camvid"):
             chosen = as_flags(published(name, weights, RUN_STUDENT[1]))

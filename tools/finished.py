@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine.run_files import RunFiles
 from engine.saved import config_of
-from engine.settings import Settings, build_parser, from_flat
+from engine.settings import Settings, from_saved
 from utils.errors import UserError
 
 
@@ -18,9 +18,9 @@ def read_settings(folder: Path, flag: str = "") -> Settings:
     path = config_of(folder, flag)
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))["config"]
-        return from_flat({**vars(build_parser().parse_args([])), **saved})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a configuration of a run that can be read ({error})") from error
+    return from_saved(saved, path)
 
 
 def log_places(folder: Path, settings: Settings) -> list[Path]:

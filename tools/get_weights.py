@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.log import setup_logging
-from models.published import check, fetch, find, published
+from models.published import fetch, find, published
 from tools.markdown import table
 from utils.cli import ArgumentParser, read_options, run_main
 from utils.errors import UserError
@@ -62,9 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if folder is not None:
         check_target(folder, "--to", is_folder=True)
     for one in [find(name) for name in names]:  # a wrong name is said before anything is downloaded
-        path = fetch(one.name, folder)
-        check(one, path)
-        print(path)
+        print(fetch(one.name, folder))
     return 0
 
 

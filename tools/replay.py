@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 import engine.build
 from engine.nonfinite import FORMAT
 from engine.run import Run, network_inputs
-from engine.settings import Settings, build_parser, from_flat
+from engine.settings import Settings, from_saved
 from models.preprocess import Preprocess
 from tools.markdown import table
 from tools.simulate_memory import build
@@ -73,7 +73,7 @@ def read_bundle(path: Path) -> dict[str, Any]:
 
 def settings_of(content: Mapping[str, Any], options: Options) -> Settings:
     """The settings of the run, for one process without data."""
-    settings = from_flat({**vars(build_parser().parse_args([])), **content["config"]})
+    settings = from_saved(content["config"], options.bundle)
     teacher = options.teacher_pretrained or settings.networks.teacher_pretrained
     said = content["teacher"]
     if said and Path(teacher).is_file() and sha256(Path(teacher)) != said["sha256"]:

@@ -9,7 +9,7 @@ from helpers import assert_refused
 
 import train_kd
 from engine.build import run_facts
-from engine.method_list import amount, described_network, method_facts, method_table, written
+from engine.method_list import amount, method_facts, method_table, unallocated_network, written
 from engine.presets import published
 from engine.settings import parse_settings
 from losses.core import NetInfo, methods
@@ -73,7 +73,7 @@ def test_the_counts_are_those_of_the_built_method() -> None:
     settings = parse_settings([*SMALL, "--method", "afdcd", "--crop-size", "128"])
     networks = [get_segmentation_model(model="psp", backbone=f"resnet18_w{w}", num_class=11) for w in (0.125, 0.25)]
     infos = [NetInfo.of(n) for n in networks]
-    assert infos == [described_network(NetworkChoice("psp", f"resnet18_w{w}"), 11) for w in (0.125, 0.25)]
+    assert infos == [unallocated_network(NetworkChoice("psp", f"resnet18_w{w}"), 11) for w in (0.125, 0.25)]
     real = methods()["afdcd"].build(settings.method_options["afdcd"], run_facts(settings, 11), *infos)
     facts = method_facts("afdcd", settings, *infos)
     assert facts.parameters == sum(p.numel() for p in real.parameters()) > 0

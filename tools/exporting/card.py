@@ -8,12 +8,11 @@ from typing import Any
 
 from dataset import get_dataset_spec
 from engine.results import SCORES, digest, read_log, read_result, result_path
-from engine.settings import Settings, build_parser, from_flat
+from engine.settings import Settings, from_saved
 from engine.trained import Trained, read_run_config
 from losses.core import methods
 from tools.finished import find_log
 from tools.markdown import table
-from utils.errors import UserError
 from utils.files import sha256
 
 UNKNOWN = "not known"
@@ -26,10 +25,7 @@ def read_record(trained: Trained) -> dict[str, Any]:
     config = read_run_config(trained.file)
     if not config:
         return {}
-    try:
-        settings = from_flat({**vars(build_parser().parse_args([])), **config})
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{trained.file}: the configuration beside it is none of this version ({error})") from error
+    settings = from_saved(config, f"{trained.file}: the configuration beside it")
     n, o = settings.networks, settings.optimization
     teacher = {"model": n.teacher_model, "backbone": n.teacher_backbone, "weights": _name(n.teacher_pretrained)}
     return {
