@@ -179,7 +179,7 @@ def from_saved(saved: Mapping[str, object], where: object) -> Settings:
     try:
         return from_flat({**vars(build_parser().parse_args([])), **saved})
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: not the settings of a run of this version ({error})") from error
+        raise UserError(f"{where}: not a configuration of a run of this version ({error})") from error
 
 
 def given_teacher_flags(settings: Settings) -> list[str]:
