@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from models.class_names import check_classes
 from models.output import SegOutput
-from models.outside import brings_weights
+from models.outside import brings_weights, is_outside
 from models.preprocess import CAFFE_BGR, IMAGENET_RGB, Preprocess, get_preprocess
 from models.registry import (
     NetworkChoice,
@@ -28,6 +28,6 @@ from models.weights import LoadReport, load_weights
 __all__ = [
     "CAFFE_BGR", "IMAGENET_RGB", "LoadReport", "NetworkChoice", "Preprocess", "SegOutput", "SegmentationNet",
     "backbone_help", "brings_weights", "check_classes", "check_described", "default_aux", "describe",
-    "described_network", "get_preprocess", "get_segmentation_model", "list_models", "load_weights", "model_help",
-    "network_name", "read_info", "read_state_dict", "save_state_dict", "split_backbone",
+    "described_network", "get_preprocess", "get_segmentation_model", "is_outside", "list_models", "load_weights",
+    "model_help", "network_name", "read_info", "read_state_dict", "save_state_dict", "split_backbone",
 ]

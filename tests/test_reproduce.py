@@ -114,6 +114,7 @@ class TestMeaning:
         ("values = [1e-6, 1e-4]", "values = [1e-6, 1e-6]", "twice"),
         ("of = \"fd\"", "of = \"x\"", "no run 'x'"), ("[runs.fd]", "[runs.fd]\nmetod = \"fd\"", "has no metod"),
         (f"deeplab_mobile {TEACHER}", TEACHER, "teachers.net: expected 'MODEL BACKBONE'"),
+        (f"deeplab_mobile {TEACHER}", f"smp:Unet:resnet18 {TEACHER}", "teachers.net: expected 'MODEL BACKBONE'"),
         ("method = \"afdcd\"", "method = \"afdcd\"\nteacher = \"x\"", "no teacher 'x'"),
         ("max-iterations = 4", "max-iterations = 0", "--max-iterations"),
         ("max-iterations = 4", "max-iteration = 4", "--max-iteration")])
@@ -134,6 +135,17 @@ class TestMeaning:
         jobs = Expansion(read_plan(name), Places()).jobs()
         assert jobs and len({job.name for job in jobs}) == len(jobs)
         assert all(job.result.is_relative_to(ROOT / "results") for job in jobs)
+
+    def test_a_teacher_from_elsewhere(self) -> None:
+        """Its runs lie beside those of the other teacher, in the same protocol and with the same flags."""
+        ours, theirs = ({job.name: job.settings for job in Expansion(read_plan(name), Places(), [0]).jobs()}
+                        for name in ("camvid-cpu", "camvid-espnet"))
+        assert not ours.keys() & theirs.keys()
+        there = theirs["camvid-cpu-1/camvid/module-examples.espnet-camvid-deeplabv3_resnet18_w0.25/kd/0"]
+        here = ours["camvid-cpu-1/camvid/deeplab_mobile_mobilenetv2-deeplabv3_resnet18_w0.25/kd/0"]
+        assert there.networks.teacher_model == "module:examples.espnet:camvid"
+        assert (there.data, there.optimization) == (here.data, here.optimization)
+        assert there.distillation == here.distillation
 
     def test_every_published_table_is_a_plan(self) -> None:
         assert set(published_names()) == {"cityscapes", "ade20k", "coco_stuff", "voc", "camvid"}

@@ -40,7 +40,7 @@ from typing import Any
 from engine.results import result_path
 from engine.run_files import RunFiles
 from engine.settings import Settings, parse_settings
-from models import network_name, split_backbone
+from models import is_outside, network_name, split_backbone
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -125,24 +125,31 @@ def own_flags(places: Places, protocol: str, name: str, label: str, seed: int) -
 
 @dataclass(frozen=True)
 class Network:
-    """model and backbone, as '--student-model' and '--student-backbone' take them."""
+    """model and backbone, as '--student-model' and '--student-backbone' take them. backbone: "" for a network of
+    another library."""
 
     model: str
-    backbone: str
+    backbone: str = ""
 
     @classmethod
     def read(cls, text: Any, where: str) -> Network:
-        """From 'deeplabv3 resnet18'. UserError for anything else."""
+        """From 'deeplabv3 resnet18', or 'module:examples.espnet:camvid'. UserError for anything else."""
         words = text.split() if isinstance(text, str) else []
-        if len(words) != 2:
-            raise UserError(f"{where}: expected 'MODEL BACKBONE', such as \"deeplabv3 resnet18\", got {text!r}")
-        split_backbone(words[1])
+        if len(words) == 2 and not is_outside(words[0]):
+            split_backbone(words[1])
+        elif len(words) != 1 or not is_outside(words[0]):
+            raise UserError(f"{where}: expected 'MODEL BACKBONE', such as \"deeplabv3 resnet18\", or one word for a "
+                            f"network from elsewhere, such as \"smp:Unet:resnet34\", got {text!r}")
         return cls(*words)
 
     @property
     def name(self) -> str:
         """In names of folders."""
         return network_name(self.model, self.backbone)
+
+    def flags(self, role: str) -> list[str]:
+        """Of the command line. role: teacher or student."""
+        return [f"--{role}-model", self.model, *((f"--{role}-backbone", self.backbone) if self.backbone else ())]
 
 
 def plan_names() -> list[str]:
@@ -247,12 +254,11 @@ class Expansion:
         name = f"{protocol}/{plan['dataset']}/{pair}/{label}/{seed}"
         data = self.places.data or plan.get("data")
         words = [*(("--data", str(data)) if data else ()), *as_flags({**plan.get("flags", {}), **flags}), "--method",
-                 method, "--student-model", net.model, "--student-backbone", net.backbone]
+                 method, *net.flags("student")]
         needs: tuple[str, ...] = ()
         if teacher:
             weights, needs = self._teacher_weights(teacher)
-            words += ["--teacher-model", self.teachers[teacher].model, "--teacher-backbone",
-                      self.teachers[teacher].backbone, "--teacher-pretrained", str(weights)]
+            words += [*self.teachers[teacher].flags("teacher"), "--teacher-pretrained", str(weights)]
         words += own_flags(self.places, protocol, name, label, seed)
         environment = {"PYTHON": sys.executable, **({"GPUS": str(plan["gpus"])} if "gpus" in plan else {})}
         settings = parse_settings(["--dataset", plan["dataset"], *words])
