@@ -115,6 +115,16 @@ def hf(name: str, num_class: int, aux: bool) -> Outside:
                    logits=class_scores if universal else lambda output: output.logits)
 
 
+def hf_classes(name: str) -> tuple[str, ...]:
+    """The names of the classes that a network of transformers scores, which its configuration says."""
+    package = library("transformers", "hf")
+    try:
+        config = package.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"hf:{name}: {first_line(error)}") from error
+    return tuple(str(config.id2label[k]) for k in range(config.num_labels))
+
+
 def _from_transformers(package: Any, name: str) -> tuple[Any, nn.Module]:
     """(configuration, network) of a name or folder. UserError when a tensor of the network is not in its files."""
     folder = Path(name).expanduser()
