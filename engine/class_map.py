@@ -46,7 +46,7 @@ def read_class_map(path: str) -> str:
     read = {name: _as_list(where, name, value) for name, value in classes.items()}
     if not any(read.values()):
         raise UserError(f'{where}: maps no class: expected lines such as sky = "sky" below [classes]')
-    return json.dumps({"teacher": teacher, "classes": read}, ensure_ascii=False)
+    return json.dumps({"teacher": teacher, "classes": read}, ensure_ascii=False, sort_keys=True)
 
 
 def _is_teacher(value: Any) -> bool:
@@ -72,11 +72,11 @@ def class_map_of(networks: Networks, spec: DatasetSpec, choice: NetworkChoice | 
     choice: another network of the same classes in place of the teacher."""
     if networks.class_map is None:
         return None
-    where, content = f"--teacher-classes {networks.teacher_classes}", json.loads(networks.class_map)
-    known, own = _of_teacher(where, content["teacher"], classes_of(choice or networks.teacher)), of_data(spec)
+    where, (said, classes) = f"--teacher-classes {networks.teacher_classes}", _content(networks.class_map)
+    known, own = _of_teacher(where, said, classes_of(choice or networks.teacher)), of_data(spec)
     groups: dict[int, tuple[int, ...]] = {}
     owners: dict[int, str] = {}
-    for name, members in content["classes"].items():
+    for name, members in classes.items():
         k = find_class(where, name, own, spec.title)
         if k in groups:
             raise UserError(f"{where}: {name!r} is class {k} of {spec.title}, which is mapped already")
@@ -88,6 +88,16 @@ def class_map_of(networks: Networks, spec: DatasetSpec, choice: NetworkChoice | 
             owners[part] = name
     common = tuple(sorted(k for k, group in groups.items() if group))
     return ClassMap(common, tuple(groups[k] for k in common), spec.num_class, known.count, known.names)
+
+
+def _content(text: str) -> tuple[Any, dict[str, list[str | int]]]:
+    """The two entries of a ``class_map``."""
+    try:
+        content = json.loads(text)
+        return content["teacher"], {name: list(parts) for name, parts in content["classes"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"class_map {text!r}: not what --teacher-classes FILE leaves in the configuration of a run: "
+                        "give the file again") from error
 
 
 def of_data(spec: DatasetSpec) -> KnownClasses:
@@ -146,14 +156,12 @@ def _near(name: str, among: Iterable[str]) -> str:
 
 def class_map_changes(before: str | None, now: str | None) -> str:
     """How two ``class_map`` differ, in words."""
-    old, new = ({"classes": {}} if one is None else json.loads(one) for one in (before, now))
-    if not old["classes"] or not new["classes"]:
-        return f"{'a' if old['classes'] else 'no'} map -> {'a' if new['classes'] else 'no'} map"
-    names = [name for name in {**old["classes"], **new["classes"]}
-             if old["classes"].get(name, []) != new["classes"].get(name, [])]
-    found = [f"{name}: {_parts(old, name)} -> {_parts(new, name)}" for name in names]
-    return ", ".join(found) or f"teacher = {old['teacher']!r} -> {new['teacher']!r}"
-
-
-def _parts(content: dict[str, Any], name: str) -> str:
-    return " + ".join(map(str, content["classes"].get(name, []))) or "nothing"
+    if before is None or now is None:
+        return f"{'no' if before is None else 'a'} map -> {'no' if now is None else 'a'} map"
+    (taught, old), (teaches, new) = _content(before), _content(now)
+    changed = [f"{name}: {' + '.join(map(str, old.get(name, []))) or 'nothing'} -> "
+               f"{' + '.join(map(str, new.get(name, []))) or 'nothing'}"
+               for name in {**old, **new} if old.get(name, []) != new.get(name, [])]
+    if taught != teaches:
+        changed.append(f"teacher = {taught!r} -> {teaches!r}")
+    return ", ".join(changed) or "the same, written in another way"

@@ -10,7 +10,8 @@ from engine.log import LOG
 from engine.settings import Settings
 from models import NetworkChoice, check_classes
 from models.class_map import ClassMap, MappedTeacher
-from models.class_names import classes_of
+from models.class_names import KnownClasses, classes_of
+from models.outside.net import OtherClasses
 from utils.errors import UserError
 
 
@@ -44,7 +45,7 @@ def _unmapped(choice: NetworkChoice, spec: DatasetSpec) -> nn.Module:
     try:
         net = _frozen(choice, spec.num_class)
     except UserError as error:
-        raise _other_classes(choice, spec) or error from error
+        raise _other_classes(error, choice, spec) or error from error
     try:
         note = check_classes(net, choice.pretrained, spec.classes)
     except UserError as error:
@@ -54,12 +55,15 @@ def _unmapped(choice: NetworkChoice, spec: DatasetSpec) -> nn.Module:
     return net
 
 
-def _other_classes(choice: NetworkChoice, spec: DatasetSpec) -> UserError | None:
-    """The refusal of a teacher with another number of classes; None when it has not, or when that is not known."""
+def _other_classes(error: UserError, choice: NetworkChoice, spec: DatasetSpec) -> UserError | None:
+    """The refusal of a teacher with another number of classes; None when it has not, or when that is not known.
+    error: what building it has said."""
     try:
         known = classes_of(choice)
-    except UserError:  # which building it has said already
+    except UserError:  # said already
         return None
+    if known.count is None and isinstance(error, OtherClasses):
+        known = KnownClasses(error.count)
     if known.count in (None, spec.num_class):
         return None
     return UserError(f"the teacher {choice.pretrained or choice.model} has {known}, {spec.title} has {of_data(spec)}: "

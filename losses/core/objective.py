@@ -39,10 +39,10 @@ def build_distillers(options: Mapping[str, OptionGroup], run: RunFacts, student:
     """The methods with an active term, by name; UserError, before any is built, when a requirement is not met."""
     active, seen = active_methods(run.active), views(options, run, student, teacher)
     for name, view in seen.items():
-        check_needs(name, view.needs, view.student, teacher, run.crop_size)
         if view.narrowed and len(run.common) < 2:
             raise UserError(f"method {name!r} compares scores of classes, but teacher and data set have only one in "
                             "common: expected two or more", settings=["teacher_classes"])
+        check_needs(name, view.needs, view.student, teacher, run.crop_size)
     return nn.ModuleDict({name: cls.build(options[name], seen[name].run, seen[name].student, teacher)
                           for name, cls in active.items()})
 

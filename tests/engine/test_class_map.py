@@ -100,9 +100,9 @@ class TestFile:
          "the teacher has no class 'vegetatoin'; did you mean 'vegetation'"),
         ('teacher = "citys"\n[classes]\nsky = 19', "the teacher has no class 19: expected 0 to 18"),
         ('teacher = "citys"\n[classes]\n11 = 3', "CamVid has no class 11: expected 0 to 10"),
-        ('teacher = "citys"\n[classes]\nsky = 0\n0 = 1', "'0' is class 0 of CamVid, which is mapped already"),
+        ('teacher = "citys"\n[classes]\nsky = 0\n0 = 1', "'sky' is class 0 of CamVid, which is mapped already"),
         ('teacher = "citys"\n[classes]\nsky = "road"\ncar = [13, 0]',
-         "the teacher's class road stands for 'sky' and again for 'car'"),
+         "the teacher's class road stands for 'car' and again for 'sky'"),
         ("teacher = 4\n[classes]\ncar = [3, 3]", "the teacher's class 3 stands for 'car' and again for 'car'"),
         ('teacher = 4\n[classes]\ncar = "bus"', "'bus': the names of the 4 classes of the teacher are not known"),
         ('teacher = ["a", "b", "A"]\n[classes]\ncar = "a"', "the teacher has 2 classes 'a': expected the number"),
@@ -128,8 +128,15 @@ class TestFile:
                     for classes in ({"a": ["x"], "b": ["y"]}, {"b": ["y", 3], "c": ["x"]}))
         assert class_map_changes(one, two) == "a: x -> nothing, b: y -> y + 3, c: nothing -> x"
         assert (class_map_changes(None, one), class_map_changes(one, None)) == ("no map -> a map", "a map -> no map")
-        assert class_map_changes('{"teacher": 3, "classes": {"a": [1]}}', '{"teacher": "citys", "classes": {"a": [1]}}'
-                                 ) == "teacher = 3 -> 'citys'"
+        three, four, five = (json.dumps({"teacher": said, "classes": {"a": [1], **more}})
+                             for said, more in ((3, {}), ("citys", {}), ("citys", {"c": []})))
+        assert class_map_changes(three, five) == "teacher = 3 -> 'citys'"
+        assert class_map_changes(four, five) == "the same, written in another way"
+
+    def test_a_configuration_that_was_edited(self) -> None:
+        for text in ("x", "[]", "{}", '{"teacher": null, "classes": {"a": 1}}'):
+            with pytest.raises(UserError, match="not what --teacher-classes FILE leaves .*: give the file again"):
+                class_map_of(Networks(teacher_pretrained=None, class_map=text), CAMVID)
 
 
 class TestWithoutMap:
@@ -154,6 +161,11 @@ class TestWithoutMap:
         settings = parse_settings([*material.flags, "--teacher-pretrained", str(tmp_path / "t.pth")])
         with pytest.raises(UserError, match="in another order .* or --teacher-classes FILE, which maps them"):
             load_teacher(settings, CAMVID)
+
+    def test_a_network_of_elsewhere(self) -> None:
+        settings = parse_settings(["--teacher-model", "module:examples.espnet:camvid", "--teacher-pretrained", "t.pth"])
+        with pytest.raises(UserError, match="has 11 classes without names, Cityscapes has 19 classes .road, "):
+            load_teacher(settings, CITYS)
 
     def test_what_is_wrong_with_something_else_is_said_as_ever(self, material) -> None:
         settings = parse_settings([*material.flags, "--teacher-pretrained", "none.pth"])

@@ -1,6 +1,8 @@
 """Every method with a teacher that does not know every class: as if there were only the classes in common."""
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from losses.core import NetInfo, RunFacts, methods
 from losses.core.common import CommonClasses
 from losses.core.objective import Objective, build_distillers, views
+from models.class_map import ClassMap, MappedTeacher
 from models.output import SegOutput
 from utils.errors import UserError
 
@@ -79,6 +82,34 @@ def test_a_method_trains_on_the_common_classes(name) -> None:
     assert reached and all(grad.isfinite().all() for grad in reached)
     if set(objective.distillers) <= ON_SCORES and student.logits.grad is not None:
         assert not student.logits.grad[:, [1, 4]].any()  # nothing is said of what the teacher does not know
+
+
+@pytest.mark.parametrize("name", sorted(ON_SCORES))
+def test_a_teacher_whose_classes_are_in_another_order_teaches_the_same(name) -> None:
+    """To the last bit, and as well when one of its classes has been split in two."""
+    crop, order = smallest_crop(name), [3, 0, 4, 1, 2]
+    case, known = Case(name, crop), SegOutput(*(x.detach() for x in outputs(TEACHER, crop, seed=1)))
+    student, target = outputs(STUDENT, crop), labels(crop)
+    groups = tuple((order.index(k),) for k in range(CLASSES))
+    found = [values(step(objective_of(case, case.run, STUDENT, TEACHER, student), teacher, target)) for teacher in (
+        known, through_map(known, order, groups))]
+    assert found[0] == found[1]
+
+    parts = math.log(0.3), math.log(0.7)
+    halves = (torch.cat([x[:, :4], *(x[:, 4:] + part for part in parts)], dim=1) for x in (known.logits, known.aux))
+    split = through_map(SegOutput(*halves, *known[2:]), range(6), ((0,), (1,), (2,), (3,), (4, 5)))
+    torch.testing.assert_close(split.logits, known.logits)
+    of_split = values(step(objective_of(case, case.run, STUDENT, TEACHER, student), split, target))
+    assert of_split == pytest.approx(found[0], rel=1e-4, abs=1e-9)
+
+
+def through_map(maps: SegOutput, order: Iterable[int], groups: tuple[tuple[int, ...], ...]) -> SegOutput:
+    """The maps of a teacher whose classes stand in an order, behind a map."""
+    shuffled = maps._replace(logits=maps.logits[:, list(order)], aux=maps.aux[:, list(order)])
+    net = Student(shuffled)
+    net.name = net.preprocess = net.output_stride = net.strides = net.channels = None
+    class_map = ClassMap(tuple(range(len(groups))), groups, len(groups), shuffled.logits.shape[1])
+    return MappedTeacher(net, class_map)(None)
 
 
 def test_one_class_in_common_is_enough_for_features_alone() -> None:
