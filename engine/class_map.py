@@ -90,6 +90,12 @@ def class_map_of(networks: Networks, spec: DatasetSpec, choice: NetworkChoice | 
     return ClassMap(common, tuple(groups[k] for k in common), spec.num_class, known.count, known.names)
 
 
+def taught(networks: Networks) -> int:
+    """The number of the teacher's classes by a map that there is, and by its weights."""
+    said, _ = _content(networks.class_map)
+    return _of_teacher(f"--teacher-classes {networks.teacher_classes}", said, classes_of(networks.teacher)).count
+
+
 def _content(text: str) -> tuple[Any, dict[str, list[str | int]]]:
     """The two entries of a ``class_map``."""
     try:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,9 @@ from engine.tap_list import tap_table
 from engine.teacher import load_teacher
 from models import get_segmentation_model, save_state_dict
 from models.class_map import ClassMap, MappedTeacher, for_predictions
+from tools import compare
+from tools.comparison.runs import only_distilled, read_run
+from tools.latency import find_subjects
 from utils.cli import describe_error
 from utils.errors import UserError
 
@@ -231,6 +235,18 @@ class TestRun:
             scores = torch.stack([sky, wall + house, car + bus])[None].log()
             resized = F.interpolate(scores, answer.shape, mode="bilinear", align_corners=True)
             assert (torch.tensor([0, 2, 3])[resized.argmax(1)[0]] == answer).float().mean() > 0.999
+
+    def test_a_comparison_shows_its_answers_through_the_map(self, trained) -> None:
+        runs = {role: read_run(f"--{role}", trained.folder) for role in ("plain", "distilled")}
+        answers = compare.evaluate_all(runs, trained.run.val_set, SimpleNamespace(no_cuda=True, workers=0))
+        assert list(answers) == ["teacher", "plain", "distilled"]
+        assert not answers["teacher"].confusion[:, [1, 4]].any() and answers["teacher"].confusion.sum() > 0
+        plain = replace(runs["plain"], settings=parse_settings(["--method", "none"]))
+        shown = dict(only_distilled(plain, runs["distilled"]))
+        assert shown["--teacher-classes"] == "map.toml" and "--class-map" not in shown
+
+    def test_latencies_are_of_all_its_classes(self, trained) -> None:
+        assert [one.num_class for one in find_subjects(str(trained.folder), 19)] == [5, 7]
 
     def test_it_is_kept(self, trained) -> None:
         content = {"teacher": None, "classes": {"class0": ["sky"], "class2": ["tall house", 2], "3": ["car", "bus"],
