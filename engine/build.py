@@ -15,11 +15,14 @@ from engine.run import Run
 from engine.run_files import RunFiles
 from engine.settings import Settings
 from engine.step import TrainStep
+from engine.teacher import build_teacher
 from engine.weights import weight_factors
+from losses.core.common import CommonClasses
 from losses.core.facts import NetInfo, RunFacts
-from losses.core.objective import Objective, build_distillers, maps_to_resize
+from losses.core.objective import Objective, build_distillers, views
 from losses.core.task import WeightedCrossEntropyLoss
 from models import check_classes
+from models.class_map import common_classes
 from models.prepare import check_precision, to_channels_last
 from utils.distributed import Distributed, send_in_bf16, synchronize_batch_norm
 from utils.errors import UserError
@@ -99,19 +102,9 @@ def build_student(settings: Settings, spec: data.DatasetSpec) -> nn.Module:
     return student
 
 
-def build_teacher(settings: Settings, spec: data.DatasetSpec) -> nn.Module | None:
-    """The frozen teacher in eval mode, or None when no method of the run reads one. UserError when it has learned the
-    classes in another order."""
-    if not settings.needs_teacher:
-        return None
-    teacher = settings.networks.teacher.build(spec.num_class).eval().requires_grad_(False)
-    if note := check_classes(teacher, settings.networks.teacher_pretrained, spec.classes):
-        LOG.warning("--teacher-pretrained %s", note)
-    return teacher
-
-
-def run_facts(settings: Settings, num_class: int, resumed: bool = False) -> RunFacts:
-    """What methods may know of a run."""
+def run_facts(settings: Settings, num_class: int, resumed: bool = False,
+              common: tuple[int, ...] | None = None) -> RunFacts:
+    """What methods may know of a run. common: the classes that the teacher scores, None for all."""
     d, o, r = settings.data, settings.optimization, settings.running
     return RunFacts(
         num_class=num_class, ignore_label=d.ignore_label, crop_size=d.crop_size, active=settings.active,
@@ -119,7 +112,7 @@ def run_facts(settings: Settings, num_class: int, resumed: bool = False) -> RunF
         batch_size=o.batch_size, max_iterations=o.max_iterations, lr=o.lr, poly_power=o.poly_power,
         momentum=o.momentum, weight_decay=o.weight_decay, sync_bn=o.sync_bn, sampling=d.sampling,
         save_per_iters=r.save_per_iters, student=settings.networks.student, resumed=resumed,
-        fast=settings.speed.fast)
+        fast=settings.speed.fast, common=common)
 
 
 def build_criterion(settings: Settings, train_set: data.SegmentationDataset, device: torch.device) -> nn.Module | None:
@@ -140,17 +133,19 @@ def build_objective(settings: Settings, student: nn.Module, teacher: nn.Module |
                     criterion: nn.Module | None = None) -> Objective:
     """Student and distillers with their weights, as the one module that is trained. resumed: a state will be loaded.
     criterion: the student's cross entropy, default the plain one."""
-    distillers, resized = nn.ModuleDict(), {}
+    distillers, seen, common = nn.ModuleDict(), {}, common_classes(teacher)
     if settings.methods:
         seed_everything(settings.optimization.seed, "distillers")
-        known = (settings.method_options, run_facts(settings, student.num_class, resumed), NetInfo.of(student),
+        known = (settings.method_options, run_facts(settings, student.num_class, resumed, common), NetInfo.of(student),
                  teacher and NetInfo.of(teacher))
-        distillers, resized = build_distillers(*known), maps_to_resize(*known)
+        distillers, seen = build_distillers(*known), views(*known)
     factors = weight_factors(settings, teacher and NetInfo.of(teacher))
     weights = {term: weight * factors[term][0] if term in factors else weight
                for term, weight in settings.weights.items()}
     return Objective(student, distillers, weights, settings.networks.aux_weight, settings.data.ignore_label,
-                     settings.distillation.group_size, criterion, resized)
+                     settings.distillation.group_size, criterion, {name: view.resized for name, view in seen.items()},
+                     common and CommonClasses(common, student.num_class, settings.data.ignore_label),
+                     [name for name, view in seen.items() if view.narrowed])
 
 
 def wrap_for_processes(objective: Objective, distributed: Distributed, sync_bn: bool, fixed_graph: bool = False,

@@ -15,7 +15,7 @@ from engine.nonfinite import check_finite, last_good_state
 from engine.optimizer import load_optimizer
 from engine.recipe import without_recipe
 from engine.run import Run
-from engine.run_files import plain
+from engine.run_files import changed, plain
 from engine.settings import Settings
 from models.preprocess import Preprocess
 from models.weights import check_values, describe, save_state_dict
@@ -29,7 +29,7 @@ FREE_TO_CHANGE = frozenset((
     "resume", "workers", "data", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters", "val_per_iters",
     "diagnose_every", "skip_nonfinite", "timeout", "skip_val", "results", "protocol", "label", "name", "tensorboard",
     "panels", "local_rank", "no_cuda", "teacher_pretrained", "teacher_pretrained_base", "student_pretrained",
-    "student_pretrained_base"))
+    "student_pretrained_base", "teacher_classes"))
 
 
 def versions() -> dict[str, str]:
@@ -157,5 +157,5 @@ def changed_settings(saved: dict, settings: Settings, finished: Collection[str] 
     finished: settings of a stage that a resumed run does not repeat.
     """
     now, saved = plain(settings), {**without_recipe(), **saved}
-    return [f"{k}: {saved.get(k)} -> {now[k]}" for k in now
+    return [changed(k, saved[k], now[k]) for k in now
             if k in saved and saved[k] != now[k] and k not in FREE_TO_CHANGE and k not in finished]

@@ -14,7 +14,8 @@ from utils.options import flag
 #: settings that the first lines, or lines of their own, say in any case
 SAID = frozenset((
     *DEAD_OPTIONS, "method", "dataset", "student_model", "student_backbone", "teacher_model", "teacher_backbone",
-    "batch_size", "max_iterations", "epochs", "save_dir", "log_dir", "name", "local_rank", "aux", "scale_weights"))
+    "batch_size", "max_iterations", "epochs", "save_dir", "log_dir", "name", "local_rank", "aux", "scale_weights",
+    "class_map"))
 
 
 def introduce(run: Run) -> None:

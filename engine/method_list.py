@@ -9,6 +9,7 @@ import torch
 
 from dataset import get_dataset_spec
 from engine.build import run_facts
+from engine.class_map import class_map_of
 from engine.presets import published
 from engine.settings import Settings
 from losses.core import Distiller, NetInfo, RunFacts, methods
@@ -47,15 +48,17 @@ def unallocated_network(choice: NetworkChoice, num_class: int) -> NetInfo:
         return NetInfo.of(replace(choice, pretrained=None, pretrained_base=None).build(num_class))
 
 
-def method_facts(name: str, settings: Settings, student: NetInfo, teacher: NetInfo) -> MethodFacts:
-    """Build one method without memory and count what it adds."""
+def method_facts(name: str, settings: Settings, student: NetInfo, teacher: NetInfo,
+                 common: tuple[int, ...] | None = None) -> MethodFacts:
+    """Build one method without memory and count what it adds. common: the classes that the teacher scores, None for
+    all."""
     settings = settings.with_preset(name)
     others = published(name, settings.data.dataset, settings.networks.student_backbone)
     others = {setting: value for setting, value in others.items() if not setting.startswith("lambda_")}
     cls, active = methods()[name], settings.active
     own = [t.name for t in cls.terms if t.name in active]
     weights = {term: active[term] for term in (*own, *active)}
-    run = run_facts(settings, student.num_class)
+    run = run_facts(settings, student.num_class, common=common)
     try:
         taps = [tap for c in (cls, *settings.methods.values()) for tap in _taps(c, settings, run, student, teacher)]
         with torch.device("meta"):
@@ -112,9 +115,12 @@ def method_table(settings: Settings, width: int | None = None) -> str:
     """
     width = width or min(140, max(100, shutil.get_terminal_size((120, 40)).columns))
     data = settings.data
-    num_class = get_dataset_spec(data.dataset, data.data).num_class
-    teacher, student = (unallocated_network(choice, num_class)
-                        for choice in (settings.networks.teacher, settings.networks.student))
+    spec = get_dataset_spec(data.dataset, data.data)
+    num_class, class_map, networks = spec.num_class, class_map_of(settings.networks, spec), settings.networks
+    student = unallocated_network(networks.student, num_class)
+    teacher = unallocated_network(networks.teacher, class_map.taught if class_map else num_class)
+    if class_map:
+        teacher = teacher.of_classes(len(class_map.common))
     titles = ("method", "year", "parameters".rjust(WIDTHS[2]), "state".rjust(WIDTHS[3]), "taps", "preset")
     intro = (f"Methods for {teacher.name} -> {student.name} on {data.dataset} ({num_class} classes, crop "
              f"{data.crop_size[0]}x{data.crop_size[1]}). parameters: trained beside the student; state: "
@@ -123,5 +129,6 @@ def method_table(settings: Settings, width: int | None = None) -> str:
              "preset: weights of the loss terms, then the other options that --method sets; --weight-decay, --min-lr "
              "and --aux-weight among them depart from the protocol that the methods have in common.")
     header = "  ".join([t.ljust(size) for t, size in zip(titles, (*WIDTHS, 0), strict=True)])
-    rows = [_row(method_facts(name, settings, student, teacher), width) for name in methods()]
+    common = class_map and class_map.part
+    rows = [_row(method_facts(name, settings, student, teacher, common), width) for name in methods()]
     return "\n".join([*textwrap.wrap(intro, width), "", header, "-" * width, *rows])

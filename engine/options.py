@@ -23,6 +23,8 @@ BASE_HELP = ("ImageNet weights of its backbone: a file, get:NAME, or a name such
 TAPS_HELP = ("maps of a network of another library, as c4=backbone.layer4,head=classifier.4:in (--list-taps prints "
              "what there is)")
 HEAD_WIDTH_HELP = "channels of its main head (default: as in its weights, else the usual ones of the backbone)"
+CLASSES_HELP = ("TOML file that says which of its classes stand for which of the data set, when it has others "
+                "(docs/networks.md)")
 PREPROCESS_HELP = "its input: BGR minus mean, or RGB mean/std (default: what its weights say)"
 WEIGHT_FILES = ("teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base")
 #: accepted so that old command lines still start; they do nothing in the reference either
@@ -52,6 +54,8 @@ class Networks(OptionGroup):
     teacher_head_width: int | None = option(None, HEAD_WIDTH_HELP, at_least=1, metavar="N")
     teacher_preprocess: str | None = option(None, PREPROCESS_HELP, choices=("bgr", "rgb"))
     teacher_taps: str | None = option(None, TAPS_HELP, metavar="TAP=PATH,…")
+    teacher_classes: str | None = option(None, CLASSES_HELP, metavar="FILE")
+    class_map: str | None = option(None, hidden=True)  # what that file says, see engine/class_map.py
     student_model: str = option("deeplabv3", lambda: model_help(" of the student"), aliases=("model",))
     student_backbone: str = option("resnet18", lambda: backbone_help(" of the student"), aliases=("backbone",))
     student_pretrained: str | None = option("None", "segmentation weights to start from: a file, or get:NAME",
@@ -65,7 +69,7 @@ class Networks(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in WEIGHT_FILES:
+        for name in (*WEIGHT_FILES, "teacher_classes"):
             if getattr(self, name) in ("", "None", "none"):  # the reference's spelling of nothing
                 object.__setattr__(self, name, None)
 

@@ -9,6 +9,7 @@ from engine.predict import predict_classes
 from engine.run import Run
 from losses.core.facts import NetInfo
 from losses.core.objective import taps_of_teacher
+from models.class_map import MappedTeacher, for_predictions
 from models.prepare import PreparedTeacher
 from utils.errors import UserError
 from utils.tensor_files import first_line
@@ -21,8 +22,13 @@ def get_ready(run: Run) -> None:
         predict_panels(run)
         # a half that the losses are not used to (outside of autocast, a convolution refuses it) goes no further
         output_dtype = None if speed.amp_dtype or not speed.teacher_dtype else torch.get_default_dtype()
-        teacher = PreparedTeacher(run.teacher, teacher_taps(run), speed.teacher_dtype, output_dtype, speed.fast).eval()
-        run.teacher = run.step_fn.teacher = teacher
+        mapped, taps = isinstance(run.teacher, MappedTeacher), teacher_taps(run)
+        teacher = PreparedTeacher(run.teacher.net if mapped else run.teacher, taps, speed.teacher_dtype, output_dtype,
+                                  speed.fast).eval()
+        if mapped:
+            run.teacher.net = teacher
+        else:
+            run.teacher = run.step_fn.teacher = teacher
     if speed.compile:
         check_compiler(run.distributed.device)
         run.step_fn.counts_flops = False
@@ -39,10 +45,11 @@ def predict_panels(run: Run) -> None:
     running = run.settings.running
     if run.val_set is None or not run.distributed.is_main_process or not running.tensorboard:
         return
+    teacher = for_predictions(run.teacher)
     for index in list(EvalSampler(len(run.val_set), 0, run.distributed.world_size))[:running.panels]:
         batch = collate([run.val_set[index]])
         image, valid = (batch[name].to(run.distributed.device) for name in ("image", "valid"))
-        classes = predict_classes(run.teacher, image, valid, size=batch["label"].shape[-2:])
+        classes = predict_classes(teacher, image, valid, size=batch["label"].shape[-2:])
         run.teacher_predictions[index] = classes[0].cpu().long()
 
 

@@ -52,7 +52,7 @@ class Recipe(OptionGroup):
 
 def without_recipe() -> dict[str, object]:
     """{setting: value} of the configurations of before there were these settings."""
-    return {**asdict(Recipe()), "scale_weights": []}
+    return {**asdict(Recipe()), "scale_weights": [], "class_map": None}
 
 
 def recipe_defaults(parsed: Mapping[str, object], given: Collection[str],

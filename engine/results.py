@@ -17,7 +17,7 @@ from engine.log import LOG
 from engine.options import Networks
 from engine.recipe import without_recipe
 from engine.run import Run
-from engine.run_files import RunFiles, plain
+from engine.run_files import RunFiles, changed, plain
 from engine.settings import Settings
 from models import network_name
 from utils.errors import UserError
@@ -32,7 +32,7 @@ SCORES = ("mIoU", "mIoU_present", "pixAcc", "mAcc")
 UNIMPORTANT = frozenset((
     "resume", "workers", "data", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters", "diagnose_every",
     "timeout", "results", "protocol", "label", "name", "tensorboard", "panels", "local_rank", "no_cuda", "aux", "fast",
-    "channels_last"))
+    "channels_last", "teacher_classes"))
 #: settings that weight files say where they are left open
 SAID_BY_FILES = frozenset(("student_head_width", "teacher_head_width"))
 #: files, of which the name counts, not where they lie
@@ -185,6 +185,6 @@ def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
 
     made = {**without_recipe(), **made}
     left_open = {key for key in SAID_BY_FILES if wanted.get(key) is None}
-    return [f"{key}: {value(made, key)} -> {value(wanted, key)}"
+    return [changed(key, value(made, key), value(wanted, key))
             for key in sorted(made.keys() & wanted.keys() - UNIMPORTANT - left_open)
             if value(made, key) != value(wanted, key)]

@@ -126,6 +126,8 @@ def run_stages(run: Run, check: Callable[[], None] = lambda: None) -> None:
         for batch in in_time(build_loader(run, start, steps, batch_size)):
             images, valid, target = to_device(run, batch)
             inputs = tuple(net.preprocess(images, valid) for net in nets)
+            if role == "teacher" and run.objective.common is not None:
+                target = run.objective.common.labels(target)
             yield inputs if role == "both" else inputs[0], target
             check()
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
+from engine.class_map import class_map_changes
 from engine.layout import INDENT, fold
 from engine.log import LOG
 from engine.options import DEAD_OPTIONS
@@ -100,6 +101,13 @@ def next_folders(directories: Sequence[Path], name: str) -> str:
 def plain(settings: Settings) -> dict[str, object]:
     """{setting: value} as JSON values (tuples become lists)."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.flat().items()}
+
+
+def changed(name: str, before: object, now: object) -> str:
+    """What happened to a setting: "lr: 0.01 -> 0.02"."""
+    if name == "class_map":
+        return f"--teacher-classes: {class_map_changes(before, now)}"
+    return f"{name}: {before} -> {now}"
 
 
 def readable(settings: Settings) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from engine.class_map import read_class_map
 from engine.options import (
     GROUPS,
     Data,
@@ -154,6 +155,9 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         parser.set_defaults(**preset(parsed.method, parsed.dataset, parsed.student_backbone))
         parsed = parser.parse_args(argv)
     settings = replace(from_flat({**vars(parsed), **recipe_defaults(vars(parsed), given, kept)}), given=given | kept)
+    if "teacher_classes" in given:  # else what an earlier run has read
+        path = settings.networks.teacher_classes
+        settings = replace(settings, networks=replace(settings.networks, class_map=path and read_class_map(path)))
     if not (settings.list_methods or settings.list_taps):
         check_settings(settings)
         settings = replace(settings, networks=settings.networks.with_files())

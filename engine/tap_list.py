@@ -6,6 +6,7 @@ from dataclasses import replace
 from torch import nn
 
 from dataset import get_dataset_spec
+from engine.class_map import class_map_of
 from engine.settings import Settings
 from models import NetworkChoice
 from models.output import SegOutput
@@ -15,9 +16,11 @@ from models.outside import OutsideNet, candidates
 def tap_table(settings: Settings) -> str:
     """Taps of student and teacher with channels and strides; of a network of another library also every submodule that
     returns a map. Raises UserError for unknown networks or data sets."""
-    num_class = get_dataset_spec(settings.data.dataset, settings.data.data).num_class
-    roles = {"student": settings.networks.student, "teacher": settings.networks.teacher}
-    return "\n\n".join(described(role, choice, num_class) for role, choice in roles.items())
+    spec, networks = get_dataset_spec(settings.data.dataset, settings.data.data), settings.networks
+    class_map = class_map_of(networks, spec)
+    taught = class_map.taught if class_map else spec.num_class
+    return "\n\n".join((described("student", networks.student, spec.num_class),
+                        described("teacher", networks.teacher, taught)))
 
 
 def described(role: str, choice: NetworkChoice, num_class: int) -> str:

@@ -25,6 +25,7 @@ from losses.core.feature_losses import dice_overlap, feature_mse_loss
 from losses.core.task import SegCrossEntropyLoss
 from losses.stages.stage import check_shares, stage_settings
 from losses.stages.tokens import initial_tokens, learn_tokens, read_tokens
+from models.class_map import MappedTeacher
 from models.output import SegOutput
 from utils.errors import UserError
 
@@ -91,9 +92,19 @@ def prompted_map(feature: Tensor, tokens: Tensor) -> tuple[Tensor, list[Tensor]]
 
 def rest_of_network(teacher: nn.Module, tap: str, feature: Tensor) -> Tensor:
     """Logits [B, K, h, w] of a network from its ``c4`` or ``head`` map [B, C, h, w] on."""
+    if isinstance(teacher, MappedTeacher):
+        return teacher.scores(rest_of_network(teacher.net, tap, feature))
     if tap == "c4":
         return teacher.head(feature)[0]
     return [m for m in teacher.head.modules() if isinstance(m, nn.Conv2d)][-1](feature)
+
+
+def check_has_head(teacher: nn.Module) -> None:
+    """UserError for a teacher that :func:`rest_of_network` cannot take apart."""
+    if not hasattr(teacher.net if isinstance(teacher, MappedTeacher) else teacher, "head"):
+        raise UserError(f"method 'freekd' learns its masks through the teacher's own head, which {teacher.name} does "
+                        "not have by itself: use masks that are learned already, or a teacher of this repository",
+                        settings=["freekd_masks"])
 
 
 def prompt_learning_losses(teacher: nn.Module, tap: str, feature: Tensor, tokens: Tensor, target: Tensor,
@@ -162,6 +173,7 @@ class FreeKD(Distiller):
                                           self.ignore_label, self.group_size)
 
         if self.settings is not None:
+            check_has_head(stage.teacher)
             self.tokens.copy_(learn_tokens(stage, self.tokens, self.settings, loss))
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+#: the fields of ``SegOutput`` whose channels are classes
+CLASS_TAPS = ("logits", "aux")
+
 
 class SegOutput(NamedTuple):
     """Tensors of one forward pass; the field names are the *taps* that distillation methods ask for.

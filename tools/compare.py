@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from dataset import DatasetSpec, SegmentationDataset, get_dataset_spec
+from engine.teacher import load_teacher
+from models.class_map import for_predictions
 from tools.comparison.answers import Answers
 from tools.comparison.page import Comparison, build_page
 from tools.comparison.runs import TrainedRun, check_pair, check_teacher, read_run, teacher_network
@@ -86,9 +88,10 @@ def evaluate_all(runs: dict[str, TrainedRun], dataset: SegmentationDataset, opti
     device = torch.device("cuda" if torch.cuda.is_available() and not options.no_cuda else "cpu")
     if device.type == "cpu":
         keep_freed_memory()
-    choices = {"teacher": teacher_network(runs["distilled"], runs.get("teacher")), "plain": runs["plain"].network,
-               "distilled": runs["distilled"].network}
-    networks = {role: choice.build(dataset.spec.num_class) for role, choice in choices.items() if choice is not None}
+    networks = {role: runs[role].network.build(dataset.spec.num_class) for role in ("plain", "distilled")}
+    if (choice := teacher_network(runs["distilled"], runs.get("teacher"))) is not None:
+        teacher = load_teacher(runs["distilled"].settings, dataset.spec, choice)
+        networks = {"teacher": for_predictions(teacher), **networks}
     answers = {}
     for role, net in networks.items():
         sys.stderr.write(f"{role}: {net.name} on {len(dataset)} images of {dataset.spec.title}, {dataset.split} ...\n")

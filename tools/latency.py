@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
+from engine.class_map import taught
 from models import get_segmentation_model, read_info
 from models.hub import CONFIG, read_config
 from models.outside import is_outside
@@ -128,7 +129,8 @@ def _subjects_of_run(folder: Path) -> list[Subject]:
     classes = described[0]["num_class"]
     width = described[0].get("head_width")
     student = Subject(n.student_model, n.student_backbone, classes, "student", width)
-    teacher = Subject(n.teacher_model, n.teacher_backbone, classes, "teacher", n.teacher_head_width)
+    teacher = Subject(n.teacher_model, n.teacher_backbone, taught(n) if n.class_map else classes, "teacher",
+                      n.teacher_head_width)
     return [student, *([teacher] * settings.needs_teacher)]
 
 

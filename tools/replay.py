@@ -96,7 +96,8 @@ def restored(content: Mapping[str, Any], options: Options) -> Run:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {options.device}: not usable here ({first_line(error)})") from error
     classes = tuple(content["classes"])
-    spec = SimpleNamespace(num_class=len(classes), classes=classes, train_split="train")  # all that is read
+    spec = SimpleNamespace(num_class=len(classes), classes=classes, title="the data set",
+                           train_split="train")  # all that is read
     with mock.patch.object(engine.build.data, "get_dataset_spec", lambda *_: spec):
         run = build(settings_of(content, options), device)
     run.student.load_state_dict(content["model"])

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.output import SegOutput
+from models.output import CLASS_TAPS, SegOutput
 from models.preprocess import CAFFE_BGR, Preprocess
 from models.registry import NetworkChoice
 
@@ -38,6 +38,11 @@ class NetInfo:
         """The student as a method sees it when the maps at ``taps`` are brought to the size of the teacher's."""
         return replace(self, strides={**self.strides, **{tap: teacher.stride_of(tap) for tap in taps}})
 
+    def of_classes(self, count: int) -> NetInfo:
+        """The network as a method sees it that gets the scores of ``count`` of its classes."""
+        return replace(self, num_class=count, channels={
+            tap: count if tap in CLASS_TAPS else channels for tap, channels in self.channels.items()})
+
 
 @dataclass(frozen=True)
 class RunFacts:
@@ -47,7 +52,8 @@ class RunFacts:
     need. group_size: images whose statistics go together (0 = all of the process). compat: "fixed", or "reference" for
     released code with its known defects. resumed: a training state will be loaded over what is built, so weight files
     need not be read. student: where it comes from, for a method that builds a network like it. fast: whether
-    the faster forms of a method are wanted, which equal their plain twins up to rounding."""
+    the faster forms of a method are wanted, which equal their plain twins up to rounding. common: the classes that the
+    teacher scores, None for all; a method that reads its scores is told the number of those as ``num_class``."""
     num_class: int
     ignore_label: int
     crop_size: tuple[int, int]
@@ -67,6 +73,7 @@ class RunFacts:
     student: NetworkChoice
     resumed: bool = False
     fast: bool = True
+    common: tuple[int, ...] | None = None
 
     @property
     def as_released(self) -> bool:
@@ -76,7 +83,9 @@ class RunFacts:
 
 class Batch(NamedTuple):
     """One step's input of a method. teacher: without a graph; None when no method of the run reads one. target: int64
-    [B, H, W] at crop size. images: the student's, float [B, 3, H, W]. step: iterations done so far."""
+    [B, H, W] at crop size. images: the student's, float [B, 3, H, W]. step: iterations done so far. Where the teacher
+    does not score every class, a method that reads its scores gets the student's scores, and the labels, of the common
+    classes, numbered anew (``losses/core/common.py``)."""
     student: SegOutput
     teacher: SegOutput | None
     target: Tensor
@@ -90,9 +99,10 @@ class Preparation:
 
     student: as it is before training. teacher: None when no method reads one. batches(steps, batch_size, start, role):
     iterator of (images float [B, 3, H, W] on the device, as the "teacher" or the "student" wants them, or with "both"
-    the pair (student's, teacher's); target int64 [B, H, W]) for the steps from ``start`` on, the same whatever the
-    number of processes; each process gets its share. directory: where the main process caches the result. log: takes
-    one line of text. data: what tells the training set from others; images: how many it has."""
+    the pair (student's, teacher's); target int64 [B, H, W], as the "teacher" of the classes that it scores) for the
+    steps from ``start`` on, the same whatever the number of processes; each process gets its share. directory: where
+    the main process caches the result. log: takes one line of text. data: what tells the training set from others;
+    images: how many it has."""
     student: nn.Module
     teacher: nn.Module | None
     device: torch.device

@@ -2,17 +2,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from losses.core.common import CommonClasses, reads_scores
 from losses.core.distiller import Distiller, methods
 from losses.core.facts import Batch, NetInfo, RunFacts
-from losses.core.needs import check_needs, taps_to_resize
+from losses.core.needs import Needs, check_needs, taps_to_resize
 from losses.core.task import SegCrossEntropyLoss, task_loss
 from models.heads import resize
 from models.output import SegOutput
+from utils.errors import UserError
 from utils.options import OptionGroup
+
+
+class View(NamedTuple):
+    """What a method sees of a run. student: with maps of the size and classes that it gets. resized: the student's maps
+    that are brought to the teacher's size. narrowed: whether it sees the common classes alone."""
+    needs: Needs
+    run: RunFacts
+    student: NetInfo
+    resized: tuple[str, ...]
+    narrowed: bool
 
 
 def active_methods(terms: Mapping[str, float]) -> dict[str, type[Distiller]]:
@@ -23,19 +37,31 @@ def active_methods(terms: Mapping[str, float]) -> dict[str, type[Distiller]]:
 def build_distillers(options: Mapping[str, OptionGroup], run: RunFacts, student: NetInfo,
                      teacher: NetInfo | None) -> nn.ModuleDict:
     """The methods with an active term, by name; UserError, before any is built, when a requirement is not met."""
-    active, seen = active_methods(run.active), {}
-    resized = maps_to_resize(options, run, student, teacher)
-    for name, cls in active.items():
-        seen[name] = student.resized(teacher, resized[name]) if resized[name] else student
-        check_needs(name, cls.requires(options[name], run, student, teacher), seen[name], teacher, run.crop_size)
-    return nn.ModuleDict({name: cls.build(options[name], run, seen[name], teacher) for name, cls in active.items()})
+    active, seen = active_methods(run.active), views(options, run, student, teacher)
+    for name, view in seen.items():
+        if view.narrowed and len(run.common) < 2:
+            raise UserError(f"method {name!r} compares scores of classes, but teacher and data set have only one in "
+                            "common: expected two or more", settings=["teacher_classes"])
+        check_needs(name, view.needs, view.student, teacher, run.crop_size)
+    return nn.ModuleDict({name: cls.build(options[name], seen[name].run, seen[name].student, teacher)
+                          for name, cls in active.items()})
 
 
-def maps_to_resize(options: Mapping[str, OptionGroup], run: RunFacts, student: NetInfo,
-                   teacher: NetInfo | None) -> dict[str, tuple[str, ...]]:
-    """{method with an active term: the student's maps that it gets at the teacher's size}."""
-    return {name: taps_to_resize(cls.requires(options[name], run, student, teacher), student, teacher)
+def views(options: Mapping[str, OptionGroup], run: RunFacts, student: NetInfo,
+          teacher: NetInfo | None) -> dict[str, View]:
+    """{method with an active term: what it sees}."""
+    return {name: _view(cls.requires(options[name], run, student, teacher), run, student, teacher)
             for name, cls in active_methods(run.active).items()}
+
+
+def _view(needs: Needs, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> View:
+    resized = taps_to_resize(needs, student, teacher)
+    narrowed = run.common is not None and reads_scores(needs)
+    if resized:
+        student = student.resized(teacher, resized)
+    if narrowed:
+        run, student = replace(run, num_class=len(run.common)), student.of_classes(len(run.common))
+    return View(needs, run, student, resized, narrowed)
 
 
 def taps_of_teacher(options: Mapping[str, OptionGroup], run: RunFacts, student: NetInfo, teacher: NetInfo) -> set[str]:
@@ -56,18 +82,21 @@ class Objective(nn.Module):
     entropy of the auxiliary logits (0.4 in the published runs). group_size: images over whose labeled pixels the cross
     entropies are averaged, 0 = all. criterion: these cross entropies, default :class:`SegCrossEntropyLoss`. plain_maps:
     methods get the maps of both networks in the order of their dimensions, however the networks lay them out. resized:
-    {method: the student's maps that it gets at the teacher's size}."""
+    {method: the student's maps that it gets at the teacher's size}. common: what makes the scores and labels of the
+    classes that the teacher scores, None when it scores all; narrowed: methods that get those alone."""
     plain_maps = False
 
     def __init__(self, student: nn.Module, distillers: Mapping[str, Distiller], weights: Mapping[str, float],
                  aux_weight: float = 0.4, ignore_label: int = -1, group_size: int = 0,
-                 criterion: nn.Module | None = None, resized: Mapping[str, tuple[str, ...]] | None = None) -> None:
+                 criterion: nn.Module | None = None, resized: Mapping[str, tuple[str, ...]] | None = None,
+                 common: CommonClasses | None = None, narrowed: Iterable[str] = ()) -> None:
         super().__init__()
         self.student = student
         self.distillers = nn.ModuleDict(distillers)
         self.criterion = criterion or SegCrossEntropyLoss(ignore_label, group_size)
         self.weights = {"task": 1.0, "aux": aux_weight, **weights}
         self.resized = dict(resized or {})
+        self.common, self.narrowed = common, frozenset(narrowed)
 
     def forward(self, images: Tensor, teacher: SegOutput | None, target: Tensor, step: int,
                 generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -76,10 +105,13 @@ class Objective(nn.Module):
         if self.plain_maps:
             student, teacher = (maps and SegOutput(*(None if x is None else x.contiguous() for x in maps))
                                 for maps in (student, teacher))
-        batch = Batch(student, teacher, target, images, step)
-        terms = task_loss(batch.student, target, self.criterion)
+        whole = narrow = Batch(student, teacher, target, images, step)
+        if self.narrowed:
+            narrow = whole._replace(student=self.common.scores(student), target=self.common.labels(target))
+        terms = task_loss(student, target, self.criterion)
         for name, distiller in self.distillers.items():
-            seen = batch._replace(student=resize_maps(student, teacher, self.resized.get(name, ())))
+            batch = narrow if name in self.narrowed else whole
+            seen = batch._replace(student=resize_maps(batch.student, teacher, self.resized.get(name, ())))
             terms.update({term: value for term, value in distiller(seen, generator).items() if self.weights.get(term)})
         return terms
 

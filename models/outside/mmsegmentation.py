@@ -21,6 +21,7 @@ from utils.errors import UserError
 
 #: the beginning of a released file's name; b: one 7x7 convolution as the stem
 NAME = re.compile(r"(?P<head>deeplabv3|pspnet)_r(?P<depth>18|50|101)(?P<plain>b?)-d8(?P<more>_.+)?")
+CLASSIFIER = "decode_head.conv_seg.weight"
 STEM = 64  # channels that the stem ends with
 STRIDES, DILATIONS = (1, 2, 1, 1), (1, 1, 2, 4)  # of the stages
 ASPP_RATES, PSP_BINS = (1, 12, 24, 36), (1, 2, 3, 6)

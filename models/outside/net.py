@@ -15,6 +15,14 @@ from utils.errors import UserError
 from utils.tensor_files import first_line
 
 
+class OtherClasses(UserError):
+    """A network that scores another number of classes, ``count``, than was asked for."""
+
+    def __init__(self, what: str, count: int, asked: int) -> None:
+        super().__init__(f"{what}: scores {count} classes, {asked} were asked for")
+        self.count = count
+
+
 def first_tensor(output: Any) -> Tensor:
     """The logits of most networks: what they return, its entry ``logits`` or ``out``, or else its first tensor."""
     if isinstance(output, Mapping):
@@ -74,7 +82,7 @@ class OutsideNet(nn.Module):
                             f"({type(error).__name__}: {first_line(error)})") from error
         maps = {name: value for name, value in output._asdict().items() if value is not None}
         if maps["logits"].shape[1] != num_class:
-            raise UserError(f"{source}: scores {maps['logits'].shape[1]} classes, the data set has {num_class}")
+            raise OtherClasses(source, maps["logits"].shape[1], num_class)
         self.channels = {name: value.shape[1] for name, value in maps.items()}
         self.strides = {name: max(1, round(self.side / value.shape[2])) for name, value in maps.items()}
         self.aux = "aux" in maps

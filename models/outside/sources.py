@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from models.outside import mmsegmentation
-from models.outside.net import Outside, OutsideNet
+from models.outside.net import OtherClasses, Outside, OutsideNet
 from models.preprocess import IMAGENET_RGB, Preprocess, get_preprocess
 from models.torchvision_compat import import_torchvision
 from utils.errors import UserError
@@ -104,8 +104,8 @@ def hf(name: str, num_class: int, aux: bool) -> Outside:
     package = library("transformers", "hf")
     config, net = _from_transformers(package, name)
     if config.num_labels != num_class:
-        labels = ", ".join(str(v) for v in list(config.id2label.values())[:5])
-        raise UserError(f"hf:{name}: scores {config.num_labels} classes ({labels} …), the data set has {num_class}")
+        raise OtherClasses(f"hf:{name} ({', '.join(map(str, list(config.id2label.values())[:5]))} …)",
+                           config.num_labels, num_class)
     paths = {path for path, _ in net.named_modules()}
     taps = next((taps for taps in HF_TAPS if all(text.partition("[")[0].removesuffix(":in") in paths
                                                   for text in taps.values())), {})
@@ -113,6 +113,16 @@ def hf(name: str, num_class: int, aux: bool) -> Outside:
     universal = "class_predictor" in paths
     return Outside(net, taps, hf_preprocess(package, name), side=side,
                    logits=class_scores if universal else lambda output: output.logits)
+
+
+def hf_classes(name: str) -> tuple[str, ...]:
+    """The names of the classes that a network of transformers scores, which its configuration says."""
+    package = library("transformers", "hf")
+    try:
+        config = package.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"hf:{name}: {first_line(error)}") from error
+    return tuple(str(config.id2label[k]) for k in range(config.num_labels))
 
 
 def _from_transformers(package: Any, name: str) -> tuple[Any, nn.Module]:

@@ -24,6 +24,7 @@ from losses.freekd import (
 )
 from losses.maskd import dice_overlap
 from models import get_segmentation_model
+from models.class_map import ClassMap, MappedTeacher
 from models.output import SegOutput
 from utils.errors import UserError
 
@@ -154,6 +155,22 @@ def test_the_rest_of_every_network_is_found(model, tap):
     with torch.no_grad():
         output = net(fill.tensor("x", (1, 3, 40, 56), 1))
         torch.testing.assert_close(rest_of_network(net, tap, getattr(output, tap)), output.logits)
+
+
+@pytest.mark.parametrize("tap", ["c4", "head"])
+def test_the_rest_of_a_teacher_of_other_classes_goes_through_its_map(teacher, tap):
+    mapped = MappedTeacher(teacher, ClassMap((0, 2), ((3,), (0, 1)), 3, 4))
+    output = mapped(fill.tensor("x", (1, 3, 40, 56), 1))
+    assert output.logits.shape[1] == 2
+    torch.testing.assert_close(rest_of_network(mapped, tap, getattr(output, tap)), output.logits)
+
+
+def test_a_teacher_without_a_head_of_its_own_is_refused(teacher, tmp_path):
+    other = nn.Module()
+    other.name = "smp:Unet"
+    method = make("freekd", *[NetInfo("n", {"c4": 8}, 4)] * 2, active=["freekd"])
+    with pytest.raises(UserError, match="'freekd' learns its masks through the teacher's own head, which smp:Unet"):
+        method.prepare(preparation(other, tmp_path, None))
 
 
 def test_prompt_learning_step_by_step(teacher):

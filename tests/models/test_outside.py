@@ -16,7 +16,8 @@ from losses.core.facts import Batch, NetInfo
 from losses.core.needs import Needs, taps_to_resize
 from losses.core.objective import Objective, resize_maps
 from losses.kd import KD
-from models import SegOutput, get_segmentation_model, load_weights, save_state_dict
+from models import NetworkChoice, SegOutput, get_segmentation_model, load_weights, save_state_dict
+from models.class_names import KnownClasses, classes_of
 from models.heads import resize
 from models.outside import OutsideNet, brings_weights, candidates, parse_taps
 from models.outside.net import Outside, first_tensor
@@ -151,7 +152,7 @@ class TestSources:
         ("module:examples.espnet", "", "expected module:PACKAGE.FILE:CALLABLE"),
         ("module:examples.nothing:f", "", "No module named"), ("module:examples.espnet:nothing", "", "no attribute"),
         ("module:examples.espnet:DILATIONS", "", "not callable"), ("module:builtins:dict", "", "expected an nn.Module"),
-        ("module:torch.nn:Identity", "", "module:torch.nn:Identity"), (ESP, "", "scores 4 classes, the data set has 5"),
+        ("module:torch.nn:Identity", "", "module:torch.nn:Identity"), (ESP, "", "scores 4 classes, 5 were asked for"),
         ("deeplabv3", "timm:swin_tiny_patch4_window7_224", "cannot be dilated"),
         ("deeplabv3", "timm:nothing", "no such network"), ("deeplabv3", "vgg", "or timm:NAME"),
         ("alexnet", "", "or SOURCE:NAME")])
@@ -206,8 +207,9 @@ class TestSources:
         net = get_segmentation_model(f"hf:{tmp_path}", "", CLASSES)
         assert net.strides == {"logits": 4, "c1": 4, "c2": 8, "c3": 16, "c4": 32, "head": 4}
         assert (net.preprocess.scale, net.preprocess.mean) == (2.0, (0.5, 0.5, 0.5))
-        with pytest.raises(UserError, match=r"scores 5 classes \(LABEL_0"):
+        with pytest.raises(UserError, match=r"\(LABEL_0, .*: scores 5 classes, 7 were asked for"):
             get_segmentation_model(f"hf:{tmp_path}", "", 7)
+        assert classes_of(NetworkChoice(f"hf:{tmp_path}", "")) == KnownClasses(5, tuple(f"LABEL_{k}" for k in range(5)))
         from safetensors.torch import load_file, save_file  # which transformers brings
         tensors = load_file(tmp_path / "model.safetensors")
         save_file({k: v for k, v in tensors.items() if "classifier" not in k}, tmp_path / "model.safetensors",

@@ -147,6 +147,7 @@ def _read_values(run: TrainedRun) -> dict[str, str]:
     active, values = set(run.settings.methods), {}
     for name, value in run.settings.flat().items():
         unread = (name.startswith("teacher_") and not run.settings.needs_teacher
+                  or name == "class_map"  # which --teacher-classes stands for
                   or name in owners and not active & owners[name]
                   or name in ("group_size", "compat") and not active)
         if not unread:
@@ -158,7 +159,7 @@ def _text(name: str, value: Any) -> str:
     """A value as one would type it; of a file its name, without the folders of somebody's machine."""
     if value is None:
         return NOT_SET
-    if name.endswith(("_pretrained", "_pretrained_base", "_list", "_masks")):
+    if name.endswith(("_pretrained", "_pretrained_base", "_list", "_masks", "_classes")):
         return Path(str(value)).name
     if isinstance(value, bool):
         return str(value).lower()
