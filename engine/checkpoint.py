@@ -26,10 +26,10 @@ from utils.tensor_files import first_line, in_plain_order, load_tensors, save_te
 FORMAT = 1
 #: settings that may differ between a run and its continuation without changing the result
 FREE_TO_CHANGE = frozenset((
-    "resume", "workers", "data", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters", "val_per_iters",
-    "diagnose_every", "skip_nonfinite", "timeout", "skip_val", "results", "protocol", "label", "name", "tensorboard",
-    "panels", "local_rank", "no_cuda", "teacher_pretrained", "teacher_pretrained_base", "student_pretrained",
-    "student_pretrained_base"))
+    "resume", "workers", "data", "unlabelled", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters",
+    "val_per_iters", "diagnose_every", "skip_nonfinite", "timeout", "skip_val", "results", "protocol", "label", "name",
+    "tensorboard", "panels", "local_rank", "no_cuda", "teacher_pretrained", "teacher_pretrained_base",
+    "student_pretrained", "student_pretrained_base"))
 
 
 def versions() -> dict[str, str]:
@@ -156,6 +156,7 @@ def changed_settings(saved: dict, settings: Settings, finished: Collection[str] 
 
     finished: settings of a stage that a resumed run does not repeat.
     """
-    now, saved = plain(settings), {**without_recipe(), **saved}
+    now, saved = plain(settings), {**without_recipe(), "unlabelled": None, **saved}
+    added = {"unlabelled"} if (saved["unlabelled"] is None) != (now["unlabelled"] is None) else set()
     return [f"{k}: {saved.get(k)} -> {now[k]}" for k in now
-            if k in saved and saved[k] != now[k] and k not in FREE_TO_CHANGE and k not in finished]
+            if k in saved and saved[k] != now[k] and (k not in FREE_TO_CHANGE or k in added) and k not in finished]

@@ -98,6 +98,10 @@ class Data(OptionGroup):
     val_list: str | None = option(None, "list file of the validation split", metavar="FILE")
     cache: str | None = option(None, "folder that keeps the decoded images, 4 bytes per pixel, for all epochs and runs",
                                metavar="DIR")
+    unlabelled: str | None = option(None, "folder of images without labels, some of which join every batch; terms that "
+                                          "need labels leave them out", metavar="DIR", aliases=("unlabeled",))
+    unlabelled_share: float = option(0.5, "share of them in a batch; --batch-size counts the labeled ones", above=0,
+                                     at_most=0.95, metavar="R", aliases=("unlabeled_share",))
     crop_size: tuple[int, ...] = option((512, 1024), "training crop: height width, or one number for a square",
                                         at_least=1, metavar="N")
     ignore_label: int = option(-1, "label value of pixels that do not count")

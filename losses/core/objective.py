@@ -56,18 +56,20 @@ class Objective(nn.Module):
     entropy of the auxiliary logits (0.4 in the published runs). group_size: images over whose labeled pixels the cross
     entropies are averaged, 0 = all. criterion: these cross entropies, default :class:`SegCrossEntropyLoss`. plain_maps:
     methods get the maps of both networks in the order of their dimensions, however the networks lay them out. resized:
-    {method: the student's maps that it gets at the teacher's size}."""
+    {method: the student's maps that it gets at the teacher's size}. unlabelled: so many images of a batch, the last
+    ones, have no labels, and terms that need them are of the others."""
     plain_maps = False
 
     def __init__(self, student: nn.Module, distillers: Mapping[str, Distiller], weights: Mapping[str, float],
                  aux_weight: float = 0.4, ignore_label: int = -1, group_size: int = 0,
-                 criterion: nn.Module | None = None, resized: Mapping[str, tuple[str, ...]] | None = None) -> None:
+                 criterion: nn.Module | None = None, resized: Mapping[str, tuple[str, ...]] | None = None,
+                 unlabelled: int = 0) -> None:
         super().__init__()
         self.student = student
         self.distillers = nn.ModuleDict(distillers)
         self.criterion = criterion or SegCrossEntropyLoss(ignore_label, group_size)
         self.weights = {"task": 1.0, "aux": aux_weight, **weights}
-        self.resized = dict(resized or {})
+        self.resized, self.unlabelled = dict(resized or {}), unlabelled
 
     def forward(self, images: Tensor, teacher: SegOutput | None, target: Tensor, step: int,
                 generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -76,12 +78,19 @@ class Objective(nn.Module):
         if self.plain_maps:
             student, teacher = (maps and SegOutput(*(None if x is None else x.contiguous() for x in maps))
                                 for maps in (student, teacher))
-        batch = Batch(student, teacher, target, images, step)
-        terms = task_loss(batch.student, target, self.criterion)
+        with_labels = len(images) - self.unlabelled if self.unlabelled else None
+        batch = Batch(student, teacher, target, images, step, with_labels)
+        labeled = batch.with_labels()
+        terms = task_loss(labeled.student, labeled.target, self.criterion)
         for name, distiller in self.distillers.items():
-            seen = batch._replace(student=resize_maps(student, teacher, self.resized.get(name, ())))
+            seen = batch if self.reads_unlabelled(distiller) else labeled
+            seen = seen._replace(student=resize_maps(seen.student, seen.teacher, self.resized.get(name, ())))
             terms.update({term: value for term, value in distiller(seen, generator).items() if self.weights.get(term)})
         return terms
+
+    def reads_unlabelled(self, distiller: Distiller) -> bool:
+        """Whether a method has a term that counts and does without labels."""
+        return any(self.weights.get(t.name) and not t.needs_labels for t in distiller.terms)
 
     def run_student(self, images: Tensor) -> SegOutput:
         """The student's forward pass. It may be replaced by a compiled one."""
