@@ -13,6 +13,7 @@ from engine.optimizer import build_optimizer
 from engine.options import Data
 from engine.run import Run
 from engine.run_files import RunFiles
+from engine.scores import use_scores
 from engine.settings import Settings
 from engine.step import TrainStep
 from engine.unlabelled import check_unlabelled, images_without_labels
@@ -49,6 +50,8 @@ def build_run(settings: Settings, distributed: Distributed) -> Run:
     if distributed.is_main_process:  # which writes the files that say it
         student.trained_on = data.fingerprint(read)
     settings = replace(settings, networks=replace(settings.networks, aux=student.aux, **head_widths(student, teacher)))
+    if settings.networks.teacher_scores is not None:
+        use_scores(settings, run_facts(settings, student.num_class), student, teacher, train_set, unlabelled)
     files = RunFiles(settings)
     objective = build_objective(settings, student, teacher, bool(files.resume_from),
                                 build_criterion(settings, train_set, distributed.device))
@@ -246,7 +249,7 @@ def build_dataset(settings: Settings, spec: data.DatasetSpec, split: str, *, tra
     d: Data = settings.data
     return data.SegmentationDataset(spec, d.data, split, train=train, crop_size=d.crop_size if train else None,
                                     seed=settings.optimization.seed, ignore_label=d.ignore_label, list_file=list_file,
-                                    fast=settings.speed.fast)
+                                    scale=d.random_scale, fast=settings.speed.fast)
 
 
 def build_unlabelled(settings: Settings, spec: data.DatasetSpec) -> data.SegmentationDataset | None:
@@ -255,7 +258,7 @@ def build_unlabelled(settings: Settings, spec: data.DatasetSpec) -> data.Segment
     if d.unlabelled is None:
         return None
     return data.unlabelled_images(spec, d.unlabelled, crop_size=d.crop_size, seed=settings.optimization.seed,
-                                  ignore_label=d.ignore_label, fast=settings.speed.fast)
+                                  ignore_label=d.ignore_label, scale=d.random_scale, fast=settings.speed.fast)
 
 
 def build_evaluation_sets(settings: Settings, spec: data.DatasetSpec) \

@@ -50,8 +50,8 @@ def about_unlabelled(run: Run) -> list[str]:
     without, of_labels = readers(settings)
     total = count * settings.optimization.max_iterations
     return [f"{count} images without labels join every batch:", f"{total / len(run.unlabelled):.3g} epochs of the "
-            f"{len(run.unlabelled)} in {settings.data.unlabelled},", f"which {', '.join(without)} read,",
-            f"and {', '.join(of_labels)} leave out"]
+            f"{len(run.unlabelled)} in {settings.data.unlabelled},", f"which {', '.join(without)} read and "
+            f"{', '.join(of_labels)} leave out"]
 
 
 def as_flag(name: str, value: object) -> str:

@@ -52,6 +52,8 @@ class Networks(OptionGroup):
     teacher_head_width: int | None = option(None, HEAD_WIDTH_HELP, at_least=1, metavar="N")
     teacher_preprocess: str | None = option(None, PREPROCESS_HELP, choices=("bgr", "rgb"))
     teacher_taps: str | None = option(None, TAPS_HELP, metavar="TAP=PATH,…")
+    teacher_scores: str | None = option(None, "folder that tools/cache_teacher.py has filled: the teacher's scores in "
+                                              "place of its passes", metavar="DIR")
     student_model: str = option("deeplabv3", lambda: model_help(" of the student"), aliases=("model",))
     student_backbone: str = option("resnet18", lambda: backbone_help(" of the student"), aliases=("backbone",))
     student_pretrained: str | None = option("None", "segmentation weights to start from: a file, or get:NAME",
@@ -104,6 +106,7 @@ class Data(OptionGroup):
                                      at_most=0.95, metavar="R", aliases=("unlabeled_share",))
     crop_size: tuple[int, ...] = option((512, 1024), "training crop: height width, or one number for a square",
                                         at_least=1, metavar="N")
+    random_scale: bool = option(True, "scale training images at random, by 0.5 to 2")
     ignore_label: int = option(-1, "label value of pixels that do not count")
     workers: int = option(8, "data-loading processes per training process, at most one per CPU", at_least=0)
     sampling: str = option("reference", "reference: the repeated list shuffled as a whole; epoch: a fresh shuffle of "

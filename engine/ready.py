@@ -9,7 +9,7 @@ from engine.predict import predict_classes
 from engine.run import Run
 from losses.core.facts import NetInfo
 from losses.core.objective import taps_of_teacher
-from models.prepare import PreparedTeacher
+from models.prepare import PreparedTeacher, StoredTeacher
 from utils.errors import UserError
 from utils.tensor_files import first_line
 
@@ -19,10 +19,7 @@ def get_ready(run: Run) -> None:
     speed = run.settings.speed
     if run.teacher is not None:
         predict_panels(run)
-        # a half that the losses are not used to (outside of autocast, a convolution refuses it) goes no further
-        output_dtype = None if speed.amp_dtype or not speed.teacher_dtype else torch.get_default_dtype()
-        teacher = PreparedTeacher(run.teacher, teacher_taps(run), speed.teacher_dtype, output_dtype, speed.fast).eval()
-        run.teacher = run.step_fn.teacher = teacher
+        run.teacher = run.step_fn.teacher = ready_teacher(run)
     if speed.compile:
         check_compiler(run.distributed.device)
         run.step_fn.counts_flops = False
@@ -30,6 +27,16 @@ def get_ready(run: Run) -> None:
         run.objective.run_student = torch.compile(run.objective.run_student)
         if run.teacher is not None:
             run.step_fn.teacher = torch.compile(run.teacher.forward)
+
+
+def ready_teacher(run: Run) -> PreparedTeacher | StoredTeacher:
+    """What stands for the teacher in a step: itself, with what the step needs, or its stored scores."""
+    speed = run.settings.speed
+    if run.train_set is not None and run.train_set.scores is not None:
+        return StoredTeacher(run.teacher, run.train_set.scores.taps)
+    # a half that the losses are not used to (outside of autocast, a convolution refuses it) goes no further
+    output_dtype = None if speed.amp_dtype or not speed.teacher_dtype else torch.get_default_dtype()
+    return PreparedTeacher(run.teacher, teacher_taps(run), speed.teacher_dtype, output_dtype, speed.fast).eval()
 
 
 @torch.no_grad()

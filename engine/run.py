@@ -18,6 +18,7 @@ from engine.step import StepResult, TrainStep
 from engine.unlabelled import images_without_labels
 from losses.core.facts import Preparation
 from losses.core.objective import Objective
+from models.prepare import StoredTeacher
 from utils.distributed import Distributed, available_cpus, barrier
 from utils.watchdog import in_time
 
@@ -115,11 +116,13 @@ def to_device(run: Run, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
 
 def network_inputs(run: Run, batch: dict) -> tuple[Tensor, Tensor | None, Tensor]:
     """(images of the student, of the teacher if there is one, float [B, 3, H, W]; target int64 [B, H, W]) of a batch of
-    the loader (uint8 images, int16 labels), normalized for each network."""
+    the loader (uint8 images, int16 labels), normalized for each network. A stored teacher gets its scores."""
     images, valid, target = to_device(run, batch)
     student_images = run.student.preprocess(images, valid)
     teacher_images = None
-    if run.teacher is not None:
+    if isinstance(run.teacher, StoredTeacher):
+        teacher_images = batch["scores"].to(run.distributed.device, non_blocking=True)
+    elif run.teacher is not None:
         same = run.teacher.preprocess == run.student.preprocess
         teacher_images = student_images if same else run.teacher.preprocess(images, valid)
     return student_images, teacher_images, target

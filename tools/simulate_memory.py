@@ -84,7 +84,9 @@ def settings_of(row: str, method: str, batch: int, flags: list[str], short: bool
 
 
 def build(settings: Settings, device: torch.device) -> Run:
-    """The run as the program builds it, without data; stages before training change no size."""
+    """The run as the program builds it, without data, hence with the teacher itself where its scores are stored; stages
+    before training change no size."""
+    settings = replace(settings, networks=replace(settings.networks, teacher_scores=None))
     with mock.patch.object(engine.build, "build_dataset", lambda *args, **kwargs: None), \
             mock.patch.object(engine.build, "build_unlabelled", lambda *args: None), \
             mock.patch.object(engine.build.data, "fingerprint", lambda splits: None):

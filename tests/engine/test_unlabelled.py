@@ -74,7 +74,7 @@ def test_a_resumed_run_is_the_whole_run(material, tmp_path, monkeypatch, capsys)
         assert train_kd.main(arguments(material, whole, *more)) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "2 images without labels join every batch:" in said and "2.67 epochs of the 3 in" in said
-    assert "which kd read, and task leave out" in said
+    assert "which kd read and task leave out" in said
 
     copied = tuple(Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in material[:2])
     moved = (*copied, material[2])
