@@ -1,18 +1,23 @@
 """tools/cache_teacher.py and runs with --teacher-scores: equal to the teacher, or refused."""
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import cv2
 import pytest
 import torch
-from helpers import CLASSES, STEM, TEACHER, assert_refused, assert_same, records, run_here, train_arguments
+from helpers import CLASSES, ROOT, STEM, TEACHER, assert_refused, assert_same, records, run_here, train_arguments
+from method_cases import Case, smallest_crop
 
 import train_kd
+from engine.scores import SCORES
+from losses.core import methods
 from models import get_segmentation_model, save_state_dict
 from tools import cache_teacher
 
+PAGE = (ROOT / "docs/unlabelled.md").read_text(encoding="utf-8")
 DIST = ("--method", "dist")
 WHOLE = ("--no-random-scale", "--crop-size", "136", "144")  # of images of 128x128: padded
 
@@ -44,8 +49,12 @@ def scored(folder: Path) -> tuple[str, str]:
 def stored(material, tmp_path_factory) -> dict[str, Path]:
     """{dtype: folder that the tool has filled}."""
     base = tmp_path_factory.mktemp("scores")
+    flags = re.search(r'^flags="(.*?)"$', PAGE.replace("\\\n", ""), re.MULTILINE)[1].split()
     for dtype in ("float16", "float32"):
-        assert cache_teacher.main([*arguments(material, base, *scored(base / dtype)), "--dtype", dtype]) == 0
+        names = dict(zip(("mydata", "teacher.pth", "scores"), map(str, (*material, base / dtype)), strict=True))
+        documented = [names.get(word, word) for word in flags]
+        assert {"--teacher-scores", *names.values()} < set(documented)
+        assert cache_teacher.main([*documented, *arguments(material, base), "--dtype", dtype]) == 0
     return {dtype: base / dtype for dtype in ("float16", "float32")}
 
 
@@ -99,6 +108,12 @@ def test_damage_ends_a_run_in_one_line(material, stored, tmp_path, capsys) -> No
 ])
 def test_runs_whose_teacher_cannot_be_replaced(material, stored, tmp_path, capsys, more, expected) -> None:
     assert_refused(capsys, train_kd.main, arguments(material, tmp_path, *scored(stored["float16"]), *more), expected)
+
+
+def test_the_page_names_the_methods_that_read_scores_alone() -> None:
+    named = re.search(r"No method of the run reads features.*?:(.*?) do not;", PAGE, re.DOTALL)[1]
+    alone = {name for name in methods() if set(Case(name, smallest_crop(name)).needs.teacher) <= set(SCORES)}
+    assert set(re.findall(r"`(\w+)`", named)) == alone - {"lad"}  # which reads a teacher of its own
 
 
 def test_another_teacher_and_other_images(material, stored, tmp_path, capsys) -> None:
