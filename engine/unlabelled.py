@@ -31,10 +31,10 @@ def check_unlabelled(settings: Settings, distributed: Distributed) -> None:
         step *= settings.distillation.group_size or 1
     if count % step:
         batch, more = settings.optimization.batch_size, count + step - count % step
+        shared = [f"{world} processes"] * (world > 1) + [f"--grad-accumulation {parts}"] * (parts > 1)
         raise UserError(f"--unlabelled-share {settings.data.unlabelled_share:g} puts {count} images without labels "
-                        f"beside the {batch} of --batch-size: expected a multiple of {step} ({world} processes"
-                        f"{f', --grad-accumulation {parts}' if parts > 1 else ''}), such as {more}: "
-                        f"--unlabelled-share {more / (batch + more):.4g}")
+                        f"beside the {batch} of --batch-size: expected a multiple of {step} ({', '.join(shared)}), "
+                        f"such as {more}: --unlabelled-share {more / (batch + more):.4g}")
 
 
 def readers(settings: Settings) -> tuple[list[str], list[str]]:

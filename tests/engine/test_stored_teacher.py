@@ -9,7 +9,7 @@ import cv2
 import pytest
 import torch
 from helpers import CLASSES, ROOT, STEM, TEACHER, assert_refused, assert_same, records, run_here, train_arguments
-from method_cases import Case, smallest_crop
+from method_cases import Case
 
 import train_kd
 from engine.scores import SCORES
@@ -37,8 +37,8 @@ def material(few_images, tmp_path_factory) -> tuple[Path, Path]:
 def arguments(material: tuple[Path, Path], save: Path, *more: str) -> list[str]:
     return train_arguments(
         material[0], save, "--teacher-model", "deeplab_mobile", "--teacher-backbone", TEACHER, "--teacher-pretrained",
-        str(material[1]), "--max-iterations", "2", "--batch-size", "2", "--skip-val", *DIST, *WHOLE, "--unlabelled",
-        str(material[0] / "images/val"), *more)
+        str(material[1]), "--max-iterations", "2", "--batch-size", "2", "--skip-val", "--sampling", "epoch",
+        *DIST, *WHOLE, "--unlabelled", str(material[0] / "images/val"), *more)
 
 
 def scored(folder: Path) -> tuple[str, str]:
@@ -63,15 +63,15 @@ def test_runs_equal_those_with_the_teacher(material, stored, tmp_path) -> None:
     assert train_kd.main(arguments(material, tmp_path / "live")) == 0
     state = torch.load(tmp_path / f"live/{STEM}_state.pth", weights_only=True)
     for dtype, folder in stored.items():
-        assert train_kd.main(arguments(material, tmp_path / dtype, *scored(folder))) == 0
+        steps = "1" if dtype == "float16" else "2"
+        assert train_kd.main(arguments(material, tmp_path / dtype, *scored(folder), "--max-iterations", steps)) == 0
         found = torch.load(tmp_path / dtype / f"{STEM}_state.pth", weights_only=True)
         logged = [[r["raw"] for r in records(tmp_path / name)] for name in ("live", dtype)]
         if dtype == "float32":
             assert_same(found["model"], state["model"])
             assert logged[0] == logged[1]
         else:
-            assert logged[0] != logged[1]
-            assert logged[1][0] == pytest.approx(logged[0][0], rel=1e-3)  # of later steps, small networks make more
+            assert logged[0][0] != logged[1][0] == pytest.approx(logged[0][0], rel=1e-3)
 
 
 def test_a_call_that_was_interrupted_goes_on(material, stored, tmp_path, capsys) -> None:
@@ -112,7 +112,7 @@ def test_runs_whose_teacher_cannot_be_replaced(material, stored, tmp_path, capsy
 
 def test_the_page_names_the_methods_that_read_scores_alone() -> None:
     named = re.search(r"No method of the run reads features.*?:(.*?) do not;", PAGE, re.DOTALL)[1]
-    alone = {name for name in methods() if set(Case(name, smallest_crop(name)).needs.teacher) <= set(SCORES)}
+    alone = {name for name in methods() if set(Case(name, (512, 512)).needs.teacher) <= set(SCORES)}
     assert set(re.findall(r"`(\w+)`", named)) == alone - {"lad"}  # which reads a teacher of its own
 
 

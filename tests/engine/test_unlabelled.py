@@ -129,7 +129,7 @@ def test_the_labeled_images_of_a_batch_stay_what_they_are(material, tmp_path) ->
     (("--method", "bpkd"), "(task, bpkd_edge, bpkd_body)"),
     (("--unlabelled-share", "0.1"), "--unlabelled-share 0.1: less than one image beside the 4"),
     (("--unlabelled-share", "0.45", "--grad-accumulation", "2"),
-     "puts 3 images without labels beside the 4 of --batch-size: expected a multiple of 4 (1 processes, "
+     "puts 3 images without labels beside the 4 of --batch-size: expected a multiple of 4 ("
      "--grad-accumulation 2), such as 4: --unlabelled-share 0.5"),
 ])
 def test_what_makes_no_sense_is_refused(material, tmp_path, capsys, more, expected) -> None:
