@@ -69,7 +69,7 @@ def failure(run: Run, fault: Fault) -> UserError:
 
 def samples(run: Run, fault: Fault) -> list[tuple[int, str]]:
     """(index in the training set, name) of this process's images in the step of a fault."""
-    known = run.samples.samples
+    known = run.training_images.samples
     return [(index, known[index].name) for index, _ in keys_of(run, fault.step)]
 
 
@@ -97,7 +97,7 @@ def last_good_state(states: Sequence[Path]) -> str:
 
 def bundle(run: Run, fault: Fault, keys: Sequence[tuple[int, str]]) -> dict[str, Any]:
     """All that the step of a fault depends on. The batch is made again; of the teacher, the file and its checksum."""
-    batch = data.collate([run.samples[key] for key in keys_of(run, fault.step)])
+    batch = data.collate([run.training_images[key] for key in keys_of(run, fault.step)])
     teacher = Path(run.settings.networks.teacher_pretrained or "").expanduser() if run.teacher is not None else None
     scaler = run.step_fn.scaler
     return {

@@ -51,7 +51,7 @@ class Run:
     teacher_predictions: dict[int, Tensor] = field(default_factory=dict)
 
     @property
-    def samples(self) -> data.SegmentationDataset | data.MixedDataset:
+    def training_images(self) -> data.SegmentationDataset | data.MixedDataset:
         """What training steps read: the training images, and those without labels."""
         return self.train_set if self.unlabelled is None else data.MixedDataset(self.train_set, self.unlabelled)
 
@@ -79,13 +79,13 @@ def build_loader(run: Run, start_step: int, steps: int, batch_size: int) -> Data
     settings, distributed = run.settings, run.distributed
     sampler = build_sampler(run, start_step, steps, batch_size)
     workers = min(settings.data.workers, available_cpus())
-    return DataLoader(run.samples, batch_sampler=sampler, num_workers=workers, collate_fn=data.collate,
+    return DataLoader(run.training_images, batch_sampler=sampler, num_workers=workers, collate_fn=data.collate,
                       worker_init_fn=data.worker_init, pin_memory=distributed.device.type == "cuda",
                       persistent_workers=workers > 0)
 
 
 def build_sampler(run: Run, start_step: int, steps: int, batch_size: int) -> data.TrainSampler | data.MixedSampler:
-    """Which of ``run.samples`` this process gets from ``start_step`` to ``steps``."""
+    """Which of ``run.training_images`` this process gets from ``start_step`` to ``steps``."""
     settings = run.settings
     sampler = partial(data.TrainSampler, steps=steps, rank=run.distributed.rank, world_size=run.distributed.world_size,
                       seed=settings.optimization.seed, start_step=start_step, mode=settings.data.sampling)

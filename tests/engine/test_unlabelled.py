@@ -28,6 +28,7 @@ from engine.log import LOG
 from engine.run import build_loader
 from engine.settings import parse_settings
 from tools import replay
+from tools.cache_data import main as cache_data
 from tools.check_data import main as check_data
 from utils.distributed import Distributed
 
@@ -145,6 +146,9 @@ def test_files_that_are_not_there_or_damaged(material, tmp_path, capsys) -> None
     damaged = Path(shutil.copytree(material[1], tmp_path / "damaged"))
     assert run_here(capsys, check_data, "--dataset", "folder", "--data", material[0], "--unlabelled",
                     damaged).stdout.splitlines()[3] == "unlabelled: 3 images, no labels; 3 decoded"
+    assert "unlabelled: 3 images are in" in run_here(
+        capsys, cache_data, "--dataset", "folder", "--data", material[0], "--cache", tmp_path / "cache", "--unlabelled",
+        damaged).stdout
     for name in ("a.png", "b.jpg", "deeper/c.png"):
         (damaged / name).write_bytes(b"no picture")
     with_damage = material[0], damaged, material[2]
