@@ -174,8 +174,10 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected a file of tools/cache_teacher.py",
                         settings=["teacher_scores"]) from None
-    known = ("teacher", "data", "crop", "images", "precision", "taps", "size", "dtype", "top_k")
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT or not all(key in saved for key in known):
+    kinds = {"teacher": dict, "data": dict, "crop": list, "images": int, "precision": str, "taps": dict, "size": list,
+             "dtype": str, "top_k": int}
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT or saved.get("dtype") not in DTYPES \
+            or not all(isinstance(saved.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{path}: not a description of scores of this version; expected one of tools/cache_teacher.py",
                         settings=["teacher_scores"])
     return saved
