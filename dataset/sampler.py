@@ -1,7 +1,7 @@
 """Which sample comes when: a function of (seed, step), not of the number of workers or processes."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -10,6 +10,8 @@ from utils.errors import UserError
 
 MODES = ("reference", "epoch")
 ORDER_STREAM = 0x0DE4  # keeps the order's random stream apart from that of the augmentation, which is (seed, ordinal)
+UNLABELLED_STREAM = 0x0DE5  # of the order of images without labels
+FIRST_UNLABELLED = 2**40  # ordinal of the first image without labels: no run has so many labeled samples
 
 
 class TrainSampler(Sampler[list[tuple[int, int]]]):
@@ -21,11 +23,12 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
     length: number of images. batch_size: B, all processes together. steps: of the whole run (not of what is left).
     start_step: first step to yield, for a resumed run. mode: "reference": the list is repeated to steps x B entries
     and shuffled as a whole, so that images are not balanced over short spans; "epoch": every image once, in a new
-    order, before any comes again. Raises UserError for a value out of range or a batch that w does not divide.
+    order, before any comes again. stream: tells orders of the same seed apart. Raises UserError for a value out of
+    range or a batch that w does not divide.
     """
 
     def __init__(self, length: int, *, batch_size: int, steps: int, rank: int = 0, world_size: int = 1, seed: int = 0,
-                 start_step: int = 0, mode: str = "reference") -> None:
+                 start_step: int = 0, mode: str = "reference", stream: int = ORDER_STREAM) -> None:
         if mode not in MODES:
             raise UserError(f"sampling mode '{mode}'; expected one of {', '.join(MODES)}")
         for name, value, least in (("number of images", length, 1), ("batch size", batch_size, 1), ("steps", steps, 0),
@@ -38,6 +41,7 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
             raise UserError(f"rank {rank}; expected 0..{world_size - 1}")
         self.length, self.batch_size, self.steps, self.seed = length, batch_size, steps, seed
         self.rank, self.world_size, self.start_step, self.mode = rank, world_size, start_step, mode
+        self.stream = stream
 
     def __len__(self) -> int:
         """Number of steps that are left."""
@@ -51,7 +55,7 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
             yield [(pick(ordinal), ordinal) for ordinal in range(first, first + share)]
 
     def _rng(self, *more: int) -> np.random.Generator:
-        return np.random.default_rng((ORDER_STREAM, self.seed, *more))
+        return np.random.default_rng((self.stream, self.seed, *more))
 
     def _reference_order(self) -> Callable[[int], int]:
         """The function ordinal -> image index."""
@@ -69,6 +73,32 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
             return int(current[epoch][position])
 
         return pick
+
+
+class MixedSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of a labeled set with images without labels behind them, for ``MixedDataset``.
+
+    labeled: of the one set. unlabelled: of the other, as :class:`TrainSampler` for the same steps and processes; its
+    order and the augmentation of its images are a stream of their own, so that those of the labeled images stay what
+    they are. parts: a step goes through its batch in so many parts, and each has its share of either, labeled first.
+    """
+
+    def __init__(self, labeled: TrainSampler, unlabelled: TrainSampler, parts: int = 1) -> None:
+        self.labeled, self.unlabelled, self.parts = labeled, unlabelled, parts
+
+    def __len__(self) -> int:
+        """Number of steps that are left."""
+        return len(self.labeled)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for labeled, unlabelled in zip(self.labeled, self.unlabelled, strict=True):
+            behind = [(self.labeled.length + index, FIRST_UNLABELLED + ordinal) for index, ordinal in unlabelled]
+            shares = zip(self._shares(labeled), self._shares(behind), strict=True)
+            yield [key for share in shares for part in share for key in part]
+
+    def _shares(self, keys: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
+        size = len(keys) // self.parts
+        return [keys[part * size:(part + 1) * size] for part in range(self.parts)]
 
 
 class EvalSampler(Sampler[int]):

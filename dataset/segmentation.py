@@ -4,7 +4,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -19,6 +19,9 @@ from dataset.spec import IGNORE, DatasetSpec
 from dataset.window import windowed_crop, windows_are_exact
 from utils.errors import UserError
 from utils.workers import leave_signals_to_parent
+
+if TYPE_CHECKING:
+    from dataset.scores import Scores
 
 UNKNOWN = np.iinfo(np.int16).min
 
@@ -35,11 +38,13 @@ class SegmentationDataset(Dataset):
         valid: int16 [4], (top, bottom, left, right) of the real pixels, half open
         name:  stem of the label file (of the image where there is no label)
         index: position in the split
+        scores: float16 or float32 [C, h, w], of a teacher; only training samples, where ``scores`` is set
 
     train: offer training samples. crop_size: (height, width), default ``spec.train_crop``. seed: of the augmentation,
     not negative. ignore_label: stands for "ignored" in the items, outside of 0..K-1. root, list_file: see
     :func:`find_samples`. limit: keep only the first samples. scale, mirror: switch one kind of augmentation off.
-    fast: resize only the window of the crop; off: its plain twin, which gives the same items.
+    fast: resize only the window of the crop; off: its plain twin, which gives the same items. unlabelled: training
+    samples of a split without labels are wanted.
     Raises UserError at construction for missing files and bad arguments, on access for files that cannot be decoded,
     sizes that differ and label values that the data set does not have.
     """
@@ -47,15 +52,16 @@ class SegmentationDataset(Dataset):
     def __init__(self, spec: DatasetSpec, root: str | os.PathLike, split: str, *, train: bool,
                  crop_size: tuple[int, int] | None = None, seed: int = 0, ignore_label: int = IGNORE,
                  list_file: str | os.PathLike | None = None, limit: int | None = None, scale: bool = True,
-                 mirror: bool = True, fast: bool = True) -> None:
+                 mirror: bool = True, fast: bool = True, unlabelled: bool = False) -> None:
         self.spec, self.split, self.train, self.seed = spec, split, train, int(seed)
         self.ignore_label, self.scale, self.mirror = int(ignore_label), scale, mirror
         self.crop_size = tuple(int(side) for side in (crop_size or spec.train_crop))
         self._check_arguments(limit)
         self.root = os.fspath(root)
         self.cache: Cache | None = None  # set by dataset.cache.use_cache
+        self.scores: Scores | None = None  # set by engine.scores.use_scores
         self.samples: list[Sample] = find_samples(spec, root, split, list_file)[:limit]
-        if train and self.samples[0].label is None:
+        if train and self.samples[0].label is None and not unlabelled:
             raise UserError(f"split '{split}' of {spec.title} has no labels; expected one of "
                             f"{', '.join(spec.eval_splits)} to train on")
         table = np.where(spec.id_to_train < 0, np.int16(self.ignore_label), spec.id_to_train)
@@ -121,15 +127,17 @@ class SegmentationDataset(Dataset):
         raise UserError(f"{os.path.dirname(self.samples[0].label or self.samples[0].image)}: every pixel of the "
                         f"{len(self)} labels of split '{self.split}' is ignored; expected pixels with a class")
 
-    def augmented(self, index: int, image: np.ndarray, label: np.ndarray,
+    def augmented(self, index: int, image: np.ndarray, label: np.ndarray | None,
                   augmentation: transforms.Augmentation) -> dict[str, Any]:
         """The training sample of a stored pair for given augmentation parameters."""
         cut, mirrored = windowed_crop if self._windows else transforms.scaled_crop, augmentation.mirrored
-        image, label = cut(image, label, augmentation, self.crop_size)
+        beside = np.zeros(image.shape[:2], np.uint8) if label is None else label
+        image, beside = cut(image, beside, augmentation, self.crop_size)
         valid = transforms.valid_rectangle(image.shape[:2], self.crop_size, mirrored)
-        label = cv2.LUT(label, self._table)
-        return self._item(index, transforms.pad(image, self.crop_size, 0, mirrored),
-                          transforms.pad(label, self.crop_size, self.ignore_label, mirrored), valid)
+        if label is not None:
+            label = transforms.pad(cv2.LUT(beside, self._table), self.crop_size, self.ignore_label, mirrored)
+        item = self._item(index, transforms.pad(image, self.crop_size, 0, mirrored), label, valid)
+        return item if self.scores is None else {**item, "scores": self.scores.read(index, mirrored)}
 
     def _item(self, index: int, image: np.ndarray, label: np.ndarray | None,
               valid: tuple[int, int, int, int]) -> dict[str, Any]:
@@ -144,7 +152,8 @@ class SegmentationDataset(Dataset):
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Items -> batch: image [B, 3, H, W], label [B, H, W], valid [B, 4], name list of B, index int64 [B].
+    """Items -> batch: image [B, 3, H, W], label [B, H, W], valid [B, 4], name list of B, index int64 [B], and scores
+    [B, C, h, w] of a teacher where the items have them.
 
     Raises UserError for images of different sizes (whole images; use batch size 1).
     """
@@ -152,7 +161,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     if len(sizes) > 1:
         raise UserError(f"images of different sizes in a batch ({sorted(sizes)}); expected equal sizes or batch size 1")
     # in a loading process, into the memory that the training process reads
-    return {**{key: default_collate([item[key] for item in items]) for key in ("image", "label", "valid")},
+    arrays = ("image", "label", "valid", *(["scores"] if "scores" in items[0] else []))
+    return {**{key: default_collate([item[key] for item in items]) for key in arrays},
             "name": [item["name"] for item in items],
             "index": torch.tensor([item["index"] for item in items], dtype=torch.int64)}
 

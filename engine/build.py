@@ -13,9 +13,11 @@ from engine.optimizer import build_optimizer
 from engine.options import Data
 from engine.run import Run
 from engine.run_files import RunFiles
+from engine.scores import use_scores
 from engine.settings import Settings
 from engine.step import TrainStep
 from engine.teacher import build_teacher
+from engine.unlabelled import check_unlabelled, images_without_labels
 from engine.weights import weight_factors
 from losses.core.common import CommonClasses
 from losses.core.facts import NetInfo, RunFacts
@@ -35,22 +37,28 @@ MANY_EPOCHS = 2000
 def build_run(settings: Settings, distributed: Distributed) -> Run:
     """Build and check everything that training needs. Raises UserError for whatever does not fit."""
     check_batch(settings, distributed)
+    check_unlabelled(settings, distributed)
     check_precision((settings.speed.amp_dtype, settings.speed.teacher_dtype), distributed.device)
     spec = data.get_dataset_spec(settings.data.dataset, settings.data.data)
     train_set = build_dataset(settings, spec, spec.train_split, train=True, list_file=settings.data.train_list)
     val_set, report_sets = build_evaluation_sets(settings, spec)
     splits = [split for split in (train_set, val_set, *report_sets) if split is not None]
+    unlabelled = build_unlabelled(settings, spec)
+    read = [*splits, unlabelled] if unlabelled is not None else splits
     if settings.data.cache is not None:
-        data.use_cache(splits, settings.data.cache, LOG.info)
+        data.use_cache(read, settings.data.cache, LOG.info)
     for split in splits:
         split.require_labels()
     student, teacher = build_student(settings, spec), build_teacher(settings, spec)
     if distributed.is_main_process:  # which writes the files that say it
-        student.trained_on = data.fingerprint(splits)
+        student.trained_on = data.fingerprint(read)
     settings = replace(settings, networks=replace(settings.networks, aux=student.aux, **head_widths(student, teacher)))
+    if settings.networks.teacher_scores is not None:
+        use_scores(settings, run_facts(settings, student.num_class), student, teacher, train_set, unlabelled)
     files = RunFiles(settings)
     objective = build_objective(settings, student, teacher, bool(files.resume_from),
                                 build_criterion(settings, train_set, distributed.device))
+    objective.unlabelled = images_without_labels(settings) // distributed.world_size // settings.speed.grad_accumulation
     for term, (factor, why) in weight_factors(settings, teacher and NetInfo.of(teacher)).items():
         weight = settings.weights[term]
         LOG.info("--lambda-%s %g x %.4g = %.4g: %s", term.replace("_", "-"), weight, factor, weight * factor, why)
@@ -72,7 +80,7 @@ def build_run(settings: Settings, distributed: Distributed) -> Run:
                         parts=speed.grad_accumulation, warmup=settings.recipe.warmup,
                         may_skip=settings.running.skip_nonfinite > 0)
     return Run(settings, distributed, spec, train_set, val_set, report_sets, student, teacher, objective, model,
-               optimizer, step_fn, files)
+               optimizer, step_fn, files, unlabelled)
 
 
 def head_widths(student: nn.Module, teacher: nn.Module | None) -> dict[str, int]:
@@ -236,7 +244,16 @@ def build_dataset(settings: Settings, spec: data.DatasetSpec, split: str, *, tra
     d: Data = settings.data
     return data.SegmentationDataset(spec, d.data, split, train=train, crop_size=d.crop_size if train else None,
                                     seed=settings.optimization.seed, ignore_label=d.ignore_label, list_file=list_file,
-                                    fast=settings.speed.fast)
+                                    scale=d.random_scale, fast=settings.speed.fast)
+
+
+def build_unlabelled(settings: Settings, spec: data.DatasetSpec) -> data.SegmentationDataset | None:
+    """The images of ``--unlabelled``, augmented as the labeled ones."""
+    d: Data = settings.data
+    if d.unlabelled is None:
+        return None
+    return data.unlabelled_images(spec, d.unlabelled, crop_size=d.crop_size, seed=settings.optimization.seed,
+                                  ignore_label=d.ignore_label, scale=d.random_scale, fast=settings.speed.fast)
 
 
 def build_evaluation_sets(settings: Settings, spec: data.DatasetSpec) \

@@ -24,12 +24,14 @@ from utils.errors import UserError
 from utils.tensor_files import first_line, in_plain_order, load_tensors, save_tensors
 
 FORMAT = 1
+#: folders: only whether there is one makes a difference, what they hold is checked otherwise
+OF_PRESENCE = ("unlabelled", "teacher_scores")
 #: settings that may differ between a run and its continuation without changing the result
 FREE_TO_CHANGE = frozenset((
-    "resume", "workers", "data", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters", "val_per_iters",
-    "diagnose_every", "skip_nonfinite", "timeout", "skip_val", "results", "protocol", "label", "name", "tensorboard",
-    "panels", "local_rank", "no_cuda", "teacher_pretrained", "teacher_pretrained_base", "student_pretrained",
-    "student_pretrained_base", "teacher_classes"))
+    "resume", "workers", "data", *OF_PRESENCE, "cache", "save_dir", "log_dir", "log_iter", "save_per_iters",
+    "val_per_iters", "diagnose_every", "skip_nonfinite", "timeout", "skip_val", "results", "protocol", "label", "name",
+    "tensorboard", "panels", "local_rank", "no_cuda", "teacher_pretrained", "teacher_pretrained_base",
+    "student_pretrained", "student_pretrained_base", "teacher_classes"))
 
 
 def versions() -> dict[str, str]:
@@ -156,6 +158,7 @@ def changed_settings(saved: dict, settings: Settings, finished: Collection[str] 
 
     finished: settings of a stage that a resumed run does not repeat.
     """
-    now, saved = plain(settings), {**without_recipe(), **saved}
+    now, saved = plain(settings), {**without_recipe(), **dict.fromkeys(OF_PRESENCE), **saved}
+    free = FREE_TO_CHANGE - {k for k in OF_PRESENCE if (saved[k] is None) != (now[k] is None)}
     return [changed(k, saved[k], now[k]) for k in now
-            if k in saved and saved[k] != now[k] and k not in FREE_TO_CHANGE and k not in finished]
+            if k in saved and saved[k] != now[k] and k not in free and k not in finished]

@@ -8,6 +8,7 @@ from engine.presets import preset
 from engine.run import Run
 from engine.run_files import plain, readable, written
 from engine.settings import Settings, build_parser, from_flat
+from engine.unlabelled import images_without_labels, readers
 from utils.distributed import available_cpus
 from utils.options import flag
 
@@ -32,6 +33,8 @@ def introduce(run: Run) -> None:
                          f"{o.max_iterations * o.batch_size / len(run.train_set):.3g} epochs of the "
                          f"{len(run.train_set)} training images of {run.spec.title}",
                          f"on {world} process{'es' if world > 1 else ''} ({run.distributed.device.type})"]))
+    if run.unlabelled is not None:
+        LOG.info("%s", fold(about_unlabelled(run)))
     of_preset, given = unusual(settings)
     for title, values in ((f"--method {method} sets:", of_preset), ("not as by default:", given)):
         if values:
@@ -40,6 +43,16 @@ def introduce(run: Run) -> None:
         LOG.info("--workers %d: one per CPU is enough, %d here", settings.data.workers, available_cpus())
     LOG.info("%s", fold([f"files in {run.files.directory}", f"configuration {run.files.config.name}"]))
     LOG.debug("%s", readable(settings))
+
+
+def about_unlabelled(run: Run) -> list[str]:
+    """How many images without labels there are and join a batch, and which terms read them."""
+    settings, count = run.settings, images_without_labels(run.settings)
+    without, of_labels = readers(settings)
+    total = count * settings.optimization.max_iterations
+    return [f"{count} images without labels join every batch:", f"{total / len(run.unlabelled):.3g} epochs of the "
+            f"{len(run.unlabelled)} in {settings.data.unlabelled},", f"which {', '.join(without)} read and "
+            f"{', '.join(of_labels)} leave out"]
 
 
 def as_flag(name: str, value: object) -> str:

@@ -69,7 +69,8 @@ def failure(run: Run, fault: Fault) -> UserError:
 
 def samples(run: Run, fault: Fault) -> list[tuple[int, str]]:
     """(index in the training set, name) of this process's images in the step of a fault."""
-    return [(index, run.train_set.samples[index].name) for index, _ in keys_of(run, fault.step)]
+    known = run.training_images.samples
+    return [(index, known[index].name) for index, _ in keys_of(run, fault.step)]
 
 
 def keys_of(run: Run, step: int) -> list[tuple[int, int]]:
@@ -96,12 +97,13 @@ def last_good_state(states: Sequence[Path]) -> str:
 
 def bundle(run: Run, fault: Fault, keys: Sequence[tuple[int, str]]) -> dict[str, Any]:
     """All that the step of a fault depends on. The batch is made again; of the teacher, the file and its checksum."""
-    batch = data.collate([run.train_set[key] for key in keys_of(run, fault.step)])
+    batch = data.collate([run.training_images[key] for key in keys_of(run, fault.step)])
     teacher = Path(run.settings.networks.teacher_pretrained or "").expanduser() if run.teacher is not None else None
     scaler = run.step_fn.scaler
     return {
         "format": FORMAT, "torch": str(torch.__version__), "config": plain(run.settings), "step": fault.step,
         "what": list(fault.what), "rank": fault.rank, "processes": run.distributed.world_size,
+        "unlabelled": run.objective.unlabelled * run.step_fn.parts,
         # weights do not change after the fault; running statistics and what methods hold do, until it is found
         "seen_since": 0 if fault.exact else run.step - fault.step, "classes": list(run.spec.classes),
         "preprocess": run.student.preprocess.to_dict(), "scale": scaler.get_scale() if scaler.is_enabled() else 1.0,

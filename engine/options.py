@@ -56,6 +56,8 @@ class Networks(OptionGroup):
     teacher_taps: str | None = option(None, TAPS_HELP, metavar="TAP=PATH,…")
     teacher_classes: str | None = option(None, CLASSES_HELP, metavar="FILE")
     class_map: str | None = option(None, hidden=True)  # what that file says, see engine/class_map.py
+    teacher_scores: str | None = option(None, "folder that tools/cache_teacher.py has filled: the teacher's scores in "
+                                              "place of its passes", metavar="DIR")
     student_model: str = option("deeplabv3", lambda: model_help(" of the student"), aliases=("model",))
     student_backbone: str = option("resnet18", lambda: backbone_help(" of the student"), aliases=("backbone",))
     student_pretrained: str | None = option("None", "segmentation weights to start from: a file, or get:NAME",
@@ -102,8 +104,13 @@ class Data(OptionGroup):
     val_list: str | None = option(None, "list file of the validation split", metavar="FILE")
     cache: str | None = option(None, "folder that keeps the decoded images, 4 bytes per pixel, for all epochs and runs",
                                metavar="DIR")
+    unlabelled: str | None = option(None, "folder of images without labels, some of which join every batch; terms that "
+                                          "need labels leave them out", metavar="DIR", aliases=("unlabeled",))
+    unlabelled_share: float = option(0.5, "share of them in a batch; --batch-size counts the labeled ones", above=0,
+                                     at_most=0.95, metavar="R", aliases=("unlabeled_share",))
     crop_size: tuple[int, ...] = option((512, 1024), "training crop: height width, or one number for a square",
                                         at_least=1, metavar="N")
+    random_scale: bool = option(True, "scale training images at random, by 0.5 to 2")
     ignore_label: int = option(-1, "label value of pixels that do not count")
     workers: int = option(8, "data-loading processes per training process, at most one per CPU", at_least=0)
     sampling: str = option("reference", "reference: the repeated list shuffled as a whole; epoch: a fresh shuffle of "

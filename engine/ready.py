@@ -10,7 +10,7 @@ from engine.run import Run
 from losses.core.facts import NetInfo
 from losses.core.objective import taps_of_teacher
 from models.class_map import MappedTeacher, for_predictions
-from models.prepare import PreparedTeacher
+from models.prepare import PreparedTeacher, StoredTeacher
 from utils.errors import UserError
 from utils.tensor_files import first_line
 
@@ -20,15 +20,7 @@ def get_ready(run: Run) -> None:
     speed = run.settings.speed
     if run.teacher is not None:
         predict_panels(run)
-        # a half that the losses are not used to (outside of autocast, a convolution refuses it) goes no further
-        output_dtype = None if speed.amp_dtype or not speed.teacher_dtype else torch.get_default_dtype()
-        mapped, taps = isinstance(run.teacher, MappedTeacher), teacher_taps(run)
-        teacher = PreparedTeacher(run.teacher.net if mapped else run.teacher, taps, speed.teacher_dtype, output_dtype,
-                                  speed.fast).eval()
-        if mapped:
-            run.teacher.net = teacher
-        else:
-            run.teacher = run.step_fn.teacher = teacher
+        run.teacher = run.step_fn.teacher = ready_teacher(run)
     if speed.compile:
         check_compiler(run.distributed.device)
         run.step_fn.counts_flops = False
@@ -36,6 +28,22 @@ def get_ready(run: Run) -> None:
         run.objective.run_student = torch.compile(run.objective.run_student)
         if run.teacher is not None:
             run.step_fn.teacher = torch.compile(run.teacher.forward)
+
+
+def ready_teacher(run: Run) -> PreparedTeacher | MappedTeacher | StoredTeacher:
+    """What stands for the teacher in a step: itself, with what the step needs, or its stored scores."""
+    speed = run.settings.speed
+    if run.train_set is not None and run.train_set.scores is not None:
+        return StoredTeacher(run.teacher, run.train_set.scores.taps)
+    # a half that the losses are not used to (outside of autocast, a convolution refuses it) goes no further
+    output_dtype = None if speed.amp_dtype or not speed.teacher_dtype else torch.get_default_dtype()
+    mapped, taps = isinstance(run.teacher, MappedTeacher), teacher_taps(run)
+    prepared = PreparedTeacher(run.teacher.net if mapped else run.teacher, taps, speed.teacher_dtype, output_dtype,
+                               speed.fast).eval()
+    if not mapped:
+        return prepared
+    run.teacher.net = prepared
+    return run.teacher
 
 
 @torch.no_grad()

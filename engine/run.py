@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,10 @@ from engine.log import LOG
 from engine.run_files import RunFiles
 from engine.settings import Settings
 from engine.step import StepResult, TrainStep
+from engine.unlabelled import images_without_labels
 from losses.core.facts import Preparation
 from losses.core.objective import Objective
+from models.prepare import StoredTeacher
 from utils.distributed import Distributed, available_cpus, barrier
 from utils.watchdog import in_time
 
@@ -24,8 +27,8 @@ from utils.watchdog import in_time
 class Run:
     """Everything that ``engine.build.build_run`` made, and the state of training: iterations done, best validation
     mIoU (below 0: none yet), iterations done at the last validation. val_set: None without validation. teacher: None
-    when no method reads one. lock: on the folders, while the main process trains. teacher_predictions: {index: int64
-    [H, W]} of the validation images that are drawn."""
+    when no method reads one. unlabelled: images without labels that join every batch. lock: on the folders, while the
+    main process trains. teacher_predictions: {index: int64 [H, W]} of the validation images that are drawn."""
 
     settings: Settings
     distributed: Distributed
@@ -40,11 +43,17 @@ class Run:
     optimizer: torch.optim.Optimizer
     step_fn: TrainStep
     files: RunFiles
+    unlabelled: data.SegmentationDataset | None = None
     step: int = 0
     best: float = -1.0
     validated: int = 0
     lock: RunLock | None = None
     teacher_predictions: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def training_images(self) -> data.SegmentationDataset | data.MixedDataset:
+        """What training steps read: the training images, and those without labels."""
+        return self.train_set if self.unlabelled is None else data.MixedDataset(self.train_set, self.unlabelled)
 
     def check_lock(self) -> None:
         """UserError when another run has taken the folder over: nothing may be written any more."""
@@ -63,23 +72,29 @@ class Run:
 
 
 def build_loader(run: Run, start_step: int, steps: int, batch_size: int) -> DataLoader:
-    """Batches of this process from ``start_step`` to ``steps``, of ``batch_size`` images over all processes.
+    """Batches of this process from ``start_step`` to ``steps``, of ``batch_size`` labeled images over all processes.
 
     The samples do not depend on worker or process counts. Loading processes: at most one per CPU.
     """
     settings, distributed = run.settings, run.distributed
     sampler = build_sampler(run, start_step, steps, batch_size)
     workers = min(settings.data.workers, available_cpus())
-    return DataLoader(run.train_set, batch_sampler=sampler, num_workers=workers, collate_fn=data.collate,
+    return DataLoader(run.training_images, batch_sampler=sampler, num_workers=workers, collate_fn=data.collate,
                       worker_init_fn=data.worker_init, pin_memory=distributed.device.type == "cuda",
                       persistent_workers=workers > 0)
 
 
-def build_sampler(run: Run, start_step: int, steps: int, batch_size: int) -> data.TrainSampler:
-    """Which samples this process gets from ``start_step`` to ``steps``."""
-    return data.TrainSampler(len(run.train_set), batch_size=batch_size, steps=steps, rank=run.distributed.rank,
-                             world_size=run.distributed.world_size, seed=run.settings.optimization.seed,
-                             start_step=start_step, mode=run.settings.data.sampling)
+def build_sampler(run: Run, start_step: int, steps: int, batch_size: int) -> data.TrainSampler | data.MixedSampler:
+    """Which of ``run.training_images`` this process gets from ``start_step`` to ``steps``."""
+    settings = run.settings
+    sampler = partial(data.TrainSampler, steps=steps, rank=run.distributed.rank, world_size=run.distributed.world_size,
+                      seed=settings.optimization.seed, start_step=start_step, mode=settings.data.sampling)
+    labeled = sampler(len(run.train_set), batch_size=batch_size)
+    if run.unlabelled is None:
+        return labeled
+    unlabelled = sampler(len(run.unlabelled), batch_size=images_without_labels(settings),
+                         stream=data.UNLABELLED_STREAM)
+    return data.MixedSampler(labeled, unlabelled, settings.speed.grad_accumulation)
 
 
 def training_batches(run: Run) -> Iterator[dict]:
@@ -101,11 +116,13 @@ def to_device(run: Run, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
 
 def network_inputs(run: Run, batch: dict) -> tuple[Tensor, Tensor | None, Tensor]:
     """(images of the student, of the teacher if there is one, float [B, 3, H, W]; target int64 [B, H, W]) of a batch of
-    the loader (uint8 images, int16 labels), normalized for each network."""
+    the loader (uint8 images, int16 labels), normalized for each network. A stored teacher gets its scores."""
     images, valid, target = to_device(run, batch)
     student_images = run.student.preprocess(images, valid)
     teacher_images = None
-    if run.teacher is not None:
+    if isinstance(run.teacher, StoredTeacher):
+        teacher_images = batch["scores"].to(run.distributed.device, non_blocking=True)
+    elif run.teacher is not None:
         same = run.teacher.preprocess == run.student.preprocess
         teacher_images = student_images if same else run.teacher.preprocess(images, valid)
     return student_images, teacher_images, target
@@ -117,13 +134,15 @@ def train_batch(run: Run, batch: dict) -> StepResult:
 
 
 def run_stages(run: Run, check: Callable[[], None] = lambda: None) -> None:
-    """Run the stages that methods need before training. A resumed run has their results in its state. check: called
-    between the steps of a stage; one that it ends (SystemExit) saves what it has and goes on from there."""
+    """Run the stages that methods need before training, on labeled images. A resumed run has their results in its
+    state. check: called between the steps of a stage; one that it ends (SystemExit) saves what it has and goes on from
+    there."""
+    labeled = replace(run, unlabelled=None)
 
     def batches(steps: int, batch_size: int, start: int,
                 role: str) -> Iterator[tuple[Tensor | tuple[Tensor, Tensor], Tensor]]:
         nets = {"teacher": [run.teacher], "student": [run.student], "both": [run.student, run.teacher]}[role]
-        for batch in in_time(build_loader(run, start, steps, batch_size)):
+        for batch in in_time(build_loader(labeled, start, steps, batch_size)):
             images, valid, target = to_device(run, batch)
             inputs = tuple(net.preprocess(images, valid) for net in nets)
             if role == "teacher" and run.objective.common is not None:

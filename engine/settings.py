@@ -21,6 +21,7 @@ from engine.options import (
 from engine.presets import preset
 from engine.recipe import Recipe, check_recipe, recipe_defaults
 from engine.saved import CONFIG_HELP, repeated
+from engine.unlabelled import check_readers
 from losses.core import methods
 from losses.core.distiller import Distiller
 from losses.core.objective import active_methods
@@ -208,6 +209,7 @@ def check_settings(settings: Settings) -> None:
                         f"{', '.join(names)}; "
                         f"without one: {', '.join(f'--method {name}' for name in ('none', *without_teacher()))}")
     check_recipe(settings)
+    check_readers(settings)
     o = settings.optimization
     if o.min_lr > o.lr:
         raise UserError(f"--min-lr {o.min_lr:g} is above --lr {o.lr:g}: expected at most that (a method's preset may "

@@ -73,8 +73,8 @@ class BPKD(Distiller):
     year = 2024
     cost = "label edges at crop size, softmaxes of the logits"
     Options = BPKDOptions
-    terms = (Term("bpkd_edge", 0.0, "weight of BPKD's divergence per pixel on label edges"),
-             Term("bpkd_body", 0.0, "weight of BPKD's divergence per class map off the edges"))
+    terms = (Term("bpkd_edge", 0.0, "weight of BPKD's divergence per pixel on label edges", needs_labels=True),
+             Term("bpkd_body", 0.0, "weight of BPKD's divergence per class map off the edges", needs_labels=True))
     needs = Needs.both("logits", same_classes=True, least_classes=2)
     # the paper's 50 (edge; times its class weight of 2) and 20 (body) with a 7x7 window, as public re-implementations
     # quote them; those disagree about the temperature (1 and 4)

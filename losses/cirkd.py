@@ -30,8 +30,9 @@ class CIRKD(Distiller):
     year = 2022
     terms = (Term("cirkd_batch", 0.0, "weight of CIRKD's pixel relations between the images of a group"),
              Term("cirkd_pixel", 0.0, "weight of CIRKD's relations with queued pixels (0.39 GB for 19 classes, 3-4 GB "
-                                      "for 150 or more)"),
-             Term("cirkd_region", 0.0, "weight of CIRKD's relations with queued class means (0.04 GB for 19 classes)"))
+                                      "for 150 or more)", needs_labels=True),
+             Term("cirkd_region", 0.0, "weight of CIRKD's relations with queued class means (0.04 GB for 19 classes)",
+                  needs_labels=True))
     Options = RelationOptions
     needs = HEADS
     cost = "relations of all positions between two images and to about 5000 queue vectors"
@@ -59,7 +60,8 @@ class CIRKD(Distiller):
             losses["cirkd_batch"] = minibatch_pixel_loss(*heads, **self.batch_options)
         if self.memory is not None:
             shared = step_generator(batch.target.device, self.seed, self.method, batch.step)
-            queued = self.memory(*heads, batch.target, generator=shared)
+            labeled = batch.with_labels()
+            queued = self.memory(labeled.student.head, labeled.teacher.head, labeled.target, generator=shared)
             losses |= {f"cirkd_{name}": value for name, value in queued.items()}
         return losses
 

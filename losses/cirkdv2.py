@@ -125,8 +125,8 @@ class CIRKDv2(Distiller):
     year = 2025
     terms = (Term("cirkdv2_batch", 0.0, "weight of CIRKDv2's pixel relations between the images of a group"),
              Term("cirkdv2_pixel", 0.0, "weight of CIRKDv2's relations with queued pixels (0.39 GB for 19 classes, "
-                                        "3-4 GB for 150 or more)"),
-             Term("cirkdv2_region", 0.0, "weight of CIRKDv2's relations with queued class means"),
+                                        "3-4 GB for 150 or more)", needs_labels=True),
+             Term("cirkdv2_region", 0.0, "weight of CIRKDv2's relations with queued class means", needs_labels=True),
              Term("cirkdv2_channel", 0.0, "weight of CIRKDv2's channel relations between the images of a group"),
              Term("cirkdv2_channel_memory", 0.0, "weight of CIRKDv2's relations with queued channels"),
              Term("cirkdv2_channel_mse", 0.0, "weight of CIRKDv2's squared error between normalised channels"),
@@ -173,7 +173,8 @@ class CIRKDv2(Distiller):
             large = {"pool": POOL} if min(student.shape[-2:]) >= LARGE else {}
             losses["cirkdv2_batch"] = minibatch_pixel_loss(student, teacher, **self.batch_options | large)
         if self.memory is not None:
-            queued = self.memory(student, teacher, batch.target, generator=shared)
+            labeled = slice(batch.labeled)
+            queued = self.memory(student[labeled], teacher[labeled], batch.target[labeled], generator=shared)
             losses |= {f"cirkdv2_{name}": value for name, value in queued.items()}
         if self.channels is not None:
             channels = self.channels(student, teacher, generator=shared)

@@ -58,7 +58,7 @@ class DKD(Distiller):
     paper = "Zhao et al., Decoupled Knowledge Distillation"
     year = 2022
     Options = DKDOptions
-    terms = (core.Term("dkd", 0.0, "weight of the decoupled KL divergence of labelled pixels"),)
+    terms = (core.Term("dkd", 0.0, "weight of the decoupled KL divergence of labelled pixels", needs_labels=True),)
     needs = Needs.both("logits", same_classes=True, least_classes=2)
     preset = {"*": {"lambda_dkd": 1.0}}  # as the defaults of the options: of ImageNet; none published for segmentation
     cost = "four softmaxes of the logits"

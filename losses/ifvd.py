@@ -38,7 +38,7 @@ class IFVD(Distiller):
     title = "intra-class feature variation, with the adversarial term"
     paper = "Wang et al., Intra-class Feature Variation Distillation for Semantic Segmentation"
     year = 2020
-    terms = (Term("ifvd", 0.0, "weight of IFVD's intra-class feature variation loss"),)
+    terms = (Term("ifvd", 0.0, "weight of IFVD's intra-class feature variation loss", needs_labels=True),)
     needs = Needs.both("head", same_stride=True)
     # CIRKD's Cityscapes script, the only one released; crops of the last two sets are too small for the discriminator
     preset = {"*": {"lambda_kd": 1.0, "lambda_ifvd": 20.0, "lambda_adv": 0.001},

@@ -125,7 +125,7 @@ class KT(Distiller):
     year = 2025
     cost = "softmaxes of head and logits, masked means, channel correlations, three 1x1 convs twice"
     Options = KTOptions
-    terms = (Term("kt_logit", 0.0, "weight of KT's tailored logits"),
+    terms = (Term("kt_logit", 0.0, "weight of KT's tailored logits", needs_labels=True),
              Term("kt_feature", 0.0, "weight of KT's tailored head features"),
              Term("kt_contrast", 0.0, "weight of KT's contrast of high and low correlations"),
              Term("kt_aux", 0.0, "weight of KT's divergence between auxiliary logits (at the temperature of KD)"))
@@ -156,7 +156,8 @@ class KT(Distiller):
         student, teacher = batch.student, batch.teacher
         terms = self.features(student.head, teacher.head, batch.step) if self.features else {}
         if "kt_logit" in self.active:
-            logits, target = (student.logits, teacher.logits), batch.target
+            labeled = batch.with_labels()
+            logits, target = (labeled.student.logits, labeled.teacher.logits), labeled.target
             if self.as_released:
                 logits = (F.interpolate(x, size=target.shape[-2:], mode="nearest") for x in logits)
             else:

@@ -77,7 +77,7 @@ class LAD(Distiller):
     paper = "Qiu et al., Make a Strong Teacher with Label Assistance"
     year = 2024
     Options = LADOptions
-    terms = (Term("lad", 0.0, "weight of CWD on the logits of LAD's own teacher"),)
+    terms = (Term("lad", 0.0, "weight of CWD on the logits of LAD's own teacher", needs_labels=True),)
     needs = Needs(student=("logits",))
     preset = {"*": {"lambda_lad": 3.0, "aux_weight": 0.02}}  # the released code, which is for Pascal VOC alone
     rows = {"*": {"lad_model": "deeplabv3"}}

@@ -1,7 +1,7 @@
 """Networks made ready for speed: weights in channels-last order, and a teacher that only has to be run forward."""
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -138,3 +138,18 @@ class PreparedTeacher(nn.Module):
         if self.output_dtype is not None:
             read = {tap: value if value is None else value.to(self.output_dtype) for tap, value in read.items()}
         return SegOutput(**read)
+
+
+class StoredTeacher(nn.Module):
+    """Stands for a network whose outputs are stored: it gets them in place of images. taps: {field of ``SegOutput``:
+    channels} of what is stored, in order. The attributes are those of the network."""
+
+    def __init__(self, net: nn.Module, taps: Mapping[str, int]) -> None:
+        super().__init__()
+        self.channels, self.name, self.num_class = dict(taps), net.name, net.num_class
+        self.output_stride, self.strides, self.preprocess = net.output_stride, net.strides, net.preprocess
+
+    def forward(self, stored: Tensor) -> SegOutput:
+        """The stored outputs [B, C, h, w] as maps, in the default precision."""
+        parts = stored.to(torch.get_default_dtype()).split(list(self.channels.values()), dim=1)
+        return SegOutput(**{**dict.fromkeys(SegOutput._fields), **dict(zip(self.channels, parts, strict=True))})

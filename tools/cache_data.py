@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from dataset import SegmentationDataset, get_dataset_spec, list_datasets, use_cache
+from dataset import SegmentationDataset, get_dataset_spec, list_datasets, unlabelled_images, use_cache
 from tools.check_data import list_files
 from utils.cli import parse_options, run_main
 from utils.options import OptionGroup, option
@@ -30,6 +30,8 @@ class Settings(OptionGroup):
     split: tuple[str, ...] = option((), "this split only (may be repeated; default: those that a training run reads)",
                                     nargs="append", metavar="NAME")
     list: tuple[str, ...] = option((), "list file of a split", nargs="append", metavar="SPLIT=FILE")
+    unlabelled: str | None = option(None, "the images below this folder too, as for train_kd.py", metavar="DIR",
+                                    aliases=("unlabeled",))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     lists = list_files(settings.list, spec)
     names = settings.split or dict.fromkeys((spec.train_split, spec.selection_split, *spec.report_splits))
     splits = [SegmentationDataset(spec, settings.data, name, train=False, list_file=lists.get(name)) for name in names]
+    if settings.unlabelled is not None:
+        splits.append(unlabelled_images(spec, settings.unlabelled))
     use_cache(splits, settings.cache, print)
     for split in splits:
         print(f"{split.split}: {len(split)} images are in {settings.cache}")

@@ -2,7 +2,7 @@
 
     python tools/check_data.py --dataset camvid --data data/CamVid
     python tools/check_data.py --dataset voc --data data/VOCAug --list train=train_aug.txt --list val=val.txt --all
-    python tools/check_data.py --dataset folder --data mydata --all --json report.json
+    python tools/check_data.py --dataset folder --data mydata --all --json report.json --unlabelled more_images
 
 Exit code 0 when everything that was read is fine, 2 (and one line on stderr) otherwise; warnings do not count.
 """
@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from dataset import DatasetSpec, get_dataset_spec, list_datasets
 from dataset.discovery import Sample, find_samples, labels_without_image
 from dataset.io import decode_pair, read_files
+from dataset.unlabelled import SPLIT, unlabelled_spec
 from utils.cli import parse_options, run_main
 from utils.distributed import available_cpus
 from utils.errors import UserError
@@ -42,6 +43,8 @@ class Settings(OptionGroup):
     data: str = option(MISSING, "root folder of the data set", metavar="DIR")
     split: tuple[str, ...] = option((), "check this split only (may be repeated)", nargs="append", metavar="NAME")
     list: tuple[str, ...] = option((), "list file of a split", nargs="append", metavar="SPLIT=FILE")
+    unlabelled: str | None = option(None, "check the images below this folder too, which have no labels", metavar="DIR",
+                                    aliases=("unlabeled",))
     sample: int = option(20, "images to decode per split, evenly spread; 0: none", at_least=0, metavar="N")
     all: bool = option(False, "decode every image")
     json: Path | None = option(None, "write counts and every problem", metavar="FILE")
@@ -215,6 +218,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     reports = []
     for split in wanted_splits(spec, settings, lists):
         reports.append(check_split(spec, settings, split, lists.get(split)))
+        print_split(reports[-1])
+    if settings.unlabelled is not None:
+        reports.append(check_split(unlabelled_spec(spec), replace(settings, data=settings.unlabelled), SPLIT, None))
         print_split(reports[-1])
     counts = sum(report.pixels for report in reports if report.labeled)
     if np.any(counts):

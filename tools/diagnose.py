@@ -52,6 +52,8 @@ class Options(OptionGroup):
     batches: int = option(4, "batches to measure now, for a run without records", at_least=1, metavar="N")
     data: str | None = option(None, "root folder of the data set, to measure now (default: that of the run)",
                               metavar="DIR")
+    unlabelled: str | None = option(None, "folder of its images without labels, to measure now (default: that of the "
+                                          "run)", metavar="DIR")
     teacher_pretrained: str | None = option(None, "the run's teacher, to measure now (default: where the run had it)",
                                             metavar="FILE")
     log_dir: str | None = option(None, "where the run's log is (default: beside the run, or where it wrote it)",
@@ -83,7 +85,8 @@ def restored(settings: Settings, options: Options) -> Run:
                         f"{files.log_directory} (--log-dir) and no training state {files.state.name}")
     networks = replace(settings.networks, student_pretrained=None, student_pretrained_base=None,
                        teacher_pretrained=options.teacher_pretrained or settings.networks.teacher_pretrained)
-    data = replace(settings.data, data=options.data or settings.data.data, workers=0)
+    data = replace(settings.data, data=options.data or settings.data.data, workers=0,
+                   unlabelled=options.unlabelled or settings.data.unlabelled)
     running = replace(settings.running, skip_val=True)
     settings = replace(settings, networks=networks, data=data, running=running,
                        speed=replace(settings.speed, compile=False))

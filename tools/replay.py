@@ -83,7 +83,8 @@ def settings_of(content: Mapping[str, Any], options: Options) -> Settings:
                        teacher_pretrained=teacher)
     return replace(
         settings, networks=networks, data=replace(settings.data, workers=0, cache=None),
-        optimization=replace(settings.optimization, batch_size=len(content["batch"]["name"])),
+        optimization=replace(settings.optimization,
+                             batch_size=len(content["batch"]["name"]) - content.get("unlabelled", 0)),
         speed=replace(settings.speed, compile=False),
         running=replace(settings.running, skip_val=True, resume=options.bundle, skip_nonfinite=0))
 

@@ -28,6 +28,7 @@ import engine.build
 from engine.ready import get_ready
 from engine.run import Run, train_batch
 from engine.settings import Settings, parse_settings
+from engine.unlabelled import images_without_labels
 from losses.core import methods
 from models.preprocess import _per_channel
 from utils.cli import parse_options, run_main
@@ -83,8 +84,11 @@ def settings_of(row: str, method: str, batch: int, flags: list[str], short: bool
 
 
 def build(settings: Settings, device: torch.device) -> Run:
-    """The run as the program builds it, without data; stages before training change no size."""
+    """The run as the program builds it, without data, hence with the teacher itself where its scores are stored; stages
+    before training change no size."""
+    settings = replace(settings, networks=replace(settings.networks, teacher_scores=None))
     with mock.patch.object(engine.build, "build_dataset", lambda *args, **kwargs: None), \
+            mock.patch.object(engine.build, "build_unlabelled", lambda *args: None), \
             mock.patch.object(engine.build.data, "fingerprint", lambda splits: None):
         run = engine.build.build_run(settings, Distributed(0, 1, 0, device))
     get_ready(run)
@@ -94,7 +98,7 @@ def build(settings: Settings, device: torch.device) -> Run:
 
 def loader_batch(settings: Settings) -> dict[str, torch.Tensor]:
     """What the loader delivers, on the CPU."""
-    images, crop = settings.optimization.batch_size, settings.data.crop_size
+    images, crop = settings.optimization.batch_size + images_without_labels(settings), settings.data.crop_size
     return {"image": torch.zeros((images, 3, *crop), dtype=torch.uint8),
             "valid": torch.zeros((images, 4), dtype=torch.int32), "label": torch.zeros((images, *crop),
                                                                                      dtype=torch.int16)}

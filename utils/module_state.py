@@ -1,6 +1,7 @@
-"""What a module holds besides its parameters, remembered and put back."""
+"""What a module holds: besides its parameters, remembered and put back; all of it, in a digest."""
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -42,3 +43,10 @@ def modules_kept(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         held.restore()
+
+
+def add_weights(digest: hashlib._Hash, net: nn.Module) -> None:
+    """Let a digest depend on the names, shapes and values of a module's parameters and buffers."""
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

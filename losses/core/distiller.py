@@ -23,13 +23,15 @@ class Term:
     """One scalar that a method adds to the loss. weight: the default of the setting ``lambda_NAME``. scales_task: it is
     no scalar; its weight says how far the method's :meth:`Distiller.task_scale` holds for the cross entropy. sum_over:
     the tap of the teacher over whose channels and positions it is a sum. of_unit_maps: it is a mean over the positions,
-    of maps at unit length, and shrinks with their number."""
+    of maps at unit length, and shrinks with their number. needs_labels: it is of labeled images alone; ``forward`` of a
+    method that has other terms too takes them from ``Batch.with_labels``."""
     name: str
     weight: float
     help: str
     scales_task: bool = False
     sum_over: str | None = None
     of_unit_maps: bool = False
+    needs_labels: bool = False
 
     @property
     def depends_on_map(self) -> bool:

@@ -83,14 +83,25 @@ class RunFacts:
 
 class Batch(NamedTuple):
     """One step's input of a method. teacher: without a graph; None when no method of the run reads one. target: int64
-    [B, H, W] at crop size. images: the student's, float [B, 3, H, W]. step: iterations done so far. Where the teacher
-    does not score every class, a method that reads its scores gets the student's scores, and the labels, of the common
-    classes, numbered anew (``losses/core/common.py``)."""
+    [B, H, W] at crop size. images: the student's, float [B, 3, H, W]. step: iterations done so far. labeled: so many
+    images, the first ones, have labels; None = all. Where the teacher does not score every class, a method that reads
+    its scores gets the student's scores, and the labels, of the common classes, numbered anew
+    (``losses/core/common.py``)."""
     student: SegOutput
     teacher: SegOutput | None
     target: Tensor
     images: Tensor
     step: int
+    labeled: int | None = None
+
+    def with_labels(self) -> Batch:
+        """The images that have labels, as a batch: what a term that needs labels reads."""
+        if self.labeled is None:
+            return self
+        first = slice(self.labeled)
+        student, teacher = (maps and SegOutput(*(None if x is None else x[first] for x in maps))
+                            for maps in (self.student, self.teacher))
+        return Batch(student, teacher, self.target[first], self.images[first], self.step)
 
 
 @dataclass(frozen=True)

@@ -83,19 +83,20 @@ class Objective(nn.Module):
     entropies are averaged, 0 = all. criterion: these cross entropies, default :class:`SegCrossEntropyLoss`. plain_maps:
     methods get the maps of both networks in the order of their dimensions, however the networks lay them out. resized:
     {method: the student's maps that it gets at the teacher's size}. common: what makes the scores and labels of the
-    classes that the teacher scores, None when it scores all; narrowed: methods that get those alone."""
+    classes that the teacher scores, None when it scores all; narrowed: methods that get those alone. unlabelled: so
+    many images of a batch, the last ones, have no labels, and terms that need them are of the others."""
     plain_maps = False
 
     def __init__(self, student: nn.Module, distillers: Mapping[str, Distiller], weights: Mapping[str, float],
                  aux_weight: float = 0.4, ignore_label: int = -1, group_size: int = 0,
                  criterion: nn.Module | None = None, resized: Mapping[str, tuple[str, ...]] | None = None,
-                 common: CommonClasses | None = None, narrowed: Iterable[str] = ()) -> None:
+                 common: CommonClasses | None = None, narrowed: Iterable[str] = (), unlabelled: int = 0) -> None:
         super().__init__()
         self.student = student
         self.distillers = nn.ModuleDict(distillers)
         self.criterion = criterion or SegCrossEntropyLoss(ignore_label, group_size)
         self.weights = {"task": 1.0, "aux": aux_weight, **weights}
-        self.resized = dict(resized or {})
+        self.resized, self.unlabelled = dict(resized or {}), unlabelled
         self.common, self.narrowed = common, frozenset(narrowed)
 
     def forward(self, images: Tensor, teacher: SegOutput | None, target: Tensor, step: int,
@@ -105,15 +106,21 @@ class Objective(nn.Module):
         if self.plain_maps:
             student, teacher = (maps and SegOutput(*(None if x is None else x.contiguous() for x in maps))
                                 for maps in (student, teacher))
-        whole = narrow = Batch(student, teacher, target, images, step)
-        if self.narrowed:
-            narrow = whole._replace(student=self.common.scores(student), target=self.common.labels(target))
-        terms = task_loss(student, target, self.criterion)
+        with_labels = len(images) - self.unlabelled if self.unlabelled else None
+        batch = Batch(student, teacher, target, images, step, with_labels)
+        labeled = batch.with_labels()
+        terms = task_loss(labeled.student, labeled.target, self.criterion)
         for name, distiller in self.distillers.items():
-            batch = narrow if name in self.narrowed else whole
-            seen = batch._replace(student=resize_maps(batch.student, teacher, self.resized.get(name, ())))
+            seen = batch if self.reads_unlabelled(distiller) else labeled
+            if name in self.narrowed:
+                seen = seen._replace(student=self.common.scores(seen.student), target=self.common.labels(seen.target))
+            seen = seen._replace(student=resize_maps(seen.student, seen.teacher, self.resized.get(name, ())))
             terms.update({term: value for term, value in distiller(seen, generator).items() if self.weights.get(term)})
         return terms
+
+    def reads_unlabelled(self, distiller: Distiller) -> bool:
+        """Whether a method has a term that counts and does without labels."""
+        return any(self.weights.get(t.name) and not t.needs_labels for t in distiller.terms)
 
     def run_student(self, images: Tensor) -> SegOutput:
         """The student's forward pass. It may be replaced by a compiled one."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from losses.core.facts import Preparation, RunFacts
 from utils.distributed import average_gradients, barrier, broadcast_state, rank_and_world, reduce_mean
 from utils.errors import UserError
+from utils.module_state import add_weights
 from utils.schedule import poly_lr
 from utils.tensor_files import load_tensors, save_tensors
 
@@ -216,7 +217,5 @@ def stage_digest(net: nn.Module, settings: StageSettings, data: str) -> str:
     if settings.train_mode and not settings.shared_norm:  # batch norm sees the images of one process
         known["processes"] = rank_and_world()[1]
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(net.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    add_weights(digest, net)
     return digest.hexdigest()[:16]

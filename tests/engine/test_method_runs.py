@@ -46,9 +46,11 @@ def material(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def two_processes(material, tmp_path_factory) -> dict[str, str]:
-    """{method: "" or what went wrong} of a run of every method with two processes."""
+    """{method: "" or what went wrong} of a run of every method with two processes; "unlabelled": with such images."""
     base = tmp_path_factory.mktemp("two_processes")
     jobs = {n: run_arguments(n, *material, base / n, "--diagnose-every", "2") for n in NAMES}
+    jobs["unlabelled"] = run_arguments("cirkd", *material, base / "unlabelled", "--unlabelled",
+                                       str(material[0] / "images/val"))
     (base / "jobs.json").write_text(json.dumps(jobs))
     program = ROOT / "tests" / "programs" / "train_methods.py"
     done = launch(str(program), [str(base / "jobs.json"), str(base / "results.json")])
@@ -56,7 +58,7 @@ def two_processes(material, tmp_path_factory) -> dict[str, str]:
     return json.loads((base / "results.json").read_text())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "unlabelled"])
 def test_two_processes_train_and_agree(two_processes, name) -> None:
     assert two_processes[name] == ""
 

@@ -125,6 +125,20 @@ def test_one_class_in_common_is_enough_for_features_alone() -> None:
             assert set(objective_of(*arguments).distillers) == {"mse"}
 
 
+@pytest.mark.parametrize(("name", "reads"), [("kd", True), ("dkd", False)])
+def test_images_without_labels_beside_a_map(name, reads) -> None:
+    """A method on the common classes that needs labels leaves them out, another one learns from them."""
+    case, crop, target = Case(name, (64, 64)), (64, 64), labels((64, 64), 3)
+    maps, known = outputs(STUDENT, crop, 3), outputs(TEACHER, crop, 3, seed=1)
+    few, run, found = TEACHER.of_classes(len(COMMON)), replace(case.run, common=COMMON), []
+    for count, unlabelled in ((3, 1), (2, 0)):
+        student, teacher = (SegOutput(*(x.detach()[:count] for x in one)) for one in (maps, known))
+        objective = objective_of(case, run, STUDENT, few, student)
+        objective.unlabelled = unlabelled
+        found.append(values(step(objective, narrow(teacher), target[:count])))
+    assert (found[0] == found[1]) is not reads and found[0]
+
+
 def test_labels_of_other_classes_are_ignored() -> None:
     common = CommonClasses((1, 4), CLASSES, 255)
     assert common.labels(torch.tensor([[[0, 1, 2, 3, 4, 255, -1]]])).tolist() == [[[255, 0, 255, 255, 1, 255, 255]]]
