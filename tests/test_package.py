@@ -43,6 +43,9 @@ for command in commands:
         command.load()()
     assert said.getvalue().startswith(f"usage: {command.name} "), (command.name, said.getvalue()[:200])
 
+from afdcd.tools.bench.jobs import added_since
+assert added_since("utils.allocator.keep_freed_memory") is not None  # for afdcd-latency
+
 import cosine
 sys.argv = ["afdcd-train", "--list-methods"]
 assert commands["afdcd-train"].load()() == 0
