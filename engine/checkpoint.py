@@ -30,8 +30,8 @@ OF_PRESENCE = ("unlabelled", "teacher_scores")
 FREE_TO_CHANGE = frozenset((
     "resume", "workers", "data", *OF_PRESENCE, "cache", "save_dir", "log_dir", "log_iter", "save_per_iters",
     "val_per_iters", "diagnose_every", "skip_nonfinite", "timeout", "skip_val", "results", "protocol", "label", "name",
-    "tensorboard", "panels", "local_rank", "no_cuda", "teacher_pretrained", "teacher_pretrained_base",
-    "student_pretrained", "student_pretrained_base", "teacher_classes"))
+    "tensorboard", "tracker", "tracker_project", "panels", "local_rank", "no_cuda", "teacher_pretrained",
+    "teacher_pretrained_base", "student_pretrained", "student_pretrained_base", "teacher_classes"))
 
 
 def versions() -> dict[str, str]:

@@ -42,7 +42,8 @@ def evaluation(run: Run) -> list[str]:
     more += [["--data-list", data.val_list]] if data.val_list is not None else []
     more += [["--ignore-label", str(data.ignore_label)]] if data.ignore_label != -1 else []
     more += [["--no-cuda"]] if run.settings.running.no_cuda else []
-    parts = [["python", "eval.py"], ["--model", networks.student_model], ["--backbone", networks.student_backbone],
-             ["--dataset", data.dataset], ["--data", data.data], ["--pretrained", str(weights)], *more]
+    parts = [shlex.split("python eval.py"), ["--model", networks.student_model],
+             ["--backbone", networks.student_backbone], ["--dataset", data.dataset], ["--data", data.data],
+             ["--pretrained", str(weights)], *more]
     return [INDENT + line for line in fold(
         [shlex.join(part) for part in parts], " \\", " ", WIDTH - len(INDENT)).splitlines()]

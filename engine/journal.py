@@ -21,6 +21,7 @@ from engine.run import Run
 from engine.run_files import plain
 from engine.settings import given_teacher_flags
 from engine.step import StepResult
+from engine.tracker import Tracker
 from utils.distributed import reduce_mean
 from utils.files import write_json
 from utils.flops import peak_flops
@@ -46,7 +47,7 @@ class Journal:
                 run.files.set_aside()
             setup_logging(True, run.files.text_log)
             self.logger = RunLogger(run.files.log_directory, run.files.log_name, run.step, running.tensorboard,
-                                    run.validated)
+                                    run.validated, self._tracker())
             write_json(run.files.config, {
                 "config": plain(run.settings), "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
                 "processes": distributed.world_size, "versions": versions(), "revision": revision()})
@@ -55,6 +56,13 @@ class Journal:
         self.progress = tqdm(total=run.settings.optimization.max_iterations, initial=run.step, unit="it",
                              disable=not (distributed.is_main_process and sys.stderr.isatty()), dynamic_ncols=True,
                              smoothing=0.1)
+
+    def _tracker(self) -> Tracker | None:
+        running, files = self.run.settings.running, self.run.files
+        if running.tracker is None:
+            return None
+        return Tracker(running.tracker, running.tracker_project, files.directory.resolve().name, files.log_directory,
+                       files.log_name, plain(self.run.settings))
 
     def _introduce(self) -> None:
         run = self.run

@@ -1,4 +1,4 @@
-"""What a run writes down: text log, JSON lines, TensorBoard scalars and panels."""
+"""What a run writes down: text log, JSON lines, TensorBoard scalars and panels, scalars for a tracker."""
 from __future__ import annotations
 
 import json
@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.layout import break_lines
+from engine.tracker import Tracker
 from utils.files import write_text
 
 LOG = logging.getLogger("afdcd")
@@ -83,17 +84,17 @@ class RunLogger:
     """JSON lines (always) and TensorBoard (unless switched off) of one run. Only the main process makes one.
 
     A resumed run drops the records past the step it resumes from, so that a log never holds a step twice. validated:
-    step past which it drops validations, if that is an earlier one.
+    step past which it drops validations, if that is an earlier one. tracker: gets the same scalars as TensorBoard.
     """
 
     def __init__(self, directory: Path, name: str, start_step: int = 0, tensorboard: bool = True,
-                 validated: int | None = None) -> None:
+                 validated: int | None = None, tracker: Tracker | None = None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / f"{name}.jsonl"
         self._drop_after(start_step, start_step if validated is None else validated)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
         self._pending, self._warned = b"", False  # what could not be written yet
-        self._board = None
+        self._board, self._tracker = None, tracker
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
@@ -113,9 +114,12 @@ class RunLogger:
         """Append one JSON line ``{"kind", "step", ...}`` and plot its numbers (nested dicts become a/b tags)."""
         self._pending += json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n"
         self._write_pending()
+        scalars = dict(_flatten(kind, values))
         with self._board_may_fail():
-            for tag, value in _flatten(kind, values) if self._board is not None else ():
+            for tag, value in scalars.items() if self._board is not None else ():
                 self._board.add_scalar(tag, value, step)
+        if self._tracker is not None:
+            self._tracker.log(scalars, step)
 
     def _write_pending(self) -> None:
         """Write what is due. What finds no room is kept for the next time."""
@@ -150,6 +154,8 @@ class RunLogger:
         with self._board_may_fail():
             if self._board is not None:
                 self._board.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 def _is_within(line: str, step: int, validated: int) -> bool:

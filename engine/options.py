@@ -11,6 +11,7 @@ import torch
 
 from dataset.spec import list_datasets
 from engine.recipe import Recipe
+from engine.tracker import TRACKERS
 from losses.core import methods
 from models import NetworkChoice, backbone_help, model_help
 from models.prepare import HALF_PRECISIONS
@@ -226,6 +227,8 @@ class Running(OptionGroup):
                                     "takes about a backward pass per term; 0 = none", at_least=0)
     skip_val: bool = option(False, "no validation, hence no best model and no final report")
     tensorboard: bool = option(True, "write TensorBoard scalars and prediction panels")
+    tracker: str | None = option(None, "send the same scalars to Weights & Biases or trackio", choices=TRACKERS)
+    tracker_project: str = option("afdcd", "project of --tracker", metavar="NAME")
     panels: int = option(3, "validation images drawn at every validation", at_least=0)
     no_cuda: bool = option(False, "run on the CPU although there is a GPU")
     local_rank: int = option(0, hidden=True)  # torchrun's environment decides

@@ -31,8 +31,8 @@ SCORES = ("mIoU", "mIoU_present", "pixAcc", "mAcc")
 #: settings that change no figure but time and memory, say where things lie, or that a network says itself
 UNIMPORTANT = frozenset((
     "resume", "workers", "data", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters", "diagnose_every",
-    "timeout", "results", "protocol", "label", "name", "tensorboard", "panels", "local_rank", "no_cuda", "aux", "fast",
-    "channels_last", "teacher_classes"))
+    "timeout", "results", "protocol", "label", "name", "tensorboard", "tracker", "tracker_project", "panels",
+    "local_rank", "no_cuda", "aux", "fast", "channels_last", "teacher_classes"))
 #: settings that weight files say where they are left open
 SAID_BY_FILES = frozenset(("student_head_width", "teacher_head_width"))
 #: files, of which the name counts, not where they lie

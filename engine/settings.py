@@ -33,6 +33,7 @@ from models import (
 )
 from utils.cli import ArgumentParser, read_options
 from utils.errors import UserError
+from utils.extras import need
 from utils.options import Option, OptionGroup, flag, options_of
 
 
@@ -210,6 +211,8 @@ def check_settings(settings: Settings) -> None:
                         f"without one: {', '.join(f'--method {name}' for name in ('none', *without_teacher()))}")
     check_recipe(settings)
     check_readers(settings)
+    if settings.running.tracker is not None:
+        need(settings.running.tracker, settings.running.tracker)
     o = settings.optimization
     if o.min_lr > o.lr:
         raise UserError(f"--min-lr {o.min_lr:g} is above --lr {o.lr:g}: expected at most that (a method's preset may "

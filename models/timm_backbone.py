@@ -9,6 +9,7 @@ from models.backbone import Backbone, Stages
 from models.preprocess import Preprocess
 from models.torchvision_compat import import_torchvision
 from utils.errors import UserError
+from utils.extras import need
 from utils.tensor_files import first_line
 
 PREFIX = "timm:"
@@ -49,10 +50,7 @@ class TimmBackbone(Backbone):
 def create(name: str, weights: str | None) -> Any:
     """timm's feature extractor at stride 8, else 16."""
     import_torchvision()
-    try:
-        import timm
-    except ImportError as error:
-        raise UserError(f"{PREFIX}{name}: needs timm (pip install timm): {error}") from error
+    timm = need("timm", "timm")
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0][:6]}*")[:4]
         raise UserError(f"{PREFIX}{name}: timm has no such network" + (f" (it has {', '.join(near)})" if near else ""))

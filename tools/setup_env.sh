@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make or update the virtual environment .venv: bash tools/setup_env.sh [--test]
-#   --test            also what the tests need (pyproject.toml, extra "test")
+#   --test            also what tests and style check need (pyproject.toml, extra "dev")
 #   PYTHON_BASE       interpreter to build it from, 3.11 or newer [python3, else the newest python3.x found]
 #   TORCH_INDEX_URL   additional package index for torch. On a machine without a GPU,
 #                     https://download.pytorch.org/whl/cpu gives a small torch in place of one with CUDA (several GB).
@@ -87,7 +87,14 @@ if [[ $WANTED == --test ]]; then
     "$VENV/bin/python" -c '
 import tomllib
 with open("pyproject.toml", "rb") as file:
-    print("\n".join(tomllib.load(file)["project"]["optional-dependencies"]["test"]))' >"$VENV/requirements-test.txt"
+    extras = tomllib.load(file)["project"]["optional-dependencies"]
+todo = ["dev"]
+while todo:
+    for line in extras[todo.pop()]:
+        if line.startswith("afdcd["):  # other extras
+            todo += line[6:-1].split(",")
+        else:
+            print(line)' >"$VENV/requirements-test.txt"
     install test requirements.txt "$VENV/requirements-test.txt"
 fi
 say "ready: $VENV/bin/python"

@@ -148,7 +148,7 @@ def register(name: str):
 
 def methods() -> dict[str, type[Distiller]]:
     """Every registered method, by name. Imports each file of ``losses/`` once, so that its decorator runs."""
-    package = importlib.import_module("losses")
+    package = importlib.import_module("..", __package__)
     for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg):
-        importlib.import_module(f"losses.{module}")
+        importlib.import_module(f"{package.__name__}.{module}")
     return dict(sorted(_REGISTRY.items()))

@@ -161,12 +161,13 @@ class TestSources:
             get_segmentation_model(model, backbone, CLASSES)
         assert "\n" not in str(refused.value)
 
-    @pytest.mark.parametrize(("model", "package"), [("smp:Unet:resnet18", "segmentation_models_pytorch"),
-                                                    ("hf:x", "transformers")])
-    def test_a_missing_library_is_named(self, model, package, monkeypatch) -> None:
+    @pytest.mark.parametrize(("model", "backbone", "package"), [
+        ("smp:Unet:resnet18", "", "segmentation_models_pytorch"), ("hf:x", "", "transformers"),
+        ("deeplabv3", "timm:mobilenetv3_small_050", "timm")])
+    def test_a_missing_library_is_named(self, model, backbone, package, monkeypatch) -> None:
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(UserError, match=f"{package} cannot be imported .*pip install"):
-            get_segmentation_model(model, "", CLASSES)
+            get_segmentation_model(model, backbone, CLASSES)
 
     def test_options_that_have_no_meaning_are_refused(self) -> None:
         with pytest.raises(UserError, match="takes no backbone weights"):

@@ -71,6 +71,7 @@ def train_settings(flags: Sequence[str], trial: bool = False) -> Settings:
 def added_since(name: str) -> Callable[..., Any] | None:
     """``module.function`` of the measured code, None in a version that does not have the module."""
     module, _, function = name.rpartition(".")
+    module = engine.__name__.removesuffix("engine") + module  # in the installed package, below it
     return getattr(importlib.import_module(module), function) if importlib.util.find_spec(module) else None
 
 

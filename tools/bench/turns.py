@@ -16,6 +16,9 @@ from typing import Any
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+#: what a child process runs: a file, which may measure the code of another checkout, or a module of the package
+PROGRAM = [str(Path(__file__).with_name("worker.py"))] if __package__ == "tools.bench" else \
+    ["-m", f"{__package__}.worker"]
 
 
 class Refused(UserError):
@@ -51,8 +54,8 @@ class Worker:
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process
         threads = {"OMP_NUM_THREADS": str(job["threads"])} if job["threads"] else {}
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tools" / "bench" / "worker.py"), json.dumps(job)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self.errors, text=True, env={**os.environ, **threads})
+            [sys.executable, *PROGRAM, json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self.errors, text=True, env={**os.environ, **threads})
         self.about = self._answer()
 
     def ask(self, **request: Any) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from utils.options import flag, options_of
 #: settings that say where things lie, what is written and how it is loaded: they do not change a training
 NOT_OF_THE_TRAINING = frozenset((
     "data", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters", "val_per_iters", "skip_val", "results",
-    "protocol", "label", "name", "resume", "tensorboard", "panels", "workers", "local_rank", "no_cuda", "start_epoch",
-    "save_epoch", "val_epoch"))
+    "protocol", "label", "name", "resume", "tensorboard", "tracker", "tracker_project", "panels", "workers",
+    "local_rank", "no_cuda", "start_epoch", "save_epoch", "val_epoch"))
 #: settings that both runs of a fair comparison share
 SHARED = ("student_model", "student_backbone", "student_pretrained", "student_pretrained_base", "crop_size",
           "batch_size", "max_iterations", "lr", "min_lr", "poly_power", "momentum", "nesterov",

@@ -1,0 +1,1 @@
+"""Af-DCD: distilling semantic-segmentation networks."""
