@@ -217,7 +217,7 @@ def _open_own(source: str, name: str) -> WeightFile:
     file = open_weights(source)
     if (other := suggestion(file.tensors)) is not None:
         advice = f"it goes to the model {other}" if other else \
-            "of those, only DeepLabV3 and PSPNet over ResNets are read"
+            "of those, only DeepLabV3 and PSPNet over ResNets, and SegFormer, are read"
         raise UserError(f"{file.name}: a file of mmsegmentation, whose networks have another stem and head than "
                         f"{name}: {advice}")
     return file

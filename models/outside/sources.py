@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.outside import mmsegmentation
+from models.outside import mmsegmentation, segformer
 from models.outside.net import Outside, OutsideNet
 from models.preprocess import IMAGENET_RGB, Preprocess, get_preprocess
 from models.torchvision_compat import import_torchvision
@@ -201,9 +201,17 @@ def call(build: Callable[..., Any], num_class: int, name: str) -> Any:
 
 
 def mmseg(name: str, num_class: int, aux: bool) -> Outside:
-    """mmsegmentation's DeepLabV3 and PSPNet, which need nothing installed."""
+    """mmsegmentation's DeepLabV3, PSPNet and SegFormer, which need nothing installed."""
+    if (size := segformer.size_of(name)) is not None:
+        return Outside(segformer.Segformer(size, num_class), segformer.TAPS)
     net = mmsegmentation.MMSegNet(mmsegmentation.parse(name), num_class, aux)
     return Outside(net, mmsegmentation.taps(aux), optional=() if aux else ("auxiliary_head.",))
+
+
+def suggestion(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the network that an mmsegmentation file looks like, '' where it is none of these; None when it is no
+    file of mmsegmentation."""
+    return segformer.suggestion(tensors) or mmsegmentation.suggestion(tensors)
 
 
 SOURCES: dict[str, Callable[[str, int, bool], Outside]] = {"smp": smp, "tv": tv, "hf": hf, "mmseg": mmseg,
