@@ -208,7 +208,7 @@ def test_a_network_that_takes_multiples_only(tmp_path) -> None:
     assert input_divisor(net) == 32 and input_divisor(network()) == 1
     assert sizes_to_check(Form(), 32) == [(2, 128, 160), (1, 160, 96)]
     path = tmp_path / "x.pt2"
-    write_pt2(trace(net, Form(), 32), path)
+    write_pt2(trace(net, Form(), 32).program, path)
     assert check(net, Form(), load_pt2(path), 32, "x").max_difference < 1e-5
     assert load_pt2(path)(torch.zeros(5, 3, 64, 256)).shape == (5, 3, 64, 256)
     net.conv.forward = lambda x: x.new_tensor(np.asarray(x.numpy()))  # what no tracer follows

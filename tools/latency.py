@@ -149,7 +149,7 @@ def write_forms(subject: Subject, forms: Sequence[str], folder: Path) -> dict[st
     torch.manual_seed(0)
     net = get_segmentation_model(subject.model, subject.backbone, subject.num_class, aux=False,
                                  head_width=subject.head_width).eval()
-    program, files = trace(net, Form(), input_divisor(net)), {}
+    program, files = trace(net, Form(), input_divisor(net)).program, {}
     folder.mkdir()
     for form in exported:
         files[form] = folder / form

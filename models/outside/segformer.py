@@ -41,6 +41,12 @@ def size_of(name: str) -> Size | None:
     return SIZES[int(match["size"])] if match else None
 
 
+def shares(size: Size) -> list[float]:
+    """Of images that a block leaves out in training, for every block: from 0 to DROPPED."""
+    count = sum(size.depths)
+    return [DROPPED * i / (count - 1) for i in range(count)]
+
+
 def to_tokens(x: Tensor) -> Tensor:
     """[B, C, h, w] -> [B, h w, C]."""
     return x.flatten(2).transpose(1, 2)
@@ -80,25 +86,33 @@ class MixFFN(nn.Module):
         return to_tokens(self.layers(to_map(x, size)))
 
 
-class Block(nn.Module):
-    """Attention and MixFFN, each added to what it is given; in training, either is left out for a share of images."""
+class Thinned(nn.Module):
+    """A block whose parts are left out in training, for the share ``dropped`` of the images."""
 
-    def __init__(self, width: int, heads: int, reduction: int, dropped: float) -> None:
+    def __init__(self, dropped: float) -> None:
         super().__init__()
-        self.norm1, self.attn = Norm(width), Attention(width, heads, reduction)
-        self.norm2, self.ffn = Norm(width), MixFFN(width)
         self.dropped = dropped
 
-    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """[B, h w, C] -> [B, h w, C]."""
-        x = x + self._thin(self.attn(self.norm1(x), size))
-        return x + self._thin(self.ffn(self.norm2(x), size))
-
-    def _thin(self, x: Tensor) -> Tensor:
+    def thin(self, x: Tensor) -> Tensor:
+        """What a part adds, [B, h w, C]: 0 for some images, more for the others."""
         if not self.training or self.dropped == 0:
             return x
         kept = torch.rand(len(x), 1, 1, dtype=x.dtype, device=x.device) >= self.dropped
         return x * kept / (1 - self.dropped)
+
+
+class Block(Thinned):
+    """Attention and MixFFN, each added to what it is given."""
+
+    def __init__(self, width: int, heads: int, reduction: int, dropped: float) -> None:
+        super().__init__(dropped)
+        self.norm1, self.attn = Norm(width), Attention(width, heads, reduction)
+        self.norm2, self.ffn = Norm(width), MixFFN(width)
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """[B, h w, C] -> [B, h w, C]."""
+        x = x + self.thin(self.attn(self.norm1(x), size))
+        return x + self.thin(self.ffn(self.norm2(x), size))
 
 
 class Embedding(nn.Module):
@@ -120,12 +134,10 @@ class MixTransformer(nn.Module):
     def __init__(self, size: Size) -> None:
         super().__init__()
         self.channels = [size.width * heads for heads in HEADS]
-        count = sum(size.depths)
-        shares = (DROPPED * i / (count - 1) for i in range(count))
-        self.layers, c_in = nn.ModuleList(), 3
+        self.layers, dropped, c_in = nn.ModuleList(), iter(shares(size)), 3
         for i, (width, depth) in enumerate(zip(self.channels, size.depths, strict=True)):
             embedding = Embedding(c_in, width, 3 if i else 7, 2 if i else 4)
-            blocks = nn.ModuleList(Block(width, HEADS[i], REDUCTIONS[i], next(shares)) for _ in range(depth))
+            blocks = nn.ModuleList(Block(width, HEADS[i], REDUCTIONS[i], next(dropped)) for _ in range(depth))
             self.layers.append(nn.ModuleList([embedding, blocks, Norm(width)]))
             c_in = width
 

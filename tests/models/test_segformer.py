@@ -1,14 +1,17 @@
 """SegFormer with mmsegmentation's names: the output equals that of its forward pass, written here on tensors by name,
-and the backbone that of transformers. The released files were not at hand: names and layout are those of its code."""
+and the backbone that of transformers; with CIRKD's names: all of it equals that of transformers. The released files
+were not at hand: names and layout are those of the published code."""
 from __future__ import annotations
+
+import re
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import IMAGENET_RGB, get_segmentation_model
-from models.outside import segformer, suggestion
+from models import CAFFE_BGR, IMAGENET_RGB, get_segmentation_model
+from models.outside import cirkd_segformer, segformer, suggestion
 from models.torchvision_compat import import_torchvision
 from utils.errors import UserError
 
@@ -82,11 +85,11 @@ def tiny(monkeypatch) -> None:
     monkeypatch.setattr(segformer, "HEAD_WIDTH", 6)
 
 
-def write_released(path) -> dict[str, Tensor]:
-    """A file as mmsegmentation publishes it, with random numbers; its tensors."""
+def write_released(path, net: nn.Module) -> dict[str, Tensor]:
+    """A file as the authors publish it, with random numbers; its tensors."""
     generator = torch.Generator().manual_seed(1)
     tensors = {}
-    for key, value in segformer.Segformer(segformer.SIZES[0], 5).state_dict().items():
+    for key, value in net.state_dict().items():
         random = torch.randn(value.shape, generator=generator, dtype=torch.float64)
         tensors[key] = value if value.dim() == 0 else random * (2 / value[0].numel()) ** 0.5 if value.dim() > 1 \
             else 1 + 0.3 * random.abs() if "running_var" in key or key.endswith("weight") else 0.3 * random
@@ -123,7 +126,7 @@ def to_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_the_forward_pass(tiny, tmp_path) -> None:
-    tensors = write_released(tmp_path / "a.pth")
+    tensors = write_released(tmp_path / "a.pth", segformer.Segformer(segformer.SIZES[0], 5))
     name = "mmseg:segformer_mit-b0_8x1_1024x1024_160k_cityscapes"
     net = get_segmentation_model(name, "", 5).double().eval()
     net.load_state_dict(tensors)
@@ -143,7 +146,7 @@ def test_the_forward_pass(tiny, tmp_path) -> None:
 def test_the_backbone_is_that_of_transformers(tiny, tmp_path) -> None:
     import_torchvision()
     transformers = pytest.importorskip("transformers", minversion="5.0")
-    tensors = write_released(tmp_path / "a.pth")
+    tensors = write_released(tmp_path / "a.pth", segformer.Segformer(segformer.SIZES[0], 5))
     config = transformers.SegformerConfig(hidden_sizes=[4, 8, 20, 32], depths=list(DEPTHS))
     other = transformers.SegformerModel(config).double().eval()
     other.load_state_dict(to_transformers(tensors))
@@ -158,16 +161,77 @@ def test_the_backbone_is_that_of_transformers(tiny, tmp_path) -> None:
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
 
+def cirkd_to_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the names of transformers 5, whose convolution behind the scales has no bias."""
+    renamed = {}
+    for key, value in tensors.items():
+        if match := re.fullmatch(r"(patch_embed|block|norm|linear_c)(\d)\.(.+)", key):
+            kind, stage, rest = match[1], int(match[2]) - 1, match[3]
+            if ".attn.kv." in key:
+                block, what = rest.partition(".")[0], rest.rpartition(".")[2]
+                for name, piece in zip("kv", value.chunk(2), strict=True):
+                    renamed[f"segformer.stages.{stage}.blocks.{block}.attention.{name}_proj.{what}"] = piece
+                continue
+            for old, new in (("norm1", "layernorm_before"), ("norm2", "layernorm_after"),
+                             ("attn.q.", "attention.q_proj."),
+                             ("attn.proj", "attention.o_proj"),
+                             ("attn.norm", "attention.sequence_reduction.layer_norm"),
+                             ("attn.sr", "attention.sequence_reduction.sequence_reduction")):
+                rest = rest.replace(old, new)
+            at = {"patch_embed": "patch_embeddings", "block": "blocks", "norm": "layer_norm"}.get(kind)
+            rest = rest if kind != "patch_embed" else rest.replace("norm", "layer_norm")
+            name = f"segformer.stages.{stage}.{at}.{rest}" if at else f"decode_head.linear_projections.{stage}.{rest}"
+            renamed[name] = value
+        elif key != "linear_fuse.0.bias":
+            for old, new in (("linear_fuse.0", "linear_fuse"), ("linear_fuse.1", "batch_norm"),
+                             ("linear_pred", "classifier")):
+                key = key.replace(old, new)
+            renamed[f"decode_head.{key}"] = value
+    mean = "decode_head.batch_norm.running_mean"
+    return renamed | {mean: renamed[mean] - tensors["linear_fuse.0.bias"]}
+
+
+def test_cirkd(tiny, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(cirkd_segformer, "SIZES", segformer.SIZES)
+    monkeypatch.setattr(cirkd_segformer, "NARROW", 6)
+    name = "cirkd:segformer_MiT_B0"
+    tensors = write_released(tmp_path / "a.pth", cirkd_segformer.Segformer(cirkd_segformer.parse(name[6:]), 5))
+    read = get_segmentation_model(name, "", 5, pretrained=str(tmp_path / "a.pth")).eval()
+    assert read.strides == {"logits": 4, "c1": 4, "c2": 8, "c3": 16, "c4": 32, "head": 4}
+    assert read.preprocess == CAFFE_BGR and suggestion(tensors) is None
+    for wrong in ("segformer_MiT_B6", "deeplabv3"):
+        with pytest.raises(UserError, match=f"cirkd:{wrong}: expected cirkd:segformer_MiT_B0 ... B5"):
+            get_segmentation_model(f"cirkd:{wrong}", "", 5)
+    import_torchvision()
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    config = transformers.SegformerConfig(hidden_sizes=[4, 8, 20, 32], depths=list(DEPTHS), decoder_hidden_size=6,
+                                          num_labels=5)
+    other = transformers.SegformerForSemanticSegmentation(config).double().eval()
+    lost = other.load_state_dict(cirkd_to_transformers(tensors))
+    assert not lost.missing_keys and not lost.unexpected_keys
+    for path, module in other.named_modules():  # 1e-5 there, whatever its configuration says
+        if re.search(r"layernorm_(before|after)$|stages\.\d\.layer_norm$", path):
+            module.eps = 1e-6
+    net = get_segmentation_model(name, "", 5).double().eval()
+    net.load_state_dict(tensors)
+    x = torch.rand(2, 3, 75, 102, dtype=torch.float64)
+    out, wanted = net(x), other(x, output_hidden_states=True)
+    for got, expected in ((out.logits, wanted.logits), *zip(out[2:6], wanted.hidden_states[-4:], strict=True)):
+        assert expected.std() > 0.1
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(read(x.float()).logits, wanted.logits.float(), rtol=1e-4, atol=1e-4)
+
+
 def test_in_training_blocks_are_left_out_for_single_images(tiny) -> None:
     block = segformer.Block(8, 2, 1, dropped=0.5).train()
     x = torch.randn(64, 6, 8)
     torch.manual_seed(0)
     with torch.no_grad():
-        changed = block._thin(x)
+        changed = block.thin(x)
     share = changed / x
     assert set(share.unique().round(decimals=3).tolist()) == {0.0, 2.0}
     assert all(len(one.round(decimals=3).unique()) == 1 for one in share), "an image is left out as a whole"
-    assert torch.equal(block.eval()._thin(x), x)
+    assert torch.equal(block.eval().thin(x), x)
     net = segformer.Segformer(segformer.SIZES[0], 5)
     rates = [block.dropped for stage in net.backbone.layers for block in stage[1]]
     assert rates[0] == 0 and rates == sorted(rates) and rates[-1] == pytest.approx(0.1)
@@ -191,4 +255,10 @@ def test_released_shapes() -> None:
                            "decode_head.conv_seg.weight": (19, 256, 1, 1)}.items():
             assert shapes[key] == shape
         assert suggestion(tensors) == f"mmseg:segformer_mit-b{size}"
+        if size not in (0, 4):
+            continue
+        with torch.device("meta"):
+            other = cirkd_segformer.Segformer(cirkd_segformer.parse(f"segformer_MiT_B{size}"), 19).state_dict()
+        assert other["block4.1.attn.kv.weight"].shape == (2 * last, last) and "block4.1.attn.sr.weight" not in other
+        assert other["linear_fuse.0.weight"].shape == ((768, 3072, 1, 1) if size > 1 else (256, 1024, 1, 1))
         assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(count, abs=0.02), size
