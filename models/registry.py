@@ -165,16 +165,10 @@ def get_segmentation_model(model: str = "deeplabv3", backbone: str = "resnet18",
     if isinstance(num_class, bool) or not isinstance(num_class, int) or num_class < 1:
         raise UserError(f"{model}-{backbone}: num_class must be a whole number of at least 1, got {num_class!r}")
     if is_outside(model):
-        if is_given(pretrained_base):
-            raise UserError(f"{model}: takes no backbone weights; put them into its own file, or into what builds it")
         if head_width is not None:
             raise UserError(f"{model}: has no head of this repository, whose width could be set to {head_width}")
         file = open_weights(pretrained) if is_given(pretrained) else None
-        if architecture is None and file is not None and (file.info or {}).get("model") == model:
-            architecture = file.info.get("architecture")
-        net = build_outside(model, num_class, parse_taps(taps), aux, architecture)
-        load_weights(net, file, "model", preprocess=preprocess)
-        return net
+        return _outside_network(model, num_class, aux, taps, architecture, file, pretrained_base, preprocess)
     if taps:
         raise UserError(f"taps {taps!r}: only for networks of other libraries, the maps of {model} are known")
     classifier = _architecture(model).classifier
@@ -189,6 +183,19 @@ def get_segmentation_model(model: str = "deeplabv3", backbone: str = "resnet18",
             log.info("%s-%s: %s is not read, %s holds the backbone too", model, backbone, pretrained_base, pretrained)
     else:
         load_weights(net, None if is_timm(str(backbone)) else pretrained_base, "backbone", preprocess=preprocess)
+    return net
+
+
+def _outside_network(model: str, num_class: int, aux: bool | None, taps: str | None,
+                     architecture: Mapping[str, Any] | None, file: WeightFile | None, base: str | None,
+                     preprocess: Preprocess | str | None) -> nn.Module:
+    """A network of another library with the weights of a file, or of its backbone."""
+    if architecture is None and file is not None and (file.info or {}).get("model") == model:
+        architecture = file.info.get("architecture")
+    net = build_outside(model, num_class, parse_taps(taps), aux, architecture)
+    if is_given(base) and not net.backbone_names:
+        raise UserError(f"{model}: takes no backbone weights; put them into its own file, or into what builds it")
+    load_weights(net, file or base, "model" if file else "backbone", preprocess=preprocess)
     return net
 
 

@@ -216,6 +216,27 @@ def test_a_network_that_takes_multiples_only(tmp_path) -> None:
         trace(net, Form(), 32)
 
 
+class Attentive(Picky):
+    """Shrinks maps as SegFormer does: below 64 pixels, another graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.shrink = nn.Conv2d(3, 3, 7, 4, 3), nn.Conv2d(3, 3, 8, 8)
+
+    def forward(self, x: torch.Tensor) -> SegOutput:
+        x = self.embed(x)
+        return SegOutput(x + self.shrink(x).mean((2, 3), keepdim=True), *[None] * 6)
+
+
+def test_the_least_side_is_the_first_that_can_be_traced() -> None:
+    net = Attentive().eval()
+    traced = trace(net, Form(), 1)
+    assert traced.least == 64 and describe_form(net, Form(), traced.least)["input"]["least_side"] == 64
+    assert check(net, Form(), traced.program.module(), 1, "x").max_difference < 1e-5
+    assert traced.program.module()(torch.zeros(1, 3, 64, 65)).shape == (1, 3, 16, 17)
+    assert "least_side" not in describe_form(net, Form(size=(64, 64)))["input"]
+
+
 def test_a_graph_that_differs_is_refused() -> None:
     net = network()
     for form in (Form(), Form(argmax=True)):

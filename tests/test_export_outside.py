@@ -1,4 +1,5 @@
-"""Students of other libraries leave: what is exported opens where the folder that they came from is not."""
+"""Students of other libraries leave: what is exported opens where the folder that they came from is not. Names of
+folders of this machine stay here."""
 from __future__ import annotations
 
 import json
@@ -28,7 +29,7 @@ def change(path: Path, **entries) -> None:
 
 
 def test_a_network_of_transformers(tmp_path) -> None:
-    """Also as ONNX: attention wants larger pictures than convolutions."""
+    """Also as ONNX, for one size, which is faster."""
     import_torchvision()
     transformers = pytest.importorskip("transformers")
     for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -38,12 +39,12 @@ def test_a_network_of_transformers(tmp_path) -> None:
     net = fill.fill_module(get_segmentation_model(f"hf:{tmp_path / 'mine'}", "", K), 3).eval()
     save_state_dict(net, tmp_path / "w.pth")
     out = tmp_path / "left"
-    assert program.main([str(tmp_path / "w.pth"), "--to", "safetensors", "onnx", "--out", str(out)]) == 0
+    flags = ["--to", "safetensors", "onnx", "--size", "64", "64", "--out", str(out)]
+    assert program.main([str(tmp_path / "w.pth"), *flags]) == 0
     (tmp_path / "mine").rename(tmp_path / "away")
     config = json.loads((out / "config.json").read_text())
     assert config["model"] == "hf:mine" and str(tmp_path) not in json.dumps(config) + (out / "README.md").read_text()
-    graph = config["exports"]["onnx"]
-    assert graph["input"]["least_side"] == 64 and graph["check"]["largest_logit"] > 0.1
+    assert config["exports"]["onnx"]["check"]["largest_logit"] > 1
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         for opened in (from_pretrained(out), open_trained(tmp_path / "w.pth").net):

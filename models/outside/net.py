@@ -33,7 +33,8 @@ class Outside:
     taps: {field of SegOutput: path}, see ``taps.py``. preprocess: of its input. multiple: its input's sides must divide
     by it. side: of the image that it is tried with. logits: from what it returns to class scores, a map [B, K, h, w].
     optional: what the names of tensors start with that a weight file may hold in vain. architecture: what builds it
-    again where its name means nothing, as JSON values; None where the name says it all."""
+    again where its name means nothing, as JSON values; None where the name says it all. backbone: what the names of
+    tensors start with that an ImageNet file holds; prefix: what that file does not have in front of them."""
 
     net: nn.Module
     taps: Mapping[str, str] = field(default_factory=dict)
@@ -43,6 +44,8 @@ class Outside:
     logits: Callable[[Any], Tensor] = first_tensor
     optional: tuple[str, ...] = ()
     architecture: Mapping[str, Any] | None = None
+    backbone: tuple[str, ...] = ()
+    prefix: str = ""
 
 
 class OutsideNet(nn.Module):
@@ -62,6 +65,7 @@ class OutsideNet(nn.Module):
         self.trained_on: dict[str, Any] | None = None
         self.preprocess, self.multiple, self.optional = outside.preprocess, outside.multiple, outside.optional
         self.net, self.read_logits, self.architecture = outside.net, outside.logits, outside.architecture
+        self.backbone_names, self.backbone_prefix = outside.backbone, outside.prefix
         self.taps = {**outside.taps, **(taps or {})}
         self.layouts: dict[str, Layout] = {}  # of each tap, as the first image has shown it
         self.catcher = Catcher(self.net, self.taps, source)

@@ -258,17 +258,21 @@ def call(build: Callable[..., Any], num_class: int, name: str) -> Any:
         raise UserError(f"module:{name}: {type(error).__name__}: {first_line(error)}") from error
 
 
+MMSEG_BACKBONE: dict[str, Any] = {"backbone": ("backbone.",), "prefix": "backbone."}
+
+
 def mmseg(name: str, num_class: int, aux: bool) -> Outside:
     """mmsegmentation's DeepLabV3, PSPNet and SegFormer, which need nothing installed."""
     if (size := segformer.size_of(name)) is not None:
-        return Outside(segformer.Segformer(size, num_class), segformer.TAPS)
+        return Outside(segformer.Segformer(size, num_class), segformer.TAPS, **MMSEG_BACKBONE)
     net = mmsegmentation.MMSegNet(mmsegmentation.parse(name), num_class, aux)
-    return Outside(net, mmsegmentation.taps(aux), optional=() if aux else ("auxiliary_head.",))
+    return Outside(net, mmsegmentation.taps(aux), optional=() if aux else ("auxiliary_head.",), **MMSEG_BACKBONE)
 
 
 def cirkd(name: str, num_class: int, aux: bool) -> Outside:
     """CIRKD's SegFormer, which needs nothing installed."""
-    return Outside(cirkd_segformer.Segformer(cirkd_segformer.parse(name), num_class), cirkd_segformer.TAPS, CAFFE_BGR)
+    return Outside(cirkd_segformer.Segformer(cirkd_segformer.parse(name), num_class), cirkd_segformer.TAPS, CAFFE_BGR,
+                   backbone=("patch_embed", "block", "norm"))
 
 
 def suggestion(tensors: Mapping[str, Tensor]) -> str | None:

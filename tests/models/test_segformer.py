@@ -81,8 +81,10 @@ class Forward:
 @pytest.fixture
 def tiny(monkeypatch) -> None:
     """The smallest of them, smaller still."""
-    monkeypatch.setattr(segformer, "SIZES", (segformer.Size(4, DEPTHS), *segformer.SIZES[1:]))
-    monkeypatch.setattr(segformer, "HEAD_WIDTH", 6)
+    sizes = (segformer.Size(4, DEPTHS), *segformer.SIZES[1:])
+    for module, width in ((segformer, "HEAD_WIDTH"), (cirkd_segformer, "NARROW")):
+        monkeypatch.setattr(module, "SIZES", sizes)
+        monkeypatch.setattr(module, width, 6)
 
 
 def write_released(path, net: nn.Module) -> dict[str, Tensor]:
@@ -191,9 +193,7 @@ def cirkd_to_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed | {mean: renamed[mean] - tensors["linear_fuse.0.bias"]}
 
 
-def test_cirkd(tiny, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(cirkd_segformer, "SIZES", segformer.SIZES)
-    monkeypatch.setattr(cirkd_segformer, "NARROW", 6)
+def test_cirkd(tiny, tmp_path) -> None:
     name = "cirkd:segformer_MiT_B0"
     tensors = write_released(tmp_path / "a.pth", cirkd_segformer.Segformer(cirkd_segformer.parse(name[6:]), 5))
     read = get_segmentation_model(name, "", 5, pretrained=str(tmp_path / "a.pth")).eval()
@@ -220,6 +220,23 @@ def test_cirkd(tiny, tmp_path, monkeypatch) -> None:
         assert expected.std() > 0.1
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(read(x.float()).logits, wanted.logits.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["cirkd:segformer_MiT_B0", "mmseg:segformer_mit-b0"])
+def test_imagenet_files_fill_the_backbone(model, tiny, tmp_path) -> None:
+    """A file of the backbone alone, with its classifier, and one of a whole network."""
+    whole = write_released(tmp_path / "whole.pth", get_segmentation_model(model, "", 5).net)
+    backbone = {key.removeprefix("backbone."): value for key, value in whole.items()
+                if not key.startswith(("linear_", "decode_head."))}
+    classifier = {"head.weight": torch.zeros(1000, 32), "head.bias": torch.zeros(1000)}
+    torch.save(backbone | classifier, tmp_path / "mit_b0.pth")
+    for name in ("mit_b0.pth", "whole.pth"):
+        got = get_segmentation_model(model, "", 7, pretrained_base=str(tmp_path / name)).state_dict()
+        inside = {key.removeprefix("backbone."): value for key, value in got.items()}
+        assert len(backbone) > 90 and all(torch.equal(inside[key], value.float()) for key, value in backbone.items())
+    torch.save({key: value for key, value in list(backbone.items())[20:]}, tmp_path / "part.pth")
+    with pytest.raises(UserError, match="matches only .* tensors of .*'s backbone"):
+        get_segmentation_model(model, "", 5, pretrained_base=str(tmp_path / "part.pth"))
 
 
 def test_in_training_blocks_are_left_out_for_single_images(tiny) -> None:
