@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from models.outside import portable
 from models.preprocess import Preprocess
 from models.registry import get_segmentation_model
 from models.weight_files import describe, unwrap
@@ -57,7 +58,7 @@ def build_config(net: nn.Module, classes: Sequence[str] | None = None,
     for what, values in (("class names", classes), ("colors", palette)):
         if values is not None and len(values) != net.num_class:
             raise UserError(f"{net.name}: {len(values)} {what} for {net.num_class} classes")
-    return {"format": FORMAT, **describe(net), "output_stride": net.output_stride,
+    return {"format": FORMAT, **describe(net), "model": portable(net.model), "output_stride": net.output_stride,
             "classes": None if classes is None else list(classes),
             "palette": None if palette is None else [[int(value) for value in color] for color in palette]}
 
@@ -72,7 +73,7 @@ def from_pretrained(source: str | os.PathLike) -> nn.Module:
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: no {WEIGHTS}; expected a folder of tools/export.py --to safetensors")
     net = get_segmentation_model(config["model"], config["backbone"], config["num_class"], config["aux"],
-                                 head_width=config.get("head_width"))
+                                 head_width=config.get("head_width"), architecture=config.get("architecture"))
     load_weights(net, folder / WEIGHTS, preprocess=config["preprocess"])
     if "trained_on" in config:
         net.trained_on = config["trained_on"]

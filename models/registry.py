@@ -116,7 +116,8 @@ def list_models() -> list[tuple[str, str]]:
 
 def model_help(whose: str = "") -> str:
     """Help of a flag that chooses a model."""
-    return f"architecture{whose}: {', '.join(ARCHITECTURES)}; or of elsewhere: smp:, tv:, hf:, mmseg:, module:NAME"
+    return (f"architecture{whose}: {', '.join(ARCHITECTURES)}; or of elsewhere: smp:, tv:, hf:, mmseg:, cirkd:, "
+            "module:NAME")
 
 
 def backbone_help(whose: str = "") -> str:
@@ -148,7 +149,8 @@ def get_segmentation_model(model: str = "deeplabv3", backbone: str = "resnet18",
                            aux: bool | None = None, pretrained: str | None = None, pretrained_base: str | None = None,
                            norm_layer: NormLayer = nn.BatchNorm2d, local_rank: int | None = None,
                            preprocess: Preprocess | str | None = None, taps: str | None = None,
-                           head_width: int | None = None) -> nn.Module:
+                           head_width: int | None = None,
+                           architecture: Mapping[str, Any] | None = None) -> nn.Module:
     """Build a network by name and load its weights.
 
     model, backbone: a pair of :func:`list_models`, the backbone optionally with a width suffix (``_w0.5``).
@@ -157,18 +159,16 @@ def get_segmentation_model(model: str = "deeplabv3", backbone: str = "resnet18",
     in ``weights.load_weights``. norm_layer: called with a channel count. local_rank: for old callers, without effect.
     Networks and backbones of other libraries: see ``models/outside`` and ``timm_backbone``. taps: of such a network, as
     'c4=PATH,head=PATH', see ``outside/taps.py``. head_width: channels of the main head; None = that of the file
-    ``pretrained``, else the habit of model and backbone (CIRKDv2's files are 512 wide).
+    ``pretrained``, else the habit of model and backbone (CIRKDv2's files are 512 wide). architecture: of a network of
+    another library (``OutsideNet.architecture``); None = what the JSON file beside ``pretrained`` says, if anything.
     Raises UserError for an unknown name, a class count below 1, or weights that do not fit."""
     if isinstance(num_class, bool) or not isinstance(num_class, int) or num_class < 1:
         raise UserError(f"{model}-{backbone}: num_class must be a whole number of at least 1, got {num_class!r}")
     if is_outside(model):
-        if is_given(pretrained_base):
-            raise UserError(f"{model}: takes no backbone weights; put them into its own file, or into what builds it")
         if head_width is not None:
             raise UserError(f"{model}: has no head of this repository, whose width could be set to {head_width}")
-        net = build_outside(model, num_class, parse_taps(taps), aux)
-        load_weights(net, pretrained, "model", preprocess=preprocess)
-        return net
+        file = open_weights(pretrained) if is_given(pretrained) else None
+        return _outside_network(model, num_class, aux, taps, architecture, file, pretrained_base, preprocess)
     if taps:
         raise UserError(f"taps {taps!r}: only for networks of other libraries, the maps of {model} are known")
     classifier = _architecture(model).classifier
@@ -183,6 +183,19 @@ def get_segmentation_model(model: str = "deeplabv3", backbone: str = "resnet18",
             log.info("%s-%s: %s is not read, %s holds the backbone too", model, backbone, pretrained_base, pretrained)
     else:
         load_weights(net, None if is_timm(str(backbone)) else pretrained_base, "backbone", preprocess=preprocess)
+    return net
+
+
+def _outside_network(model: str, num_class: int, aux: bool | None, taps: str | None,
+                     architecture: Mapping[str, Any] | None, file: WeightFile | None, base: str | None,
+                     preprocess: Preprocess | str | None) -> nn.Module:
+    """A network of another library with the weights of a file, or of its backbone."""
+    if architecture is None and file is not None and (file.info or {}).get("model") == model:
+        architecture = file.info.get("architecture")
+    net = build_outside(model, num_class, parse_taps(taps), aux, architecture)
+    if is_given(base) and not net.backbone_names:
+        raise UserError(f"{model}: takes no backbone weights; put them into its own file, or into what builds it")
+    load_weights(net, file or base, "model" if file else "backbone", preprocess=preprocess)
     return net
 
 
@@ -217,7 +230,7 @@ def _open_own(source: str, name: str) -> WeightFile:
     file = open_weights(source)
     if (other := suggestion(file.tensors)) is not None:
         advice = f"it goes to the model {other}" if other else \
-            "of those, only DeepLabV3 and PSPNet over ResNets are read"
+            "of those, only DeepLabV3 and PSPNet over ResNets, and SegFormer, are read"
         raise UserError(f"{file.name}: a file of mmsegmentation, whose networks have another stem and head than "
                         f"{name}: {advice}")
     return file
@@ -236,5 +249,5 @@ def _check_head_width(net: SegmentationNet, file: WeightFile, classifier: str, a
 def _architecture(model: str) -> Architecture:
     if model not in ARCHITECTURES:
         raise UserError(f"unknown model {model!r}: expected one of {', '.join(ARCHITECTURES)}, or SOURCE:NAME with "
-                        "a source among smp, tv, hf, mmseg, module")
+                        "a source among smp, tv, hf, mmseg, cirkd, module")
     return ARCHITECTURES[model]

@@ -58,6 +58,11 @@ class SegmentationNet(nn.Module):
         return "pretrained." + self.pretrained.key_prefix
 
     @property
+    def backbone_names(self) -> tuple[str, ...]:
+        """What the names of the backbone's tensors start with in this network's state_dict."""
+        return (self.backbone_prefix,)
+
+    @property
     def optional(self) -> tuple[str, ...]:
         """What the names of tensors start with that a weight file of this network may hold in vain."""
         return () if self.aux else ("auxlayer.",)

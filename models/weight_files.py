@@ -101,8 +101,10 @@ def read_info(path: str | os.PathLike) -> dict[str, Any] | None:
 
 def describe(net: nn.Module) -> dict[str, Any]:
     """What a plain state dict does not say, as JSON values: model, backbone, num_class, aux, preprocess and, if known,
-    what it was trained on, and, if it is not the usual one, the width of its head."""
-    more = {"head_width": getattr(net, "head_width", None), "trained_on": net.trained_on}
+    what it was trained on, if it is not the usual one, the width of its head, and, of a network of another library
+    whose name may be a folder of this machine, its architecture."""
+    more = {"head_width": getattr(net, "head_width", None), "trained_on": net.trained_on,
+            "architecture": getattr(net, "architecture", None)}
     return {"model": net.model, "backbone": net.backbone, "num_class": net.num_class, "aux": net.aux,
             "preprocess": net.preprocess.to_dict(), **{k: v for k, v in more.items() if v is not None}}
 

@@ -36,7 +36,7 @@ COUNTER, VARIANCE = "num_batches_tracked", "running_var"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PROFILER = re.compile(r"(.*\.)?total_(ops|params)")  # entries that profilers leave in saved files
 #: classifiers and heads that belong to no backbone
-BACKBONE_EXTRAS = re.compile(r"(fc|classifier|last_linear|features\.18|head|auxlayer)\..*")
+BACKBONE_EXTRAS = re.compile(r"(fc|classifier|last_linear|features\.18|head|auxlayer|decode_head|linear_\w+)\..*")
 #: the same inside a segmentation network whose backbone kept its classifier
 MODEL_EXTRAS = re.compile(r"pretrained\.(net\.)?(fc|classifier|last_linear|features\.18)\..*")
 NEW_MOBILENET = re.compile(r"(features\.\d+)\.conv\.(\d+)\.([01])\.(.+)")
@@ -104,7 +104,7 @@ def _fit_model(net: nn.Module, file: WeightFile) -> Fit:
 
 def _fit_backbone(net: nn.Module, file: WeightFile) -> Fit:
     prefix = net.backbone_prefix
-    own = {k.removeprefix(prefix): v for k, v in net.state_dict().items() if k.startswith(prefix)}
+    own = {k.removeprefix(prefix): v for k, v in net.state_dict().items() if k.startswith(net.backbone_names)}
     inside_net = any(k.startswith(prefix) for k in file.tensors)
     given = {k.removeprefix(prefix): v for k, v in file.tensors.items()}
     if modern := any(NEW_MOBILENET.fullmatch(k) for k in given):

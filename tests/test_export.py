@@ -208,12 +208,33 @@ def test_a_network_that_takes_multiples_only(tmp_path) -> None:
     assert input_divisor(net) == 32 and input_divisor(network()) == 1
     assert sizes_to_check(Form(), 32) == [(2, 128, 160), (1, 160, 96)]
     path = tmp_path / "x.pt2"
-    write_pt2(trace(net, Form(), 32), path)
+    write_pt2(trace(net, Form(), 32).program, path)
     assert check(net, Form(), load_pt2(path), 32, "x").max_difference < 1e-5
     assert load_pt2(path)(torch.zeros(5, 3, 64, 256)).shape == (5, 3, 64, 256)
     net.conv.forward = lambda x: x.new_tensor(np.asarray(x.numpy()))  # what no tracer follows
     with pytest.raises(UserError, match="picky: cannot be traced .*; a single size may be possible: --size H W"):
         trace(net, Form(), 32)
+
+
+class Attentive(Picky):
+    """Shrinks maps as SegFormer does: below 64 pixels, another graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.shrink = nn.Conv2d(3, 3, 7, 4, 3), nn.Conv2d(3, 3, 8, 8)
+
+    def forward(self, x: torch.Tensor) -> SegOutput:
+        x = self.embed(x)
+        return SegOutput(x + self.shrink(x).mean((2, 3), keepdim=True), *[None] * 6)
+
+
+def test_the_least_side_is_the_first_that_can_be_traced() -> None:
+    net = Attentive().eval()
+    traced = trace(net, Form(), 1)
+    assert traced.least == 64 and describe_form(net, Form(), traced.least)["input"]["least_side"] == 64
+    assert check(net, Form(), traced.program.module(), 1, "x").max_difference < 1e-5
+    assert traced.program.module()(torch.zeros(1, 3, 64, 65)).shape == (1, 3, 16, 17)
+    assert "least_side" not in describe_form(net, Form(size=(64, 64)))["input"]
 
 
 def test_a_graph_that_differs_is_refused() -> None:

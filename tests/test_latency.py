@@ -19,6 +19,7 @@ from models.hub import CONFIG, build_config
 from tools import latency as program
 from tools.bench.measure import call_times
 from tools.exporting.check import load_onnx
+from tools.exporting.graph import Traced
 from tools.latency import Subject, find_subjects, make_row, show
 
 QUICK = ["--size", "32", "48", "--calls", "4", "--warm", "0", "--threads", "1", "--device", "cpu"]
@@ -48,7 +49,7 @@ def test_every_form_of_a_network_has_its_rows(tmp_path, capsys, monkeypatch) -> 
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     # tests/test_export.py has the real ones, which take seconds
-    monkeypatch.setattr(program, "trace", lambda net, form, divisor: net)
+    monkeypatch.setattr(program, "trace", lambda net, form, divisor: Traced(net, 16))
     monkeypatch.setattr(program, "write_onnx", write_constant)
     monkeypatch.setattr(program, "write_pt2", lambda net, path: torch.save(net, path))
     monkeypatch.setattr("tools.exporting.check.load_pt2", lambda path, device: torch.load(path, weights_only=False))
@@ -95,6 +96,8 @@ def test_a_run_means_its_student_and_its_teacher(tmp_path) -> None:
     assert find_subjects(str(distilled / "kd_x.pth"), 19) == [Subject("psp", "tiny", 7)]
     (tmp_path / CONFIG).write_text(json.dumps(build_config(net)))
     assert find_subjects(str(tmp_path), 19) == [Subject("psp", "tiny", 7)]
+    (tmp_path / CONFIG).write_text(json.dumps(build_config(net) | {"architecture": {"model_type": "x"}}))
+    assert find_subjects(str(tmp_path), 19) == [Subject("psp", "tiny", 7, architecture='{"model_type": "x"}')]
     assert find_subjects("smp:Unet:mit-b0", 19) == [Subject("smp:Unet:mit-b0", "", 19)]
     assert find_subjects("deeplabv3-resnet18_w0.5", 19) == [Subject("deeplabv3", "resnet18_w0.5", 19)]
 

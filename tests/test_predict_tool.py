@@ -102,7 +102,9 @@ def test_bad_input_is_named(place, tmp_path, capsys) -> None:
     assert not [p for p in tmp_path.rglob("*") if ".tmp" in p.name]
 
 
-def test_a_camera_ends_with_ctrl_c_and_its_files_stay(place, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_camera_ends_with_ctrl_c_and_its_files_stay(breaks, place, tmp_path, monkeypatch, capsys) -> None:
+    """Also when it is unplugged, which is said."""
     frames = iter([np.zeros((48, 64, 3), np.uint8)] * 2)
 
     class Camera:
@@ -116,15 +118,34 @@ def test_a_camera_ends_with_ctrl_c_and_its_files_stay(place, tmp_path, monkeypat
             return 0.0
 
         def read(self):
-            if (frame := next(frames, None)) is None:
+            frame = next(frames, None)
+            if frame is None and not breaks:
                 raise KeyboardInterrupt
-            return True, frame
+            return frame is not None, frame
 
         def release(self):
             pass
 
     monkeypatch.setattr(cv2, "VideoCapture", Camera)
     argv = [str(place / "net.pth"), "0", "--out", str(tmp_path), "--device", "cpu", "--write", "ids", "colors"]
-    assert program.main(argv) == 0
+    assert program.main(argv) == breaks
+    said = "camera 0: gives no more frames after 2; what came until then is written\n"
+    assert capsys.readouterr().err == said * breaks
     assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()} == {
         "ids/camera0/000000.png", "ids/camera0/000001.png", "colors/camera0.mp4"}
+
+
+def test_a_video_that_is_cut_off_is_noticed(place, tmp_path, capsys) -> None:
+    whole = VideoWriter(tmp_path / "film.avi", 12)
+    for value in range(40):
+        whole.add(np.random.default_rng(value).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    whole.finish()
+    data = (tmp_path / "film.avi").read_bytes()
+    (tmp_path / "film.avi").write_bytes(data[:len(data) // 2])
+    argv = [str(place / "net.pth"), str(tmp_path / "film.avi"), "--device", "cpu", "--write", "ids"]
+    assert program.main([*argv, "--out", str(tmp_path / "out")]) == 1
+    done = len(list((tmp_path / "out").rglob("*.png")))
+    assert 0 < done < 38 and capsys.readouterr().err == (
+        f"{tmp_path}/film.avi: breaks off, {done} of its 40 frames can be read; what came until then is written\n")
+    assert program.main([*argv, "--frames", "5", "--out", str(tmp_path / "few")]) == 0
+    assert capsys.readouterr().err == ""

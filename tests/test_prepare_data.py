@@ -1,6 +1,7 @@
 """tools/prepare_data.py: small archives of the published formats become folders that the data set classes read."""
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -247,22 +248,59 @@ def test_an_interrupted_call_goes_on(tool, tmp_path, monkeypatch):
     before = written(root)
     assert sorted(before) == sorted(done) and not json.loads((root / engine.MANIFEST).read_text())["complete"]
     monkeypatch.setattr(engine.Target, "_put", write)
-    damaged = root / done[0]
-    damaged.write_bytes(damaged.read_bytes()[:-1])
+    short, zeros = root / done[0], root / done[1]
+    good = [short.read_bytes(), zeros.read_bytes()]
+    short.write_bytes(good[0][:-1])
+    zeros.write_bytes(bytes(len(good[1])))  # as a power failure leaves it
     got = tool(*command)
-    assert got.returncode == 0 and "4 are there" in got.stdout
+    assert got.returncode == 0 and "3 are there" in got.stdout
     after = written(root)
-    assert len(after) == 12 and all(after[path] == before[path] for path in done[1:]) and damaged.stat().st_size
+    assert len(after) == 12 and all(after[path] == before[path] for path in done[2:])
+    assert [short.read_bytes(), zeros.read_bytes()] == good
     assert SegmentationDataset(get_dataset_spec("camvid"), root, "train", train=False)[0]
 
 
-def test_an_unpacked_folder_is_used_where_it_lies_or_linked(tool, tmp_path):
+def test_what_a_power_failure_leaves_is_found(tool, tmp_path, monkeypatch):
+    """Of converted files too, and of a tar file, which has no checksums. What is complete has reached the disk."""
+    archives, root, states = colored(tmp_path), tmp_path / "to", []
+    with zipfile.ZipFile(archives[0]) as archive:
+        archives[0] = write_tar(tmp_path / "701.tar", {name: archive.read(name) for name in archive.namelist()})
+    manifest = root / engine.MANIFEST
+    monkeypatch.setattr(os, "sync", lambda: states.append(json.loads(manifest.read_text())))
+    command = ["camvid", "--from", *archives, "--to", root]
+    assert tool(*command).returncode == 0 and [state["complete"] for state in states] == [False]
+    manifest.write_text(json.dumps(states[0]))
+    before = {path: (root / path).read_bytes() for path in written(root)}
+    image, label = (next(path for path in before if path.startswith(folder)) for folder in ("val/", "trainannot/"))
+    lost = before[label]
+    (root / label).write_bytes(lost[:40] + bytes(len(lost) - 60) + lost[-20:])  # it still ends as a PNG file
+    (root / image).write_bytes(before[image][:-1] + b"?")
+    times = written(root)
+    got = tool(*command)
+    assert got.returncode == 0 and f"{len(before) - 2} are there" in got.stdout
+    assert {path: (root / path).read_bytes() for path in before} == before
+    assert {path for path, time in written(root).items() if time != times[path]} == {image, label}
+
+
+def test_whole_png_files():
+    data = png(np.arange(300, dtype=np.uint8).reshape(10, 10, 3))
+    assert engine.is_whole_png(data)
+    for other in (b"", data[:8], data[:-1], data + b"x", data[:-12], changed(data, 0.5), changed(data, 0.95)):
+        assert not engine.is_whole_png(other)
+
+
+def test_an_unpacked_folder_is_used_where_it_lies_or_linked(tool, tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "CamVid", moved(tiny(tmp_path, "camvid"), "", ""))
     write_folder(folder, moved({p: (folder / p).read_bytes() for p in written(folder) if p.startswith("val")}, "val",
                                "test"))
     linked = tmp_path / "linked"
     assert tool("camvid", "--from", folder, "--to", linked, "--link").returncode == 0
     assert all((linked / path).samefile(folder / path) for path in written(linked)) and len(written(linked)) == 12
+    monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError(errno.EXDEV, "Invalid cross-device")))
+    got = tool("camvid", "--from", folder, "--to", tmp_path / "far", "--link")
+    assert got.returncode == 2 and "(Invalid cross-device); hard links want both on one file system" in got.stderr
+    assert "the same command goes on" not in got.stderr and not list((tmp_path / "far").rglob("*.png"))
+    assert tool("camvid", "--from", folder, "--to", tmp_path / "far").returncode == 0
     before = written(folder)
     got = tool("camvid", "--from", folder, "--to", folder)
     assert got.returncode == 0 and "12 are there" in got.stdout and written(folder) == before

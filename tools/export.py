@@ -87,7 +87,7 @@ def write_graphs(trained: Trained, options: Export, folder: Path, divisor: int) 
     if not wanted:
         return {}
     form, net, entries = Form(options.with_preprocessing, options.with_argmax, options.size), trained.net, {}
-    program = trace(net, form, divisor)
+    program, least = trace(net, form, divisor)
     for name in wanted:
         path, said = folder / FILES[name], {}
 
@@ -101,7 +101,7 @@ def write_graphs(trained: Trained, options: Export, folder: Path, divisor: int) 
             said["check"] = check(net, form, graph, divisor, str(path)).to_dict()
 
         write_atomically(path, write)
-        entries[name] = {"file": path.name, **describe_form(net, form), **said}
+        entries[name] = {"file": path.name, **describe_form(net, form, least), **said}
     return entries
 
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,13 +65,22 @@ class Latency(OptionGroup):
 
 @dataclass(frozen=True)
 class Subject:
-    """A network that is measured. role: "student", "teacher" or "" where there is no such thing."""
+    """A network that is measured. role: "student", "teacher" or "" where there is no such thing. architecture: of one
+    of another library, as JSON text."""
 
     model: str
     backbone: str
     num_class: int
     role: str = ""
     head_width: int | None = None
+    architecture: str | None = None
+
+    @classmethod
+    def described(cls, info: Mapping[str, Any], role: str = "") -> Subject:
+        """Of the description of a network (``models.describe``)."""
+        said = info.get("architecture")
+        return cls(info["model"], info["backbone"], info["num_class"], role, info.get("head_width"),
+                   None if said is None else json.dumps(said))
 
     @property
     def title(self) -> str:
@@ -102,15 +112,14 @@ def find_subjects(source: str, num_class: int) -> list[Subject]:
     """The networks that a word of the command line means. UserError for what is none."""
     path = Path(source).expanduser()
     if path.is_dir() and (path / CONFIG).is_file():
-        config = read_config(path)
-        return [Subject(config["model"], config["backbone"], config["num_class"], head_width=config.get("head_width"))]
+        return [Subject.described(read_config(path))]
     if path.is_dir():
         return _subjects_of_run(path)
     if path.is_file():
         info = read_info(path)
         if info is None:
             raise UserError(f"{source}: no JSON file beside it says what network it is of; expected MODEL-BACKBONE")
-        return [Subject(info["model"], info["backbone"], info["num_class"], head_width=info.get("head_width"))]
+        return [Subject.described(info)]
     model, dash, backbone = source.partition("-")
     if ":" in model:  # of another library, whose name is one word
         return [Subject(source, "", num_class)]
@@ -126,10 +135,8 @@ def _subjects_of_run(folder: Path) -> list[Subject]:
     described = [info for path in sorted(folder.glob("*.pth")) if (info := read_info(path)) is not None]
     if not described:
         raise UserError(f"{folder}: no weights with their JSON file, which says how many classes there are")
-    classes = described[0]["num_class"]
-    width = described[0].get("head_width")
-    student = Subject(n.student_model, n.student_backbone, classes, "student", width)
-    teacher = Subject(n.teacher_model, n.teacher_backbone, taught(n) if n.class_map else classes, "teacher",
+    student = Subject.described(described[0], "student")
+    teacher = Subject(n.teacher_model, n.teacher_backbone, taught(n) if n.class_map else student.num_class, "teacher",
                       n.teacher_head_width)
     return [student, *([teacher] * settings.needs_teacher)]
 
@@ -150,8 +157,9 @@ def write_forms(subject: Subject, forms: Sequence[str], folder: Path) -> dict[st
         return {}
     torch.manual_seed(0)
     net = get_segmentation_model(subject.model, subject.backbone, subject.num_class, aux=False,
-                                 head_width=subject.head_width).eval()
-    program, files = trace(net, Form(), input_divisor(net)), {}
+                                 head_width=subject.head_width,
+                                 architecture=json.loads(subject.architecture or "null")).eval()
+    program, files = trace(net, Form(), input_divisor(net)).program, {}
     folder.mkdir()
     for form in exported:
         files[form] = folder / form
@@ -173,7 +181,7 @@ def measure(subject: Subject, forms: Sequence[str], options: Latency, folder: Pa
             job = {"kind": "forward", "code": str(ROOT), "device": options.device, "threads": options.threads,
                    "form": form, "batch": batch, "size": options.size, "file": str(files.get(form, "")),
                    "model": subject.model, "backbone": subject.backbone, "num_class": subject.num_class,
-                   "head_width": subject.head_width}
+                   "head_width": subject.head_width, "architecture": subject.architecture}
             try:
                 with Worker(job) as worker:
                     if form == "pytorch" and None in cost:

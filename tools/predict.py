@@ -5,7 +5,8 @@
     python tools/predict.py pretrained_ckpt/student.pth 0 --out predictions --write overlay     # camera 0, Ctrl-C ends
 
 The first argument is the folder of a run, a weights file, a folder of tools/export.py or OWNER/NAME on the Hugging Face
-hub; the others are files, folders (searched with all folders in them) and numbers of cameras.
+hub; the others are files, folders (searched with all folders in them) and numbers of cameras. Exit code 1 when a video
+or a camera broke off: what came until then is written.
 """
 from __future__ import annotations
 
@@ -158,11 +159,12 @@ def main(argv: list[str] | None = None) -> int:
     writer = Writer(segmenter, output)
     pictures = [one for one in inputs if not one.moves]
     predict_pictures(pictures, writer, output.batch_size)
-    frames = 0
+    frames, broken = 0, []
     for one in inputs:
         if one.moves:
             with VideoReader(one.path if one.camera is None else one.camera) as reader:
                 frames += writer.video(one.name, reader)
+            broken += [reader.broken_off] if reader.broken_off else []
     moving = len(inputs) - len(pictures)
     print(f"{segmenter.net.name}: {counted(len(pictures), 'picture')}"
           + f", {counted(moving, 'video')} of {counted(frames, 'frame')}" * bool(moving))
@@ -170,7 +172,9 @@ def main(argv: list[str] | None = None) -> int:
         videos = writer.count[f"{kind} of videos"]
         print(f"{Path(output.out) / kind}: {counted(writer.count[kind], 'PNG file')}"
               + f", {counted(videos, 'video')}" * bool(videos))
-    return 0
+    for line in broken:
+        print(f"{line}; what came until then is written", file=sys.stderr)
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

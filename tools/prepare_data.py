@@ -5,12 +5,13 @@
     python tools/prepare_data.py voc --from VOCtrainval_11-May-2012.tar benchmark.tgz --to data/VOCAug --dry-run
 
 Takes what training and evaluation read, converts what needs it, and counts. Archives are zip or tar files, or folders
-into which they were unpacked. After an interruption the same command goes on. Where the archives come from, and what
-becomes of them: data/README.md.
+into which they were unpacked. After an interruption the same command checks what is there, and goes on. Where the
+archives come from, and what becomes of them: data/README.md.
 """
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from dataset import get_dataset_spec
 from tools.preparing import ade20k, camvid, cityscapes, coco_stuff, voc
 from tools.preparing.archives import open_archive
 from tools.preparing.engine import Target
+from tools.preparing.plan import Item
 from utils.cli import ArgumentParser, read_options, run_main
 from utils.distributed import available_cpus
 from utils.files import readable_size
@@ -49,9 +51,9 @@ def parse(argv: list[str] | None) -> tuple[str, Settings]:
     return parsed.dataset, read_options(vars(parsed), Settings)
 
 
-def overview(target: Target, dry_run: bool) -> str:
-    """What is to be done, in one line; in a dry run, folder by folder."""
-    missing, total = target.missing(), len(target.plan.items)
+def overview(target: Target, missing: Sequence[Item], dry_run: bool) -> str:
+    """What is to be done, in one line; in a dry run, folder by folder. missing: of :meth:`Target.missing`."""
+    total = len(target.plan.items)
     names = ", ".join(archive.path.name for archive in target.archives)
     line = (f"{target.spec.title}: {total} files from {names} to {target.root}; {total - len(missing)} are there, the "
             f"others take about {readable_size(target.needed(missing))} ({readable_size(target.free())} are free)")
@@ -82,11 +84,12 @@ def main(argv: list[str] | None = None) -> int:
     spec, plan = get_dataset_spec(dataset), RECIPES[dataset](archives)
     planned = plan.count(spec)
     target = Target(spec, settings.to.expanduser(), plan, archives, settings.link)
-    print(overview(target, settings.dry_run), flush=True)
+    missing = target.missing(settings.workers)
+    print(overview(target, missing, settings.dry_run), flush=True)
     if settings.dry_run:
         print(compare(target, planned))
         return 0
-    print(compare(target, target.fill(target.missing(), settings.workers)))
+    print(compare(target, target.fill(missing, settings.workers)))
     print(f"to check every file: python tools/check_data.py --dataset {dataset} --data {settings.to} --all")
     return 0
 

@@ -20,7 +20,8 @@ USUAL_RATE = 25.0
 class VideoReader:
     """The frames of a video file or a camera, RGB. A context: leaving it closes the source.
 
-    rate: frames per second. UserError when the source cannot be opened."""
+    rate: frames per second. broken_off: after reading, how the source ended before its end, in words; None when it did
+    not. UserError when the source cannot be opened."""
 
     def __init__(self, source: Path | int) -> None:
         self.is_camera = isinstance(source, int)
@@ -31,14 +32,25 @@ class VideoReader:
             raise UserError(f"{self.name}: cannot be opened; expected {what}")
         rate = self._capture.get(cv2.CAP_PROP_FPS)
         self.rate = rate if 0 < rate < 1000 else USUAL_RATE
+        self.broken_off: str | None = None
 
     def frames(self, most: int | None = None) -> Iterator[np.ndarray]:
         """uint8 [H, W, 3] RGB, to the end or ``most`` of them."""
-        for _ in count() if most is None else range(most):
+        for done in count() if most is None else range(most):
             there, frame = self._capture.read()
             if not there:
+                self.broken_off = self._missing(done)
                 return
             yield np.ascontiguousarray(frame[..., ::-1])
+
+    def _missing(self, done: int) -> str | None:
+        """What is wrong when nothing comes after so many frames. Containers may name a rounded number of them."""
+        if self.is_camera:
+            return f"{self.name}: gives no more frames after {done}"
+        named = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        if named - done <= max(1, named // 100):
+            return None
+        return f"{self.name}: breaks off, {done} of its {named} frames can be read"
 
     def __enter__(self) -> VideoReader:
         return self

@@ -1,4 +1,5 @@
-"""The DeepLabV3 and PSPNet of mmsegmentation, written anew with its names, so that its files load strictly.
+"""The DeepLabV3 and PSPNet of mmsegmentation, written anew with its names, so that its files load strictly. Its
+SegFormer: ``segformer.py``.
 
 They are not networks of ``models/registry.py``: the three convolutions of their stem have 32, 32 and 64 channels (ours
 64, 64 and 128), what follows the pyramid is one 3x3 convolution (ours has a 1x1 before it), the second convolution of
@@ -41,7 +42,7 @@ def parse(name: str) -> Config:
     match = NAME.fullmatch(name)
     if match is None:
         raise UserError(f"mmseg:{name}: expected deeplabv3 or pspnet over r18, r50, r101 or r18b, r50b, r101b, as in "
-                        "mmseg:deeplabv3_r50-d8, or so much of a released file's name")
+                        "mmseg:deeplabv3_r50-d8, or segformer_mit-b0 ... b5, or so much of a released file's name")
     return Config(match["head"], int(match["depth"]), bool(match["plain"]), "769x769" in (match["more"] or ""))
 
 

@@ -40,7 +40,9 @@ class Outside:
 
     taps: {field of SegOutput: path}, see ``taps.py``. preprocess: of its input. multiple: its input's sides must divide
     by it. side: of the image that it is tried with. logits: from what it returns to class scores, a map [B, K, h, w].
-    optional: what the names of tensors start with that a weight file may hold in vain."""
+    optional: what the names of tensors start with that a weight file may hold in vain. architecture: what builds it
+    again where its name means nothing, as JSON values; None where the name says it all. backbone: what the names of
+    tensors start with that an ImageNet file holds; prefix: what that file does not have in front of them."""
 
     net: nn.Module
     taps: Mapping[str, str] = field(default_factory=dict)
@@ -49,6 +51,9 @@ class Outside:
     side: int = 128
     logits: Callable[[Any], Tensor] = first_tensor
     optional: tuple[str, ...] = ()
+    architecture: Mapping[str, Any] | None = None
+    backbone: tuple[str, ...] = ()
+    prefix: str = ""
 
 
 class OutsideNet(nn.Module):
@@ -67,7 +72,8 @@ class OutsideNet(nn.Module):
         self.model, self.backbone, self.name, self.num_class, self.in_channels = source, "", source, num_class, 3
         self.trained_on: dict[str, Any] | None = None
         self.preprocess, self.multiple, self.optional = outside.preprocess, outside.multiple, outside.optional
-        self.net, self.read_logits = outside.net, outside.logits
+        self.net, self.read_logits, self.architecture = outside.net, outside.logits, outside.architecture
+        self.backbone_names, self.backbone_prefix = outside.backbone, outside.prefix
         self.taps = {**outside.taps, **(taps or {})}
         self.layouts: dict[str, Layout] = {}  # of each tap, as the first image has shown it
         self.catcher = Catcher(self.net, self.taps, source)

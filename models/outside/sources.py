@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.outside import mmsegmentation
+from models.outside import cirkd_segformer, mmsegmentation, segformer
 from models.outside.net import OtherClasses, Outside, OutsideNet
-from models.preprocess import IMAGENET_RGB, Preprocess, get_preprocess
+from models.preprocess import CAFFE_BGR, IMAGENET_RGB, Preprocess, get_preprocess
 from models.torchvision_compat import import_torchvision
 from utils.errors import UserError
 from utils.extras import need
@@ -21,6 +22,11 @@ from utils.tensor_files import first_line
 #: smallest score of a class, where scores become logits
 SMALLEST = 1e-6
 COUNTER = "num_batches_tracked"
+#: entry of an architecture of smp, as its own files have it
+MODEL_CLASS = "_model_class"
+#: entries of a configuration of transformers that say where it comes from: a folder, code
+NO_ARCHITECTURE = ("_name_or_path", "auto_map")
+SMP_ERRORS = (OSError, KeyError, ValueError, TypeError, RuntimeError)
 
 
 def is_outside(model: str) -> bool:
@@ -38,17 +44,33 @@ def is_folder(name: str) -> bool:
     return Path(name).expanduser().is_dir()
 
 
+def portable(model: str) -> str:
+    """A model's name without the folders of this machine: 'hf:/home/me/net' -> 'hf:net'; others as they are."""
+    source, _, name = model.partition(":")
+    is_path = source in DESCRIBED and (is_folder(name) or Path(name).expanduser().is_absolute())
+    return f"{source}:{Path(name).name}" if is_path else model
+
+
 def build_outside(model: str, num_class: int, taps: Mapping[str, str] | None = None, aux: bool | None = None,
-                  ) -> OutsideNet:
+                  architecture: Mapping[str, Any] | None = None) -> OutsideNet:
     """The network that ``SOURCE:NAME`` names, with random weights but for those of :func:`brings_weights`.
 
     num_class: its classes. taps: in place of, or beside, those that the source knows. aux: with its auxiliary head, for
-    torchvision. Raises UserError for an unknown source or name, a missing library, or another number of classes."""
+    torchvision. architecture: of such a network (``OutsideNet.architecture``), which is built of it with random
+    weights; its name is then only a name. Raises UserError for an unknown source or name, a missing library, or
+    another number of classes."""
     source, _, name = model.partition(":")
     if source not in SOURCES:
         raise UserError(f"model {model!r}: unknown source {source!r}, expected one of "
                         f"{', '.join(f'{known}:' for known in SOURCES)}")
-    return OutsideNet(model, SOURCES[source](name, num_class, bool(aux)), num_class, taps)
+    if architecture is None:
+        outside = SOURCES[source](name, num_class, bool(aux))
+    elif source in DESCRIBED and isinstance(architecture, Mapping):
+        outside = DESCRIBED[source](name, num_class, architecture)
+    else:
+        raise UserError(f"model {model!r}: its description has an 'architecture' that is not usable; expected an "
+                        f"object, of a model of {' or '.join(f'{known}:' for known in DESCRIBED)}")
+    return OutsideNet(model, outside, num_class, taps)
 
 
 def library(name: str, extra: str) -> Any:
@@ -64,11 +86,26 @@ def smp(name: str, num_class: int, aux: bool) -> Outside:
     try:
         if is_folder(name):
             net = package.from_pretrained(Path(name).expanduser())
-        else:
-            net = package.create_model(architecture, encoder or "resnet34", encoder_weights=None, classes=num_class)
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            return _smp(name, net, {**net.config, MODEL_CLASS: type(net).__name__, "encoder_weights": None})
+        net = package.create_model(architecture, encoder or "resnet34", encoder_weights=None, classes=num_class)
+    except SMP_ERRORS as error:
         raise UserError(f"smp:{name}: {first_line(error)} (expected smp:ARCHITECTURE:ENCODER, as smp:Unet:resnet34, or "
                         "a folder of its save_pretrained)") from error
+    return _smp(name, net, None)
+
+
+def described_smp(name: str, num_class: int, architecture: Mapping[str, Any]) -> Outside:
+    """Of what :func:`smp` has said of a folder."""
+    package = library("segmentation_models_pytorch", "smp")
+    try:
+        given = {key: value for key, value in architecture.items() if key != MODEL_CLASS}
+        net = package.create_model(architecture[MODEL_CLASS], **{**given, "encoder_weights": None})
+    except SMP_ERRORS as error:
+        raise UserError(f"smp:{name}: {first_line(error)} (of the 'architecture' in its description)") from error
+    return _smp(name, net, architecture)
+
+
+def _smp(name: str, net: nn.Module, architecture: Mapping[str, Any] | None) -> Outside:
     stages = len(net.encoder.out_channels)
     taps = {f"c{4 - i}": f"encoder[{stages - 1 - i}]" for i in range(min(4, stages - 1))}
     last = [m for m in net.segmentation_head.modules() if not any(m.children())][-1]
@@ -76,7 +113,7 @@ def smp(name: str, num_class: int, aux: bool) -> Outside:
         raise UserError(f"smp:{name}: ends in {type(last).__name__}, expected class scores without an activation")
     if isinstance(net.segmentation_head, nn.Sequential):
         taps["head"] = "segmentation_head.0:in"
-    return Outside(net, taps, IMAGENET_RGB, net.encoder.output_stride)
+    return Outside(net, taps, IMAGENET_RGB, net.encoder.output_stride, architecture=architecture)
 
 
 def tv(name: str, num_class: int, aux: bool) -> Outside:
@@ -103,6 +140,21 @@ def hf(name: str, num_class: int, aux: bool) -> Outside:
     """transformers: a name of its hub, or a folder with a config.json and, but for random weights, a weight file."""
     package = library("transformers", "hf")
     config, net = _from_transformers(package, name)
+    return _hf(name, num_class, config, net, hf_preprocess(package, name))
+
+
+def described_hf(name: str, num_class: int, architecture: Mapping[str, Any]) -> Outside:
+    """Of what :func:`hf` has said of a network."""
+    package = library("transformers", "hf")
+    try:
+        config = package.AutoConfig.for_model(**architecture)
+        net = _kind(package, config, name).from_config(config, trust_remote_code=False)  # may be a stranger's
+        return _hf(name, num_class, config, net, IMAGENET_RGB)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise UserError(f"hf:{name}: {first_line(error)} (of the 'architecture' in its description)") from error
+
+
+def _hf(name: str, num_class: int, config: Any, net: nn.Module, preprocess: Preprocess) -> Outside:
     if config.num_labels != num_class:
         raise OtherClasses(f"hf:{name} ({', '.join(map(str, list(config.id2label.values())[:5]))} …)",
                            config.num_labels, num_class)
@@ -111,8 +163,17 @@ def hf(name: str, num_class: int, aux: bool) -> Outside:
                                                   for text in taps.values())), {})
     side = config.image_size if isinstance(getattr(config, "image_size", None), int) and "layernorm" in paths else 128
     universal = "class_predictor" in paths
-    return Outside(net, taps, hf_preprocess(package, name), side=side,
-                   logits=class_scores if universal else lambda output: output.logits)
+    return Outside(net, taps, preprocess, side=side, logits=class_scores if universal else lambda output: output.logits,
+                   architecture={key: value for key, value in json.loads(config.to_json_string(use_diff=False)).items()
+                                 if key not in NO_ARCHITECTURE})
+
+
+def _kind(package: Any, config: Any, name: str) -> Any:
+    """The class of transformers that makes networks of a configuration. UserError when they do not segment."""
+    for kind in (package.AutoModelForSemanticSegmentation, package.AutoModelForUniversalSegmentation):
+        if type(config) in kind._model_mapping:
+            return kind
+    raise UserError(f"hf:{name}: a {config.model_type} is no segmentation network of transformers")
 
 
 def hf_classes(name: str) -> tuple[str, ...]:
@@ -130,13 +191,10 @@ def _from_transformers(package: Any, name: str) -> tuple[Any, nn.Module]:
     folder = Path(name).expanduser()
     try:
         config = package.AutoConfig.from_pretrained(name)
-        kind = next(kind for kind in (package.AutoModelForSemanticSegmentation,
-                                      package.AutoModelForUniversalSegmentation) if type(config) in kind._model_mapping)
+        kind = _kind(package, config, name)
         if folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
             return config, kind.from_config(config)
         net, loading = kind.from_pretrained(name, output_loading_info=True)
-    except StopIteration:
-        raise UserError(f"hf:{name}: a {config.model_type} is no segmentation network of transformers") from None
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"hf:{name}: {first_line(error)}") from error
     lost = sorted(key for key in {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}
@@ -210,11 +268,30 @@ def call(build: Callable[..., Any], num_class: int, name: str) -> Any:
         raise UserError(f"module:{name}: {type(error).__name__}: {first_line(error)}") from error
 
 
+MMSEG_BACKBONE: dict[str, Any] = {"backbone": ("backbone.",), "prefix": "backbone."}
+
+
 def mmseg(name: str, num_class: int, aux: bool) -> Outside:
-    """mmsegmentation's DeepLabV3 and PSPNet, which need nothing installed."""
+    """mmsegmentation's DeepLabV3, PSPNet and SegFormer, which need nothing installed."""
+    if (size := segformer.size_of(name)) is not None:
+        return Outside(segformer.Segformer(size, num_class), segformer.TAPS, **MMSEG_BACKBONE)
     net = mmsegmentation.MMSegNet(mmsegmentation.parse(name), num_class, aux)
-    return Outside(net, mmsegmentation.taps(aux), optional=() if aux else ("auxiliary_head.",))
+    return Outside(net, mmsegmentation.taps(aux), optional=() if aux else ("auxiliary_head.",), **MMSEG_BACKBONE)
+
+
+def cirkd(name: str, num_class: int, aux: bool) -> Outside:
+    """CIRKD's SegFormer, which needs nothing installed."""
+    return Outside(cirkd_segformer.Segformer(cirkd_segformer.parse(name), num_class), cirkd_segformer.TAPS, CAFFE_BGR,
+                   backbone=("patch_embed", "block", "norm"))
+
+
+def suggestion(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the network that an mmsegmentation file looks like, '' where it is none of these; None when it is no
+    file of mmsegmentation."""
+    return segformer.suggestion(tensors) or mmsegmentation.suggestion(tensors)
 
 
 SOURCES: dict[str, Callable[[str, int, bool], Outside]] = {"smp": smp, "tv": tv, "hf": hf, "mmseg": mmseg,
-                                                           "module": module}
+                                                           "cirkd": cirkd, "module": module}
+#: those whose names may be folders of this machine: from (name, classes, architecture) to the network
+DESCRIBED: dict[str, Callable[[str, int, Mapping[str, Any]], Outside]] = {"smp": described_smp, "hf": described_hf}

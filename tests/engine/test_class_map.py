@@ -22,6 +22,7 @@ from engine.results import differences
 from engine.settings import parse_settings
 from engine.tap_list import tap_table
 from engine.teacher import load_teacher
+from examples.espnet import camvid
 from models import get_segmentation_model, save_state_dict
 from models.class_map import ClassMap, MappedTeacher, for_predictions
 from tools import compare
@@ -166,8 +167,10 @@ class TestWithoutMap:
         with pytest.raises(UserError, match="in another order .* or --teacher-classes FILE, which maps them"):
             load_teacher(settings, CAMVID)
 
-    def test_a_network_of_elsewhere(self) -> None:
-        settings = parse_settings(["--teacher-model", "module:examples.espnet:camvid", "--teacher-pretrained", "t.pth"])
+    def test_a_network_of_elsewhere(self, tmp_path) -> None:
+        torch.save(camvid().state_dict(), tmp_path / "t.pth")
+        settings = parse_settings(["--teacher-model", "module:examples.espnet:camvid", "--teacher-pretrained",
+                                   str(tmp_path / "t.pth")])
         with pytest.raises(UserError, match="has 11 classes without names, Cityscapes has 19 classes .road, "):
             load_teacher(settings, CITYS)
 

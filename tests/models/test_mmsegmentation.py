@@ -110,7 +110,7 @@ def test_other_networks_say_where_the_file_goes(tmp_path, monkeypatch):
                                         "psp-resnet18_w0.125: it goes to the model mmseg:pspnet_r18-d8"):
         get_segmentation_model("psp", "resnet18_w0.125", 5, pretrained=str(tmp_path / "a.pth"))
     torch.save({f"decode_head.{i}.weight": value for i, value in enumerate(tensors.values())}, tmp_path / "b.pth")
-    with pytest.raises(UserError, match="only DeepLabV3 and PSPNet over ResNets are read"):
+    with pytest.raises(UserError, match="only DeepLabV3 and PSPNet over ResNets, and SegFormer, are read"):
         get_segmentation_model("psp", "resnet18_w0.125", 5, pretrained=str(tmp_path / "b.pth"))
     with pytest.raises(UserError, match="mmseg:deeplabv3_r101-d16-mg124: expected deeplabv3 or pspnet over r18"):
         get_segmentation_model("mmseg:deeplabv3_r101-d16-mg124", "", 5)

@@ -147,7 +147,7 @@ class TestWeights:
 
 class TestSources:
     @pytest.mark.parametrize(("model", "backbone", "message"), [
-        ("nowhere:x", "", "unknown source 'nowhere', expected one of smp:, tv:, hf:, mmseg:, module:"),
+        ("nowhere:x", "", "unknown source 'nowhere', expected one of smp:, tv:, hf:, mmseg:, cirkd:, module:"),
         ("tv:nothing", "", "expected one of deeplabv3_mobilenet"),
         ("module:examples.espnet", "", "expected module:PACKAGE.FILE:CALLABLE"),
         ("module:examples.nothing:f", "", "No module named"), ("module:examples.espnet:nothing", "", "no attribute"),

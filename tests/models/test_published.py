@@ -181,6 +181,11 @@ def test_the_tool(table, tmp_path, capsys):
 def test_the_real_table():
     entries = published().values()
     assert len(entries) > 40 and len({(one.folder, one.file) for one in entries}) == len(entries)
+    for name in ("resnet18-imagenet", "mit_b0-imagenet", "mit_b4-imagenet", "CamVid", "VOCAug",
+                 "cirkdv2_deeplabv3_resnet101_citys", "cirkdv2_deeplabv3_resnet18_citys",
+                 "cirkdv2_segformer_MiT_B4_citys",
+                 "cirkdv2_segformer_MiT_B4_segformer_MiT_B0_citys"):
+        assert published()[name].url.startswith("https://github.com/winycg/CIRKD/releases/download/"), name
     for one in entries:
         assert one.page.startswith("https://") and one.about and re.fullmatch(r"[\w.-]+", one.file), one
         assert one.url is None or one.url.startswith("https://") and " " not in one.url, one

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import io
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -253,7 +254,8 @@ def build_forward(job: Mapping[str, Any]) -> Work:
     facts: dict[str, float] = {}
     if form == "pytorch":
         net = get_segmentation_model(job["model"], job["backbone"], job["num_class"], aux=False,
-                                     head_width=job.get("head_width"))
+                                     head_width=job.get("head_width"),
+                                     architecture=json.loads(job.get("architecture") or "null"))
         facts["parameters"] = sum(p.numel() for p in net.parameters())
         ask = prepare_for_inference(net.to(device))
     elif form == "torch-export":

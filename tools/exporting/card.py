@@ -11,6 +11,7 @@ from engine.results import SCORES, digest, read_log, read_result, result_path
 from engine.settings import Settings, from_saved
 from engine.trained import Trained, read_run_config
 from losses.core import methods
+from models.outside import portable
 from tools.finished import find_log
 from tools.markdown import table
 from utils.files import sha256
@@ -27,7 +28,8 @@ def read_record(trained: Trained) -> dict[str, Any]:
         return {}
     settings = from_saved(config, f"{trained.file}: the configuration beside it")
     n, o = settings.networks, settings.optimization
-    teacher = {"model": n.teacher_model, "backbone": n.teacher_backbone, "weights": _name(n.teacher_pretrained)}
+    teacher = {"model": portable(n.teacher_model), "backbone": n.teacher_backbone,
+               "weights": _name(n.teacher_pretrained)}
     return {
         "dataset": settings.data.dataset, "method": settings.distillation.method or "afdcd", "terms": settings.active,
         "teacher": teacher if settings.needs_teacher else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ DIVISORS = (1, 2, 4, 8, 16, 32, 64)
 #: (height, width) of the example that is traced, before it is rounded up; they share no factor
 EXAMPLE = (97, 131)
 INPUT = "image"
-#: pixels of a side that a graph takes at least
-LEAST = 16
+#: pixels of a side that a graph takes at least: the first that a network can be traced for
+LEASTS = (16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -130,19 +130,33 @@ def free_axes(form: Form) -> dict[int, str]:
     return {0: "batch"} | ({rows: "height", rows + 1: "width"} if form.size is None else {})
 
 
-def trace(net: nn.Module, form: Form, divisor: int) -> ExportedProgram:
+class Traced(NamedTuple):
+    """A graph. least: pixels that a side of its input has at least."""
+
+    program: ExportedProgram
+    least: int
+
+
+def trace(net: nn.Module, form: Form, divisor: int) -> Traced:
     """The graph of a network in eval mode on the CPU. UserError, naming the network, when it cannot be traced."""
     _, example = example_input(net, form, sizes_to_check(form, divisor)[0])
-    dims = {0: Dim("batch", min=1)}
-    dims |= {axis: Dim(name, min=LEAST) if divisor == 1 else divisor * Dim(f"{name}_{divisor}", min=2)
-             for axis, name in free_axes(form).items() if axis}
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            return torch.export.export(Deployable(net, form).eval(), (example,), dynamic_shapes=(dims,))
-    except Exception as error:  # torch has no common class for what it cannot trace
-        advice = "; a single size may be possible: --size H W" if form.size is None else ""
-        raise UserError(f"{net.name}: cannot be traced by torch.export ({first_line(error)}){advice}") from error
+    advice = "; a single size may be possible: --size H W" if form.size is None else ""
+    for least in LEASTS:
+        least = max(2, -(-least // divisor)) * divisor
+        dims = {0: Dim("batch", min=1)}
+        dims |= {axis: Dim(name, min=least) if divisor == 1
+                 else divisor * Dim(f"{name}_{divisor}", min=least // divisor)
+                 for axis, name in free_axes(form).items() if axis}
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                program = torch.export.export(Deployable(net, form).eval(), (example,), dynamic_shapes=(dims,))
+                return Traced(program, least)
+        except Exception as error:  # torch has no common class for what it cannot trace
+            reason = error
+            if form.size is not None or "Constraints violated" not in str(error):  # which larger sides may mend
+                break
+    raise UserError(f"{net.name}: cannot be traced by torch.export ({first_line(reason)}){advice}") from reason
 
 
 def write_pt2(program: ExportedProgram, path: Path) -> None:
@@ -171,13 +185,15 @@ def output_name(form: Form) -> str:
     return "classes" if form.argmax else "logits"
 
 
-def describe_form(net: nn.Module, form: Form) -> dict[str, Any]:
-    """Input and output of a graph, for ``config.json``."""
+def describe_form(net: nn.Module, form: Form, least: int = LEASTS[0]) -> dict[str, Any]:
+    """Input and output of a graph, for ``config.json``. least: see :class:`Traced`."""
     sides = ["height", "width"] if form.size is None else list(form.size)
     order = "rgb" if form.preprocessing else net.preprocess.channel_order
     shape = ["batch", *sides, 3] if form.preprocessing else ["batch", 3, *sides]
     given = {"name": INPUT, "dtype": "uint8" if form.preprocessing else "float32", "shape": shape,
              "channel_order": order, "preprocessing": "inside" if form.preprocessing else "outside"}
+    if form.size is None:
+        given["least_side"] = least
     if form.argmax:
         kind = "uint8" if net.num_class <= 256 else "int16"
         return {"input": given, "output": {"name": output_name(form), "dtype": kind, "shape": ["batch", *sides]}}

@@ -1,10 +1,13 @@
 """Carries out a plan: every file is written whole or not at all, and one that is there is not written again."""
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import struct
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -21,7 +24,11 @@ from utils.files import check_target, readable_size, remove_leftovers, temporary
 
 MANIFEST = "prepared.json"
 PNG_FOOT = b"\0\0\0\0IEND\xaeB`\x82"
+#: bytes before the first part of a PNG file, and around the content of each
+PNG_START, PNG_AROUND = 8, 12
 BLOCK = 4096  # a file takes whole ones
+#: errors of a link where a copy would go well
+NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
 #: files that are read ahead of the writing threads, for each of them
 AHEAD = 4
 
@@ -42,9 +49,35 @@ class Target:
         check_target(self.root, "--to", is_folder=True)
         self._check_manifest()
 
-    def missing(self) -> list[Item]:
-        """What has not been written yet."""
-        return [item for item in self.plan.items.values() if not is_complete(item, self.root / item.target)]
+    def missing(self, threads: int = 1) -> list[Item]:
+        """What has not been written yet. UserError when an archive is damaged.
+
+        Sizes tell, and after a call that did not come to its end, checksums: a power failure leaves files whose
+        content has not reached the disk."""
+        items = self.plan.items.values()
+        there = {item.target for item in items if is_complete(item, self.root / item.target)}
+        before = self._manifest()
+        if before is not None and not before["complete"]:
+            there = self._intact([item for item in items if item.target in there], threads)
+        return [item for item in items if item.target not in there]
+
+    def _intact(self, items: Sequence[Item], threads: int) -> set[str]:
+        """Those of these files that hold what the plan wants."""
+        whole = {item.target for item in items if self._is_original(item)}
+        items = [item for item in items if item.target not in whole]
+        wanted = {id(archive): archive.checksums({item.name for item in items if item.archive is archive
+                                                  and item.convert is None}) for archive in self.archives}
+
+        def check(item: Item) -> bool:
+            data = (self.root / item.target).read_bytes()
+            return is_whole_png(data) if item.convert else zlib.crc32(data) == wanted[id(item.archive)][item.name]
+
+        with ThreadPoolExecutor(threads) as pool, tqdm(total=len(items), desc="compare", unit="file", leave=False,
+                                                       disable=not sys.stderr.isatty()) as bar:
+            for item, good in zip(items, pool.map(check, items), strict=True):
+                bar.update()
+                whole |= {item.target} if good else set()
+        return whole
 
     def _manifest(self) -> dict | None:
         """What the last call wrote about itself; None when there was none."""
@@ -54,7 +87,7 @@ class Target:
         except FileNotFoundError:
             return None
         try:
-            return {"dataset": None, "archives": {}, **json.loads(text)}
+            return {"dataset": None, "archives": {}, "complete": False, **json.loads(text)}
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}: cannot be read ({error}); remove it together with what it describes") from None
 
@@ -79,10 +112,12 @@ class Target:
 
     def _is_strange(self, item: Item) -> bool:
         """Whether another file lies where this is to go."""
+        return (self.root / item.target).exists() and not self._is_original(item)
+
+    def _is_original(self, item: Item) -> bool:
+        """Whether what lies there is the very file that it is made from."""
         path = self.root / item.target
-        if not path.exists():
-            return False
-        return not (isinstance(item.archive, Folder) and path.samefile(item.archive.file(item.name)))
+        return isinstance(item.archive, Folder) and path.exists() and path.samefile(item.archive.file(item.name))
 
     def needed(self, items: Sequence[Item]) -> int:
         """About how many bytes these files will take; a converted one is counted as large as what it is made from."""
@@ -112,6 +147,7 @@ class Target:
             self._write_all(items, threads)
             for path, ids in self.plan.lists.items():
                 write_text(self.root / path, "".join(f"{one}\n" for one in ids))
+            os.sync()  # before they are called complete
             counts = {split: len(find_samples(self.spec, self.root, split)) for split in self.plan.count(self.spec)}
             self._note(counts)
         except OSError as error:
@@ -158,12 +194,19 @@ class Target:
         return 1
 
     def _link(self, item: Item) -> int:
-        self._put(item, lambda path: os.link(item.archive.file(item.name).resolve(), path))
+        source = item.archive.file(item.name).resolve()
+        try:
+            self._put(item, lambda path: os.link(source, path))
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            raise UserError(f"--link: {source} cannot be linked to from {self.root} ({error.strerror}); hard links "
+                            "want both on one file system, and one that has them: leave it out to copy") from error
         return 1
 
     def _put(self, item: Item, make: Callable[[Path], object]) -> None:
-        """As utils.files.write_atomically but for the flush, which would take longer than all the rest: what a power
-        failure cuts short is not complete, and is written again by the next call."""
+        """As utils.files.write_atomically but for the flush, which would take longer than all the rest; ``fill``
+        flushes all at once, and :meth:`missing` finds what was lost before."""
         path = self.root / item.target
         temporary = temporary_name(path)
         try:
@@ -183,3 +226,15 @@ def is_complete(item: Item, path: Path) -> bool:
             return file.read() == PNG_FOOT
     except OSError:  # not there, or shorter than that
         return False
+
+
+def is_whole_png(data: bytes) -> bool:
+    """Whether every part of a PNG file has the checksum that stands behind it, to the last one."""
+    at, kind = PNG_START, b""
+    while at + PNG_AROUND <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        end = at + PNG_AROUND + length
+        if data[end - 4:end] != struct.pack(">I", zlib.crc32(data[at + 4:end - 4])):
+            return False
+        at = end
+    return at == len(data) and kind == b"IEND"
