@@ -11,7 +11,7 @@ def test_every_fault_is_survived(tmp_path, capsys) -> None:
     assert run.main(["--short", "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "| kill -9, Af-DCD, 1 process" in said and "ENOSPC in a save" in said and "| all " in said
-    assert len(run.results_of(tmp_path / "out" / "results.jsonl")) == 5
+    assert len(run.Results(tmp_path / "out" / "results.jsonl").rows) == 5
     assert run.main(["--short", "--out", str(tmp_path / "out")]) == 0, "nothing is done twice"
 
 
