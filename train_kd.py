@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     with Watchdog(timeout, "go on with --resume auto"), StopSignals(settings, distributed) as signals, \
             locked(files, distributed.is_main_process) as lock:
         barrier()  # until the folder is this run's own: only then is it known what there is to go on with
-        run = build_run(settings, distributed)
+        run = build_run(settings, distributed, files)
         check_length(settings, len(run.train_set))
         run.lock = lock
         stopped = train(run, signals)

@@ -29,8 +29,9 @@ from utils.randomness import seed_everything
 MANY_EPOCHS = 2000
 
 
-def build_run(settings: Settings, distributed: Distributed) -> Run:
-    """Build and check everything that training needs. Raises UserError for whatever does not fit."""
+def build_run(settings: Settings, distributed: Distributed, files: RunFiles | None = None) -> Run:
+    """Build and check everything that training needs. files: of the run, if they are made already. Raises UserError for
+    whatever does not fit."""
     check_batch(settings, distributed)
     check_precision((settings.speed.amp_dtype, settings.speed.teacher_dtype), distributed.device)
     spec = data.get_dataset_spec(settings.data.dataset, settings.data.data)
@@ -45,7 +46,7 @@ def build_run(settings: Settings, distributed: Distributed) -> Run:
     if distributed.is_main_process:  # which writes the files that say it
         student.trained_on = data.fingerprint(splits)
     settings = replace(settings, networks=replace(settings.networks, aux=student.aux, **head_widths(student, teacher)))
-    files = RunFiles(settings)
+    files = files or RunFiles(settings)
     objective = build_objective(settings, student, teacher, bool(files.resume_from),
                                 build_criterion(settings, train_set, distributed.device))
     for term, (factor, why) in weight_factors(settings, teacher and NetInfo.of(teacher)).items():
