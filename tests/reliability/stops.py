@@ -15,8 +15,8 @@ from reliability.victim import checksum
 from engine.checkpoint import newest_state
 
 METHODS = {"afdcd": "Af-DCD", "skd": "SKD", "cirkd": "CIRKD"}
-#: kills of a run before it goes on to its end, and its steps, at most five between two kills
-ROUND, STEPS = 5, ("--max-iterations", "26", "--save-per-iters", "2", *AUTO)
+#: kills of a run before it goes on to its end
+ROUND = 5
 #: steps after which a signal comes, of so many; they save for no other reason
 SIGNALED, SIGNAL_STEPS = (1, 4, 8), ("--max-iterations", "9", "--save-per-iters", "100", *AUTO)
 
@@ -37,7 +37,9 @@ def kills(material: Material, short: bool, tries: int) -> list[Fault]:
 def _killed(material: Material, method: str, processes: int, most: int, before: int) -> Result:
     """So many kills of one run. Each leaves, to the last bit, a training state of a run that nothing has touched, no
     older than the one before; so does the end. before: kills of earlier rounds, which this one does not repeat."""
-    folder, whole, saves = _undisturbed(material, method, processes)
+    # at most four steps between two kills, and a few for the end
+    steps = ("--max-iterations", str(6 + 4 * most), "--save-per-iters", "2", *AUTO)
+    folder, whole, saves = _undisturbed(material, method, processes, steps)
     shutil.rmtree(folder, ignore_errors=True)
     rng, tries, good, step = random.Random(f"{method} {processes} {before}"), 0, 0, 0
     longest = max(operations for operations, _ in saves.values())
@@ -46,23 +48,23 @@ def _killed(material: Material, method: str, processes: int, most: int, before: 
             plan = {"kill_in_save": [rng.randint(1, 2), rng.randint(1, longest)]}
         else:
             plan = {"kill_after": [rng.randint(0, 4), rng.uniform(0, 1.5)], "rank": rng.randrange(processes)}
-        end = material.live(method, folder.name, STEPS, processes, plan)
+        end = material.live(method, folder.name, steps, processes, plan)
         if end.code == 0:  # it ended before such a moment came
             break
         tries += 1
-        now, fault = _state(folder, saves, step), _fault(end)
+        now, fault = state_after(folder, saves, step), _fault(end)
         if fault or now is None:
             material.keep(folder, f"{plan}: {fault or 'another state'}")
         good += not fault and now is not None
         step = now or step
-    end = material.live(method, folder.name, STEPS, processes)
+    end = material.live(method, folder.name, steps, processes)
     if end.code == 0 and is_same(folder, whole):
         return tries, good, ""
     material.keep(folder, f"after {tries} kills: {end.said}")
     return tries, 0, ""
 
 
-def _state(folder: Path, saves: dict[int, tuple[int, str]], before: int) -> int | None:
+def state_after(folder: Path, saves: dict[int, tuple[int, str]], before: int) -> int | None:
     """The step of the newest training state, 0 without one; None when it is older than before or another than that of
     the undisturbed run."""
     found = [path for suffix in ("", "_previous") if (path := folder / f"{STEM}_state{suffix}.pth").is_file()]
@@ -80,14 +82,15 @@ def _fault(end: Ended) -> str:
     return "" if end.alone else "a process was left"
 
 
-def _undisturbed(material: Material, method: str, processes: int) -> tuple[Path, Path, dict[int, tuple[int, str]]]:
+def _undisturbed(material: Material, method: str, processes: int,
+                 steps: tuple[str, ...]) -> tuple[Path, Path, dict[int, tuple[int, str]]]:
     """(the folder that runs are killed in; that of a run that nothing has touched, which was made in the same place,
     since settings hold its name; {step: (operations of its save, checksum of the state)})."""
     folder = material.base / f"{method}-{processes}"
     file, whole = folder.with_name(f"{folder.name}.jsonl"), folder.with_name(f"{folder.name}-whole")
     material.data()
     if not whole.is_dir():
-        end = material.live(method, folder.name, STEPS, processes, {"saves": str(file)})
+        end = material.live(method, folder.name, steps, processes, {"saves": str(file)})
         if end.code != 0:
             raise RuntimeError(end.said)
         folder.rename(whole)
