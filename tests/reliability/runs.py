@@ -65,7 +65,9 @@ class Material:
         """Keep a copy of a run that has not survived, with the reason, beside the folder of all runs."""
         kept = self.base.with_name("failed")
         copy = kept / f"{folder.name}-{1 + len([*kept.glob('*.txt')])}"
-        shutil.copytree(folder, copy)
+        if folder.is_dir():
+            shutil.copytree(folder, copy)
+        kept.mkdir(exist_ok=True)
         copy.with_suffix(".txt").write_text(why)
         print(f"{copy}: {why[:2000]}", file=sys.stderr, flush=True)
 
