@@ -28,10 +28,7 @@ from engine.validation import report, validate
 from utils.allocator import keep_freed_memory
 from utils.cli import run_main
 from utils.distributed import barrier, cleanup, init_distributed
-from utils.watchdog import Watchdog, no_step, time_limit
-
-#: seconds beyond --timeout that processes wait for each other: the watchdog, which says more, comes first
-MARGIN = 60
+from utils.watchdog import MARGIN, Watchdog, no_step, time_limit
 
 
 def train(run: Run, signals: StopSignals) -> bool:
@@ -115,10 +112,10 @@ def main(argv: list[str] | None = None) -> int:
     settings = in_iterations(settings)
     check_result_target(settings)
     files = RunFiles(settings)
-    with Watchdog(timeout), StopSignals(settings, distributed) as signals, \
+    with Watchdog(timeout, "go on with --resume auto"), StopSignals(settings, distributed) as signals, \
             locked(files, distributed.is_main_process) as lock:
         barrier()  # until the folder is this run's own: only then is it known what there is to go on with
-        run = build_run(settings, distributed)
+        run = build_run(settings, distributed, files)
         check_length(settings, len(run.train_set))
         run.lock = lock
         stopped = train(run, signals)

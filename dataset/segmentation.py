@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from dataset import transforms
 from dataset.cache import Cache
 from dataset.discovery import Sample, find_samples
-from dataset.io import decode_pair, read_files
+from dataset.io import decode_pair, read_files, read_label
 from dataset.spec import IGNORE, DatasetSpec
 from dataset.window import windowed_crop, windows_are_exact
 from utils.errors import UserError
@@ -110,16 +110,29 @@ class SegmentationDataset(Dataset):
         """The stored pair: uint8 [H, W, 3] BGR, and uint8 [H, W] stored label values (None without labels)."""
         sample = self.samples[index]
         image, label = self.cache.read(index) if self.cache else decode_pair(sample, *read_files(sample))
-        if label is not None and self._unknown.any():
-            values = self.cache.values(index) if self.cache else label
-            if cv2.LUT(values, self._unknown).any():
-                raise self.spec.unknown_value(sample.label, int(label[~self.spec.known_ids[label]][0]))
+        self._check_values(index, label)
         return image, label
+
+    def read_label(self, index: int) -> np.ndarray | None:
+        """The label of :meth:`read` alone. Its image is not decoded, and what does not fit it is not found."""
+        if self.cache:
+            return self.read(index)[1]
+        path = self.samples[index].label
+        label = None if path is None else read_label(path)
+        self._check_values(index, label)
+        return label
+
+    def _check_values(self, index: int, label: np.ndarray | None) -> None:
+        if label is None or not self._unknown.any():
+            return
+        values = self.cache.values(index) if self.cache else label
+        if cv2.LUT(values, self._unknown).any():
+            raise self.spec.unknown_value(self.samples[index].label, int(label[~self.spec.known_ids[label]][0]))
 
     def require_labels(self) -> None:
         """UserError when not one pixel of the split has a class; mostly the first image tells."""
         for index in range(len(self)):
-            label = self.read(index)[1]
+            label = self.read_label(index)
             if label is not None and (self.spec.id_to_train[label] != IGNORE).any():
                 return
         if not any(sample.label for sample in self.samples):

@@ -34,8 +34,9 @@ from utils.randomness import seed_everything
 MANY_EPOCHS = 2000
 
 
-def build_run(settings: Settings, distributed: Distributed) -> Run:
-    """Build and check everything that training needs. Raises UserError for whatever does not fit."""
+def build_run(settings: Settings, distributed: Distributed, files: RunFiles | None = None) -> Run:
+    """Build and check everything that training needs. files: of the run, if they are made already. Raises UserError for
+    whatever does not fit."""
     check_batch(settings, distributed)
     check_unlabelled(settings, distributed)
     check_precision((settings.speed.amp_dtype, settings.speed.teacher_dtype), distributed.device)
@@ -55,7 +56,7 @@ def build_run(settings: Settings, distributed: Distributed) -> Run:
     settings = replace(settings, networks=replace(settings.networks, aux=student.aux, **head_widths(student, teacher)))
     if settings.networks.teacher_scores is not None:
         use_scores(settings, run_facts(settings, student.num_class), student, teacher, train_set, unlabelled)
-    files = RunFiles(settings)
+    files = files or RunFiles(settings)
     objective = build_objective(settings, student, teacher, bool(files.resume_from),
                                 build_criterion(settings, train_set, distributed.device))
     objective.unlabelled = images_without_labels(settings) // distributed.world_size // settings.speed.grad_accumulation

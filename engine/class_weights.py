@@ -39,7 +39,7 @@ def count_pixels(train_set: SegmentationDataset, device: torch.device) -> list[i
     spec, (rank, world) = train_set.spec, rank_and_world()
 
     def values(index: int) -> np.ndarray:
-        return np.bincount(train_set.read(index)[1].ravel(), minlength=256)
+        return np.bincount(train_set.read_label(index).ravel(), minlength=256)
 
     with ThreadPoolExecutor(min(available_cpus(), MOST_THREADS)) as threads:
         stored = sum(threads.map(values, range(rank, len(train_set), world)), np.zeros(256, np.int64))

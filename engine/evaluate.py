@@ -17,7 +17,7 @@ from engine.predict import Size, check_options, predict, predict_classes
 from models.prepare import fold_batch_norms, to_channels_last
 from utils.distributed import available_cpus, rank_and_world
 from utils.score import SegmentationMetric
-from utils.watchdog import in_time
+from utils.watchdog import in_time, no_prediction, no_step, time_limit
 
 
 @torch.no_grad()
@@ -53,10 +53,11 @@ def evaluate(net: nn.Module, dataset: Dataset, *, device: torch.device, metric: 
     done = 0
     try:
         for batch in _batches(dataset, device, workers, batch_size, progress):
-            image, valid, label = (batch[key].to(device, non_blocking=True) for key in ("image", "valid", "label"))
-            answer = ask(asked, image, valid, size=label.shape[-2:], scales=scales, flip=flip, window=window,
-                         stride=stride, amp=amp)
-            metric.update(answer, label)
+            with time_limit(no_prediction):
+                image, valid, label = (batch[key].to(device, non_blocking=True) for key in ("image", "valid", "label"))
+                answer = ask(asked, image, valid, size=label.shape[-2:], scales=scales, flip=flip, window=window,
+                             stride=stride, amp=amp)
+                metric.update(answer, label)
             if on_prediction is not None:
                 wanted = None if prediction_limit is None else max(prediction_limit - done, 0)
                 for one, item in zip(answer[:wanted], _items(batch), strict=False):
@@ -64,8 +65,9 @@ def evaluate(net: nn.Module, dataset: Dataset, *, device: torch.device, metric: 
             done += len(label)
     finally:
         net.train(was_training)
-    metric.all_reduce()
-    return {**metric.result(), "images": len(dataset)}
+    with time_limit(no_step):
+        metric.all_reduce()
+        return {**metric.result(), "images": len(dataset)}
 
 
 def prepare_for_inference(net: nn.Module, *, dtype: torch.dtype | None = None, channels_last: bool = True) -> nn.Module:

@@ -18,6 +18,7 @@ from models.prepare import HALF_PRECISIONS
 from models.published import local
 from utils.errors import UserError
 from utils.options import OptionGroup, flag, option
+from utils.watchdog import timeout_option
 
 BASE_HELP = ("ImageNet weights of its backbone: a file, get:NAME, or a name such as "
              "torchvision:ResNet50_Weights.IMAGENET1K_V2 (for resnet50_original)")
@@ -221,8 +222,7 @@ class Running(OptionGroup):
     val_per_iters: int = option(800, "steps between validations", at_least=1)
     skip_nonfinite: int = option(0, "steps in the whole run whose loss or gradient may be NaN or infinite: they change "
                                     "nothing and are counted; one more is an error", at_least=0, metavar="N")
-    timeout: int = option(1800, "seconds without an answer of a loading process or of another process after which the "
-                                "run ends", at_least=1, metavar="SECONDS")
+    timeout: int = timeout_option("run")
     diagnose_every: int = option(0, "steps between measurements of every term's gradient, for tools/diagnose.py; one "
                                     "takes about a backward pass per term; 0 = none", at_least=0)
     skip_val: bool = option(False, "no validation, hence no best model and no final report")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 
@@ -15,11 +16,7 @@ from utils.files import remove_leftovers
 
 
 class RunFiles:
-    """File names of a run: the reference's for the weights, beside them the training state and the configuration.
-
-    resume_from: the training states that ``--resume`` means, the best first; none to start afresh ('auto' with nothing
-    there).
-    """
+    """File names of a run: the reference's for the weights, beside them the training state and the configuration."""
 
     def __init__(self, settings: Settings) -> None:
         n, dataset = settings.networks, settings.data.dataset
@@ -33,10 +30,7 @@ class RunFiles:
         self.replay = self.directory / f"{self.stem}_replay.pth"
         self.config = self.directory / f"{self.stem}_config.json"
         self.text_log = self.log_directory / f"{self.log_name}_log.txt"
-        choice = settings.running.resume
-        self.resume_from: list[Path] = [] if choice is None else [Path(choice).expanduser()]
-        if choice == "auto":
-            self.resume_from = self.states()
+        self._resume = settings.running.resume
 
     def _earlier_log_name(self, settings: Settings) -> str | None:
         """The name of a log that is there and was written by an earlier version, which put "none" for no teacher."""
@@ -45,6 +39,14 @@ class RunFiles:
             return None
         earlier = f"{settings.distillation.method}_none_{n.student_model}-{n.student_backbone}_{settings.data.dataset}"
         return earlier if (self.log_directory / f"{earlier}.jsonl").exists() else None
+
+    @cached_property
+    def resume_from(self) -> list[Path]:
+        """The training states that ``--resume`` means, the best first; none to start afresh ('auto' with nothing
+        there). They are looked up when they are first asked for, which has to be when the folder is locked."""
+        if self._resume == "auto":
+            return self.states()
+        return [] if self._resume is None else [Path(self._resume).expanduser()]
 
     @property
     def goes_on_here(self) -> bool:

@@ -22,14 +22,14 @@ OWN = ("name", "save_dir", "log_dir", "results", "resume", "local_rank")
 NOTHING = (None, "None")
 
 
-def config_of(folder: Path, flag: str = "") -> Path:
-    """The configuration in the folder of a run. flag: what named it, for messages. UserError when there is not exactly
-    one."""
+def config_of(folder: Path, flag: str = "", instead: str = "") -> Path:
+    """The configuration in the folder of a run. flag: what named it, instead: what else it might have been, for
+    messages. UserError when there is not exactly one."""
     found = sorted(folder.glob("*_config.json"))
     if len(found) != 1:
         held = ", ".join(path.name for path in found) or "none" if folder.is_dir() else "no such folder"
-        raise UserError(f"{flag} {folder}: expected the --save-dir of one run, with its kd_..._config.json "
-                        f"({held})".strip())
+        raise UserError(f"{flag} {folder}: expected the --save-dir of one run, with its kd_..._config.json"
+                        f"{instead} ({held})".strip())
     return found[0]
 
 

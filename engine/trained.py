@@ -15,6 +15,7 @@ from torch import nn
 from dataset import get_dataset_spec, list_datasets
 from dataset.palette import bit_palette
 from engine.log import LOG
+from engine.saved import config_of
 from models import NetworkChoice, read_info
 from models.hub import CONFIG, WEIGHTS, fetch, from_pretrained, read_config
 from utils.errors import UserError
@@ -82,12 +83,8 @@ def open_trained(source: str | os.PathLike, known: Known | None = None) -> Train
 
 def _weights_of_run(folder: Path, which: str) -> Path:
     """The best or the last weights of the one run in a folder."""
-    found = sorted(folder.glob("*_config.json"))
-    if len(found) != 1:
-        held = f"it holds {', '.join(p.name for p in found)}" if found else "it holds neither"
-        raise UserError(f"{folder}: expected the --save-dir of one run, with its kd_..._config.json, or a folder of "
-                        f"tools/export.py, with its {CONFIG} ({held})")
-    stem = found[0].name.removesuffix("_config.json")
+    config = config_of(folder, instead=f", or a folder of tools/export.py, with its {CONFIG}")
+    stem = config.name.removesuffix("_config.json")
     path = folder / f"{stem}{'_best_model' if which == 'best' else ''}.pth"
     if not path.is_file():
         other = "; a run without validation has only --weights last" if which == "best" else ""

@@ -5,10 +5,10 @@ from math import prod
 
 from engine.settings import Settings
 from losses.core import NetInfo, Term
-from losses.core.distiller import Distiller
+from losses.core.distiller import PUBLISHED_MAPS, Distiller
 
-#: output stride of the published networks, and channels of each tap of their teachers, ResNet-101
-STRIDE, CHANNELS = 8, {"c4": 2048}
+#: output stride of the published networks
+STRIDE = 8
 
 
 def map_side(side: int, stride: int) -> int:
@@ -27,10 +27,11 @@ def weight_factors(settings: Settings, teacher: NetInfo | None) -> dict[str, tup
 def _factor(cls: type[Distiller], term: Term, settings: Settings, teacher: NetInfo) -> tuple[float, str]:
     crop = cls.published_crop.get(settings.data.dataset, cls.published_crop["*"])
     stride = teacher.stride_of(term.sum_over or "logits")
-    published = [map_side(side, STRIDE) for side in crop]
+    channels, published_stride = PUBLISHED_MAPS[term.sum_over] if term.sum_over else (1, STRIDE)
+    published = [map_side(side, published_stride) for side in crop]
     own = [map_side(side, stride) for side in settings.data.crop_size]
     if term.sum_over:
-        published.append(CHANNELS[term.sum_over])
+        published.append(channels)
         own.append(teacher.channels[term.sum_over])
         factor, what = prod(published) / prod(own), f"a sum over the teacher's {term.sum_over}"
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-import eval as evaluation
+from engine import eval_settings
 from engine.settings import build_parser
 from losses.core import methods
 from utils.options import OptionGroup, flag, options_of
@@ -35,7 +35,7 @@ def flags_of(group: type[OptionGroup]) -> set[str]:
 @cache
 def known_flags() -> set[str]:
     """The flags of all programs and tools."""
-    modules = [evaluation, *map(importlib.import_module, TOOLS)]
+    modules = [eval_settings, *map(importlib.import_module, TOOLS)]
     groups = {x for module in modules for x in vars(module).values()
               if isinstance(x, type) and issubclass(x, OptionGroup)}
     return set(build_parser()._option_string_actions).union(*map(flags_of, groups))

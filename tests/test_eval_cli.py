@@ -19,6 +19,8 @@ from torch import nn
 
 import eval as program
 from dataset import SegmentationDataset, get_dataset_spec
+from engine.eval_settings import build_parser
+from engine.pictures import output_names
 from engine.predict import predict
 from models import get_segmentation_model
 from utils.cli import BooleanAction, run_main
@@ -187,14 +189,14 @@ def test_another_ignore_label_gives_the_same_figures(place: Path, tmp_path: Path
 
 
 def test_images_that_share_a_name_do_not_overwrite_each_other() -> None:
-    assert program.output_names(["/d/x/a.png", "/d/x/b.jpg"]) == ["a.png", "b.png"]
-    assert program.output_names(["/d/x/a.png", "/d/y/a.jpg"]) == ["x_a.png", "y_a.png"]
+    assert output_names(["/d/x/a.png", "/d/x/b.jpg"]) == ["a.png", "b.png"]
+    assert output_names(["/d/x/a.png", "/d/y/a.jpg"]) == ["x_a.png", "y_a.png"]
 
 
-@pytest.mark.parametrize("option", [a.option_strings[0] for a in program.build_parser()._actions
+@pytest.mark.parametrize("option", [a.option_strings[0] for a in build_parser()._actions
                                     if a.option_strings[0].startswith("--")])
 def test_reference_flags_exist_in_both_spellings(option: str) -> None:
-    parser = program.build_parser()
+    parser = build_parser()
     action = parser._option_string_actions[option]
     choice = {"preprocess": ["bgr"], "amp": ["bf16"]}
     value = choice.get(action.dest, ["2"] * (action.nargs if isinstance(action.nargs, int) else 1))
@@ -204,7 +206,7 @@ def test_reference_flags_exist_in_both_spellings(option: str) -> None:
 
 
 def test_reference_defaults() -> None:
-    got = vars(program.build_parser().parse_args([]))
+    got = vars(build_parser().parse_args([]))
     expected = {
         "model": "deeplabv3", "backbone": "resnet18", "dataset": "citys", "data": "./dataset/cityscapes/",
         "crop_size": [1024, 2048], "workers": 8, "aux": False, "blend": False, "gpu_id": "0", "no_cuda": False,

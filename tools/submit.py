@@ -28,6 +28,9 @@ import eval as evaluation
 from dataset import DatasetSpec, get_dataset_spec
 from dataset.discovery import find_samples
 from dataset.io import read_label
+from engine.eval_settings import GROUPS as EVAL_GROUPS
+from engine.eval_settings import Data, EvalSettings, Output
+from engine.pictures import pictures_folder
 from utils.cli import ArgumentParser, read_options, run_main
 from utils.errors import UserError
 from utils.files import check_target, sha256, write_atomically
@@ -54,8 +57,7 @@ class Submission(OptionGroup):
               "by the name of the folder)", choices=tuple(KINDS))
 
 
-GROUPS = (("submission", Submission), ("network", evaluation.Network), ("data", evaluation.Data),
-          ("prediction", evaluation.Prediction), ("speed", evaluation.Speed), ("running", evaluation.Running))
+GROUPS = (("submission", Submission), *(pair for pair in EVAL_GROUPS if pair[1] is not Output))
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Expected:
     image: str
 
 
-def expected_files(spec: DatasetSpec, settings: evaluation.Data) -> list[Expected]:
+def expected_files(spec: DatasetSpec, settings: Data) -> list[Expected]:
     """The files that the server wants, sorted by name: for every image one PNG with its stem, all in one folder."""
     samples = find_samples(spec, settings.data, settings.split, settings.data_list)
     files = [Expected(f"{Path(sample.image).stem}.png", sample.image) for sample in samples]
@@ -162,13 +164,13 @@ def kind_of(options: Submission) -> str:
     return kind
 
 
-def predict(settings: evaluation.EvalSettings) -> Path:
+def predict(settings: EvalSettings) -> Path:
     """Predict the split with all processes; the folder of the predictions."""
     evaluation.execute(settings)
-    return evaluation.pictures_folder(settings, settings.data.split) / "ids"
+    return pictures_folder(settings, settings.data.split) / "ids"
 
 
-def parse(argv: list[str] | None) -> tuple[Submission, evaluation.EvalSettings]:
+def parse(argv: list[str] | None) -> tuple[Submission, EvalSettings]:
     """Parse and check the command line; it ends here."""
     parser = ArgumentParser(prog="submit.py", description=__doc__.split("\n")[0])
     for title, group in GROUPS:
@@ -184,9 +186,9 @@ def parse(argv: list[str] | None) -> tuple[Submission, evaluation.EvalSettings]:
     if options.values and not options.predictions:
         raise UserError("--values: expected with --predictions, whose files it describes")
     check_target(Path(options.out), "--out", is_folder=False)
-    output = evaluation.Output(save_ids=True, save_dir=Path(options.out).with_suffix(""))
+    output = Output(save_ids=True, save_dir=Path(options.out).with_suffix(""))
     data = replace(data, split=data.split or "test")
-    return options, evaluation.EvalSettings(network, data, prediction, speed, output, running)
+    return options, EvalSettings(network, data, prediction, speed, output, running)
 
 
 def main(argv: list[str] | None = None) -> int:

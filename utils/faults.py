@@ -30,7 +30,7 @@ OF_PROCESSES = (
      "not all processes have come to the start: check that every machine runs its launcher, with the same address and "
      "number of machines, and that the port is open"),
     (r"(gloo|nccl|store|collective|watchdog|recv|send|waiting|barrier).*(timed out|timeout)|timed out waiting|"
-     r"timeout waiting", "another process did not answer in time (in training --timeout): it is stopped, or its "
+     r"timeout waiting", "another process did not answer in time (--timeout): it is stopped, or its "
      "machine is gone; look there, then start again, a training with --resume auto"),
 )
 

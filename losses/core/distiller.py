@@ -17,14 +17,17 @@ from losses.core.facts import Batch, NetInfo, Preparation, RunFacts
 from losses.core.needs import Needs
 from utils.options import OptionGroup
 
+#: channels and stride of the published teachers' maps, those of ResNet-101: what a term may be a sum over
+PUBLISHED_MAPS = {"c1": (256, 4), "c2": (512, 8), "c3": (1024, 8), "c4": (2048, 8)}
+
 
 @dataclass(frozen=True)
 class Term:
     """One scalar that a method adds to the loss. weight: the default of the setting ``lambda_NAME``. scales_task: it is
     no scalar; its weight says how far the method's :meth:`Distiller.task_scale` holds for the cross entropy. sum_over:
-    the tap of the teacher over whose channels and positions it is a sum. of_unit_maps: it is a mean over the positions,
-    of maps at unit length, and shrinks with their number. needs_labels: it is of labeled images alone; ``forward`` of a
-    method that has other terms too takes them from ``Batch.with_labels``."""
+    the tap of the teacher, c1 to c4, over whose channels and positions it is a sum. of_unit_maps: it is a mean over the
+    positions, of maps at unit length, and shrinks with their number. needs_labels: it is of labeled images alone;
+    ``forward`` of a method that has other terms too takes them from ``Batch.with_labels``."""
     name: str
     weight: float
     help: str
@@ -32,6 +35,11 @@ class Term:
     sum_over: str | None = None
     of_unit_maps: bool = False
     needs_labels: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sum_over is not None and self.sum_over not in PUBLISHED_MAPS:
+            raise ValueError(f"term {self.name!r}: sum_over {self.sum_over!r}; expected one of "
+                             f"{', '.join(PUBLISHED_MAPS)}, whose size in published runs is known")
 
     @property
     def depends_on_map(self) -> bool:

@@ -1,6 +1,7 @@
 """Evaluation: scales, flip, sliding window, counts, and what it must leave alone."""
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from models.preprocess import CAFFE_BGR
 from utils.distributed import Distributed
 from utils.errors import UserError
 from utils.score import SegmentationMetric
+from utils.watchdog import Watchdog, no_prediction
 
 CPU = torch.device("cpu")
 
@@ -272,6 +274,21 @@ def test_the_reference_s_accuracy_costs_nothing_unless_asked_for() -> None:
     plain, with_it = (evaluate(Net(), Data(), device=CPU, metric=SegmentationMetric(5, reference_pixacc=asked))
                       for asked in (False, True))
     assert with_it.pop("pixAcc_reference") > 0 and with_it == plain
+
+
+def test_a_prediction_that_does_not_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    over, said, net = threading.Event(), [], Net()
+
+    def expire(self: Watchdog, advice: Any) -> None:
+        said.append(advice(self.seconds, self.then))
+        if advice is no_prediction:
+            over.set()
+
+    monkeypatch.setattr(Watchdog, "_expire", expire)
+    net.register_forward_hook(lambda *_: over.wait(100) and None)
+    with Watchdog(0.05, "start again"):
+        evaluate(net, Data(), device=CPU, fast=False)
+    assert "a prediction has lasted 0.05 s: the device does not answer (nvidia-smi, dmesg)" in said
 
 
 def test_workers_do_not_matter_and_the_metric_starts_afresh() -> None:

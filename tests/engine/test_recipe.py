@@ -4,6 +4,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -22,14 +24,17 @@ from helpers import (
 )
 
 import train_kd
-from dataset import get_dataset_spec
+from dataset import SegmentationDataset, get_dataset_spec
 from engine.build import build_dataset, build_run, check_length, in_iterations
 from engine.class_weights import count_pixels, enet_weights
+from engine.method_list import unallocated_network
 from engine.optimizer import load_optimizer
 from engine.run import network_inputs, train_batch, training_batches
 from engine.settings import Settings, parse_settings
 from engine.weights import weight_factors
-from losses.core import NetInfo
+from losses.core import NetInfo, Term, methods
+from losses.core.distiller import PUBLISHED_MAPS
+from models import NetworkChoice
 from tools.make_scripts import TABLES
 from utils.distributed import init_distributed
 from utils.errors import UserError
@@ -99,6 +104,22 @@ class TestClassWeights:
         labels = [cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in (place / "set/labels/train").iterdir()]
         assert pixels == [sum(int((label == k).sum()) for label in labels) for k in range(CLASSES)]
         assert enet_weights([0, 30, 70]) == pytest.approx([1 / math.log(1.02), 1 / math.log(1.32), 1 / math.log(1.72)])
+
+    def test_labels_are_read_without_their_images_and_ignored_values_do_not_count(self, place, tmp_path) -> None:
+        root = shutil.copytree(place / "set", tmp_path / "set")
+        for image in (root / "images/train").iterdir():
+            image.write_bytes(b"no picture")
+        classes, file = [{"name": "a", "id": 4}, {"name": "b", "id": 0}, {"name": "c", "id": 9}], root / "classes.json"
+        file.write_text(json.dumps({"classes": classes, "ignore": [1, 2, 3, 255]}))
+        train_set = SegmentationDataset(get_dataset_spec("folder", root), root, "train", train=True)
+        train_set.require_labels()
+        labels = np.stack([cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in (root / "labels/train").iterdir()])
+        pixels = count_pixels(train_set, torch.device("cpu"))
+        assert pixels == [int((labels == value).sum()) for value in (4, 0, 9)] and pixels[0] and not pixels[2]
+        file.write_text(json.dumps({"classes": classes, "ignore": [1, 2, 255]}))
+        train_set = SegmentationDataset(get_dataset_spec("folder", root), root, "train", train=True)
+        with pytest.raises(UserError, match=r"labels/train/\d.png: label value 3; .* expects 0..2, 4, 9, 255"):
+            count_pixels(train_set, torch.device("cpu"))
 
     @pytest.mark.parametrize(("content", "said"), [
         ("[1, 2]", "5 numbers"), ("[1, 2, 3, 4, -1]", "at least 0"), ("[0, 0, 0, 0, 0]", "not all 0"),
@@ -192,6 +213,17 @@ class TestScaledWeights:
         settings = parsed("--method", method, "--dataset", "toy_streets", "--crop-size", str(crop))
         ((found, why),) = weight_factors(settings, NetInfo("small", {"c4": 320}, 11)).values()
         assert found == factor and "published" in why
+
+    def test_of_a_sum_over_another_map(self, monkeypatch) -> None:
+        method = methods()["mgd"]
+        monkeypatch.setattr(method, "terms", (replace(method.terms[0], sum_over="c1"),))
+        settings = parsed("--method", "mgd", "--dataset", "toy_streets", "--crop-size", "100")
+        teacher = NetInfo("small", {"c1": 24}, 11, strides={"c1": 4})
+        assert weight_factors(settings, teacher)["mgd"][0] == (128 * 128 * 256) / (25 * 25 * 24)
+        with pytest.raises(ValueError, match="term 'x': sum_over 'head'; expected one of c1, c2, c3, c4"):
+            Term("x", 0.0, "", sum_over="head")
+        r101 = unallocated_network(NetworkChoice("deeplabv3", "resnet101"), 19)
+        assert {tap: (r101.channels[tap], r101.stride_of(tap)) for tap in PUBLISHED_MAPS} == PUBLISHED_MAPS
 
     def test_a_weight_that_is_given_is_taken_as_it_is(self) -> None:
         for words in (("--method", "afdcd", "--lambda-fd", "2e-6"), ("--lambda-fd", "2e-6"), (),

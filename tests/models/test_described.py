@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import eval as evaluation
+from engine import eval_settings
 from engine.settings import build_parser, parse_settings
 from models import list_models
 from utils.errors import UserError
@@ -22,9 +22,9 @@ def weights(tmp_path: Path) -> str:
 
 
 def test_the_evaluated_network(weights):
-    network = evaluation.parse_settings(["--pretrained", weights]).network
+    network = eval_settings.parse_settings(["--pretrained", weights]).network
     assert (network.model, network.backbone) == ("psp", "resnet18_w0.5")
-    network = evaluation.parse_settings(["--pretrained", "elsewhere.pth"]).network
+    network = eval_settings.parse_settings(["--pretrained", "elsewhere.pth"]).network
     assert (network.model, network.backbone) == ("deeplabv3", "resnet18")
 
 
@@ -43,7 +43,7 @@ def test_flags_that_agree(weights):
 
 
 @pytest.mark.parametrize("parse, argv, flag", [
-    (evaluation.parse_settings, ["--pretrained"], "backbone"), (parse_settings, TEACHER, "teacher_backbone")])
+    (eval_settings.parse_settings, ["--pretrained"], "backbone"), (parse_settings, TEACHER, "teacher_backbone")])
 def test_flags_that_do_not(weights, parse, argv, flag):
     with pytest.raises(UserError, match="resnet18 was asked for, but .*a.pth.json says resnet18_w0.5") as error:
         parse([*argv, weights, f"--{flag}", "resnet18"])
@@ -52,10 +52,10 @@ def test_flags_that_do_not(weights, parse, argv, flag):
 
 def test_a_description_that_says_less(tmp_path):
     (tmp_path / "a.pth.json").write_text('{"preprocess": null, "model": 3}')
-    assert evaluation.parse_settings(["--pretrained", str(tmp_path / "a.pth")]).network.model == "deeplabv3"
+    assert eval_settings.parse_settings(["--pretrained", str(tmp_path / "a.pth")]).network.model == "deeplabv3"
 
 
 def test_the_help_lists_models_and_backbones():
-    for parser in (build_parser(), evaluation.build_parser()):
+    for parser in (build_parser(), eval_settings.build_parser()):
         text = parser.format_help()
         assert all(name in text for pair in list_models() for name in pair)

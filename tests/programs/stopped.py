@@ -1,6 +1,7 @@
-"""``train_kd.py`` in which a process stops itself (SIGSTOP), and the others then wait for two seconds only.
+"""``train_kd.py`` or ``eval.py`` (the first argument) in which a process stops itself (SIGSTOP), and the others then
+wait for two seconds only.
 
-$STOP: the rank that does, after its first step; "worker": the loading process, at its third batch.
+$STOP: the rank that does, after its first batch; "worker": the loading process, at its third item.
 """
 from __future__ import annotations
 
@@ -10,46 +11,55 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import dataset
+import engine.evaluate
 import engine.run
+import eval as evaluation
 import train_kd
 from utils import watchdog
 from utils.cli import run_main
+from utils.score import SegmentationMetric
 
-train_batch, collate = train_kd.train_batch, dataset.collate
-loaded = []
-
-
-def then_stop(run, batch):
-    result = train_batch(run, batch)
-    if os.environ["STOP"] == str(run.distributed.rank):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the launcher, also while stopped
-        os.kill(os.getpid(), signal.SIGSTOP)
-    while os.environ["STOP"] == "worker" and run.step == 0 and not is_stopped(multiprocessing.active_children()[0].pid):
-        time.sleep(0.05)
-    if os.environ["STOP"] != "worker" or run.step == 0:
-        watchdog.Watchdog.active.seconds = 2
-    return result
+STOP = os.environ["STOP"]
+collate, loaded, done = dataset.collate, [], []
 
 
-def is_stopped(pid):
+def then_stop(function: Callable) -> Callable:
+    """The function, and after its first call what $STOP says."""
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        done.append(1)
+        if os.environ.get("RANK", "0") == STOP:
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the launcher, also while stopped
+            os.kill(os.getpid(), signal.SIGSTOP)
+        while STOP == "worker" and len(done) == 1 and not is_stopped(multiprocessing.active_children()[0].pid):
+            time.sleep(0.05)
+        if STOP != "worker" or len(done) == 1:
+            watchdog.Watchdog.active.seconds = 2
+        return result
+    return call
+
+
+def is_stopped(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
 
 
-def stop_at_third(items):
+def stop_at_third(items: list) -> dict:
     loaded.append(1)
     if len(loaded) == 3:
         os.kill(os.getpid(), signal.SIGSTOP)
     return collate(items)
 
 
-if os.environ["STOP"] == "worker":
-    engine.run.data.collate = stop_at_third
-train_kd.train_batch = then_stop
+if STOP == "worker":
+    engine.run.data.collate = engine.evaluate.collate = stop_at_third
+train_kd.train_batch, SegmentationMetric.update = then_stop(train_kd.train_batch), then_stop(SegmentationMetric.update)
 
 if __name__ == "__main__":
-    sys.exit(run_main(train_kd.main))
+    sys.exit(run_main({"train_kd.py": train_kd, "eval.py": evaluation}[sys.argv[1]].main, sys.argv[2:]))

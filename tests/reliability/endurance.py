@@ -4,10 +4,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from reliability.runs import Material
+from reliability.runs import Fault, Material, Result
 
 import train_kd
 
@@ -15,10 +15,12 @@ import train_kd
 GROWTH = 40
 
 
-def endurance(material: Material, short: bool) -> Iterator[tuple[str, int, int]]:
+def endurance(material: Material, short: bool, tries: int) -> list[Fault]:
     """5,000 steps with a loading process, log, training states and validations."""
-    if short:
-        return
+    return [] if short else [Fault("5,000 steps", partial(_endured, material))]
+
+
+def _endured(material: Material, before: int) -> Result:
     steps, settled, seen = 5000, 1000, {}
     original = train_kd.train_batch
 
@@ -36,11 +38,11 @@ def endurance(material: Material, short: bool) -> Iterator[tuple[str, int, int]]
     finally:
         train_kd.train_batch = original
     first, last = seen[settled], seen[steps - 1]
-    (material.base / "endurance.txt").write_text(f"{first}\n{last}\n")
     flat = all(last[name] <= first[name] for name in ("files", "threads", "processes"))
     grown = last["memory"] - first["memory"]
-    yield (f"5,000 steps: open files {first['files']} to {last['files']}, threads {first['threads']} to "
-           f"{last['threads']}, memory {grown:+.0f} MB"), 1, int(code == 0 and flat and grown < GROWTH)
+    return 1, int(code == 0 and flat and grown < GROWTH), (
+        f"open files {first['files']} to {last['files']}, threads {first['threads']} to {last['threads']}, memory "
+        f"{grown:+.0f} MB")
 
 
 def measure() -> dict[str, float]:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from reliability.cases import CASES
-from reliability.runs import Material
+from reliability.runs import Fault, Material
 
 from tools.markdown import table
 from utils.cli import parse_options, run_main
@@ -29,19 +29,49 @@ class Options(OptionGroup):
     """The command line."""
     out: str = option("runs/reliability", "folder of the results and of the runs", metavar="DIR")
     only: tuple[str, ...] = option((), f"these cases: {', '.join(case.__name__ for case in CASES)}", metavar="CASE")
+    tries: int = option(20, "of each kind of kill; what is there already counts", at_least=1, metavar="N")
     short: bool = option(False, "a few seconds of it, and no table in the docs")
 
 
-def results_of(path: Path) -> list[dict]:
-    """What earlier calls have found."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+class Results:
+    """What was found, by case and fault, in a file that holds it after every attempt."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.is_file() else []
+        self.rows = {(row["case"], row["fault"]): row for row in map(json.loads, lines)}
+
+    def tries(self, case: str, fault: str) -> int:
+        """How often it was tried."""
+        return self.rows.get((case, fault), {}).get("tries", 0)
+
+    def add(self, case: str, fault: str, tries: int, survived: int, note: str) -> None:
+        """Count an attempt."""
+        row = self.rows.setdefault((case, fault), {"case": case, "fault": fault, "tries": 0, "survived": 0})
+        row["tries"] += tries
+        row["survived"] += survived
+        row["note"] = note
+        write_text(self.path, "".join(json.dumps(one) + "\n" for one in self.rows.values()))
+
+    def table(self) -> str:
+        """All of them, and their sum, in the order of the cases."""
+        order = [case.__name__ for case in CASES]
+        rows = sorted(self.rows.values(), key=lambda row: order.index(row["case"]))
+        lines = [[row["fault"] + (f": {row['note']}" if row.get("note") else ""), str(row["tries"]),
+                  str(row["survived"])] for row in rows]
+        total = [str(sum(row[name] for row in rows)) for name in ("tries", "survived")]
+        return table(["fault", "tries", "survived"], [*lines, ["all", *total]])
 
 
-def written(found: list[dict]) -> str:
-    """The table of all results."""
-    rows = [[one["fault"], str(one["tries"]), str(one["survived"])] for one in found]
-    total = [str(sum(one[name] for one in found)) for name in ("tries", "survived")]
-    return table(["fault", "tries", "survived"], [*rows, ["all", *total]])
+def try_all(faults: list[tuple[str, Fault]], results: Results) -> None:
+    """One attempt of every fault in turn, until each has the tries that are wanted."""
+    while left := [(case, fault) for case, fault in faults if results.tries(case, fault.name) < fault.tries]:
+        for case, fault in left:
+            tries, survived, note = fault.attempt(results.tries(case, fault.name))
+            if not tries:
+                raise RuntimeError(f"{fault.name}: nothing came of it")
+            results.add(case, fault.name, tries, survived, note)
+            print(f"{fault.name}: {survived} of {tries} {note}".rstrip(), file=sys.stderr, flush=True)
 
 
 def put_into_page(text: str, page: Path = PAGE) -> None:
@@ -54,34 +84,20 @@ def put_into_page(text: str, page: Path = PAGE) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the cases that have not been run. Returns the exit code: 1 when something was not survived."""
+    """Try what has not been tried. Returns the exit code: 1 when something was not survived."""
     options = parse_options(Options, argv, prog="run.py", description=__doc__.split("\n")[0])
     if unknown := set(options.only) - {case.__name__ for case in CASES}:
         raise UserError(f"--only {' '.join(sorted(unknown))}: expected {', '.join(case.__name__ for case in CASES)}")
     torch.set_num_threads(1)
     folder = Path(options.out).resolve()
-    path, material = folder / "results.jsonl", Material(folder / "runs")
     folder.mkdir(parents=True, exist_ok=True)
-    for case in CASES:
-        if options.only and case.__name__ not in options.only:
-            continue
-        if any(one["case"] == case.__name__ and one["last"] for one in results_of(path)):
-            continue
-        kept = [one for one in results_of(path) if one["case"] != case.__name__]  # a case that was cut off starts again
-        write_text(path, "".join(json.dumps(one) + "\n" for one in kept))
-        found = []
-        for fault, tries, survived in case(material, options.short):
-            found.append({"case": case.__name__, "fault": fault, "tries": tries, "survived": survived, "last": False})
-            print(f"{fault}: {survived} of {tries}", file=sys.stderr, flush=True)
-            write_text(path, "".join(json.dumps(one) + "\n" for one in kept + found))
-        if found:
-            found[-1]["last"] = True
-            write_text(path, "".join(json.dumps(one) + "\n" for one in kept + found))
-        if not options.short:
-            put_into_page(written(results_of(path)))
-    results = results_of(path)
-    print(written(results))
-    return 0 if results and all(one["tries"] == one["survived"] > 0 for one in results) else 1
+    material, results = Material(folder / "runs"), Results(folder / "results.jsonl")
+    try_all([(case.__name__, fault) for case in CASES if not options.only or case.__name__ in options.only
+             for fault in case(material, options.short, options.tries)], results)
+    if not options.short:
+        put_into_page(results.table())
+    print(results.table())
+    return 0 if results.rows and all(row["tries"] == row["survived"] > 0 for row in results.rows.values()) else 1
 
 
 if __name__ == "__main__":

@@ -7,19 +7,33 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
-from helpers import ROOT, assert_same, train_arguments, write_folder_dataset
+from helpers import ROOT, assert_same, records, train_arguments, without_times, write_folder_dataset
 from method_cases import RUN_STUDENT, run_arguments, write_run_teacher
-
-import train_kd
+from reliability.lives import Ended, live
 
 VICTIM = str(ROOT / "tests" / "reliability" / "victim.py")
 STEM = f"kd_{RUN_STUDENT[0]}_{RUN_STUDENT[1]}_folder"
+#: flags that make a method cheaper than in the tests of all methods
+CHEAPER = {"afdcd": ("--crop-size", "64", "64", "--pool-size", "2")}
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node")
+AUTO = ("--resume", "auto")
+#: (tries, survived, a note for the table)
+Result = tuple[int, int, str]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that is tried. attempt: from the tries that there were to what more of them show. tries: wanted."""
+
+    name: str
+    attempt: Callable[[int], Result]
+    tries: int = 1
 
 
 @dataclass
@@ -37,11 +51,25 @@ class Material:
     def arguments(self, method: str, name: str, *more: str) -> list[str]:
         """The command line of a run of a method in a folder of its own, saved after every third step."""
         data, teacher = self.data()
-        common = ("--save-per-iters", "3", "--log-iter", "5", "--batch-size", "4", *more)
+        common = ("--save-per-iters", "3", "--log-iter", "5", "--batch-size", "4", *CHEAPER.get(method, ()), *more)
         if method == "none":
             return train_arguments(data, self.base / name, "--student-model", RUN_STUDENT[0], "--student-backbone",
                                    RUN_STUDENT[1], "--method", "none", "--skip-val", *common)
         return run_arguments(method, data, teacher, self.base / name, *common)
+
+    def live(self, method: str, name: str, flags: Sequence[str], processes: int, plan: dict | None = None) -> Ended:
+        """One life of the run of a method in a folder of its own; see :func:`reliability.lives.live`."""
+        return live(self.arguments(method, name, *flags), processes, plan or {}, self.base / f"{name}.out")
+
+    def keep(self, folder: Path, why: str) -> None:
+        """Keep a copy of a run that has not survived, with the reason, beside the folder of all runs."""
+        kept = self.base.with_name("failed")
+        copy = kept / f"{folder.name}-{1 + len([*kept.glob('*.txt')])}"
+        if folder.is_dir():
+            shutil.copytree(folder, copy)
+        kept.mkdir(exist_ok=True)
+        copy.with_suffix(".txt").write_text(why)
+        print(f"{copy}: {why[:2000]}", file=sys.stderr, flush=True)
 
     def __hash__(self) -> int:
         return hash(self.base)
@@ -57,11 +85,6 @@ def run(arguments: list[str], processes: int = 1, plan: dict | None = None, laun
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     return subprocess.CompletedProcess(process.args, process.returncode, output, error)
-
-
-def run_here(arguments: list[str]) -> int:
-    """One life of a run in this process, which is faster."""
-    return train_kd.main(arguments)
 
 
 def start(arguments: list[str], processes: int = 1, plan: dict | None = None, launcher: tuple[str, ...] = (),
@@ -87,10 +110,11 @@ def step_of(folder: Path) -> int:
 
 
 def is_same(one: Path, two: Path) -> bool:
-    """Whether two runs ended with the same weights and training state, bit for bit."""
+    """Whether two runs ended with the same weights, training state and log, bit for bit."""
     try:
         for suffix in ("", "_state"):
             assert_same(*({**content(folder, suffix), "config": 0} for folder in (one, two)))
+        assert_same(*(without_times(records(folder)) for folder in (one, two)))
     except (AssertionError, FileNotFoundError):
         return False
     return True

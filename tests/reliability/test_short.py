@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import pytest
 from reliability import run
+from reliability.runs import content
+from reliability.stops import state_after
+from reliability.victim import checksum
 
 from utils.errors import UserError
 
@@ -11,8 +14,15 @@ def test_every_fault_is_survived(tmp_path, capsys) -> None:
     assert run.main(["--short", "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "| kill -9, Af-DCD, 1 process" in said and "ENOSPC in a save" in said and "| all " in said
-    assert len(run.results_of(tmp_path / "out" / "results.jsonl")) == 5
-    assert run.main(["--short", "--out", str(tmp_path / "out")]) == 0, "nothing is done twice"
+    assert len(run.Results(tmp_path / "out" / "results.jsonl").rows) == 5
+    killed = tmp_path / "out" / "runs" / "afdcd-1"
+    assert run.main(["--short", "--out", str(tmp_path / "out")]) == 0 and killed.is_dir(), "nothing is done twice"
+    state = content(killed)
+    step, digest = state["step"], checksum(state)
+    assert state_after(killed, {step: (1, digest)}, before=step) == step
+    assert state_after(killed, {step: (1, digest)}, before=step + 1) is None, "it went back"
+    next(iter(state["model"].values())).view(-1)[0] += 1
+    assert state_after(killed, {step: (1, checksum(state))}, before=0) is None, "another state"
 
 
 def test_the_table_replaces_the_one_before(tmp_path) -> None:
