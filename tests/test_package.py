@@ -16,6 +16,8 @@ import pytest
 from helpers import ROOT, train_arguments, write_folder_dataset
 from test_readme_example import example
 
+from tools.package.rewrite import commands, rewritten
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 TOOLS = str(ROOT / "tools" / "package")
 BUILD = ("import sys; sys.path.insert(0, sys.argv[1]); target = sys.argv[2]; import backend\n"
@@ -128,6 +130,24 @@ def test_an_editable_installation_reads_the_clone(built, tmp_path) -> None:
     done = run(sys.executable, "-c", code, cwd=tmp_path)
     assert done.stdout.split() == [str(ROOT / "utils" / "cli.py")]
     assert "pip install 'afdcd[hub]'" in done.stderr
+
+
+def test_what_is_rewritten() -> None:
+    source = '''"""Ü: torchrun --nproc_per_node 8 train_kd.py, tools/predict.py, tools/report.py, eval.py."""
+import os, engine.build
+import dataset as data; from tools import compare
+sys.path.insert(0, str(Path(__file__).parent))
+name, said = "train_kd.py", f"{os}: python eval.py --x {data} (pip install -e '.[hub]')"
+parser = Parser(prog="predict.py", usage="report.py")
+'''
+    expected = '''"""Ü: torchrun --nproc_per_node 8 -m afdcd.train_kd, afdcd-predict, tools/report.py, afdcd-eval."""
+import os; from afdcd import engine; import afdcd.engine.build
+import afdcd.dataset as data; from afdcd.tools import compare
+pass
+name, said = "train_kd.py", f"{os}: afdcd-eval --x {data} (pip install 'afdcd[hub]')"
+parser = Parser(prog="afdcd-predict", usage="report.py")
+'''
+    assert rewritten(source.encode(), commands(PROJECT["scripts"])).decode() == expected
 
 
 def test_every_command_is_a_program() -> None:
