@@ -163,9 +163,10 @@ def _hf(name: str, num_class: int, config: Any, net: nn.Module, preprocess: Prep
                                                   for text in taps.values())), {})
     side = config.image_size if isinstance(getattr(config, "image_size", None), int) and "layernorm" in paths else 128
     universal = "class_predictor" in paths
-    return Outside(net, taps, preprocess, side=side, logits=class_scores if universal else lambda output: output.logits,
-                   architecture={key: value for key, value in json.loads(config.to_json_string(use_diff=False)).items()
-                                 if key not in NO_ARCHITECTURE})
+    said = json.loads(config.to_json_string(use_diff=False))
+    return Outside(net.float(), taps, preprocess, side=side,  # files in half precision make a network in half precision
+                   logits=class_scores if universal else lambda output: output.logits,
+                   architecture={key: value for key, value in said.items() if key not in NO_ARCHITECTURE})
 
 
 def _kind(package: Any, config: Any, name: str) -> Any:

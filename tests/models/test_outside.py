@@ -199,15 +199,17 @@ class TestSources:
         assert net.strides == {"logits": 1, "c3": 8, "c4": 16, "head": 16} and net.num_class == CLASSES
 
     def test_transformers(self, tmp_path) -> None:
+        import_torchvision()  # which transformers imports
         transformers = pytest.importorskip("transformers")
         config = transformers.SegformerConfig(hidden_sizes=[8, 16, 24, 32], depths=[1] * 4, num_labels=CLASSES,
                                               num_attention_heads=[1] * 4, decoder_hidden_size=16)
-        transformers.SegformerForSemanticSegmentation(config).save_pretrained(tmp_path)
+        transformers.SegformerForSemanticSegmentation(config).half().save_pretrained(tmp_path)
         (tmp_path / "preprocessor_config.json").write_text(
             '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25], "rescale_factor": 0.5}')
         net = get_segmentation_model(f"hf:{tmp_path}", "", CLASSES)
         assert net.strides == {"logits": 4, "c1": 4, "c2": 8, "c3": 16, "c4": 32, "head": 4}
         assert (net.preprocess.scale, net.preprocess.mean) == (2.0, (0.5, 0.5, 0.5))
+        assert {value.dtype for value in net.parameters()} == {torch.float32} and net.architecture["depths"] == [1] * 4
         with pytest.raises(UserError, match=r"\(LABEL_0, .*: scores 5 classes, 7 were asked for"):
             get_segmentation_model(f"hf:{tmp_path}", "", 7)
         assert classes_of(NetworkChoice(f"hf:{tmp_path}", "")) == KnownClasses(5, tuple(f"LABEL_{k}" for k in range(5)))
