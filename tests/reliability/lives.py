@@ -23,7 +23,7 @@ import train_kd
 from utils.cli import run_main
 
 #: seconds after which a life counts as hanging; its own --timeout comes first
-PATIENCE = 1800
+PATIENCE = 2400
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["reliability.lives"])
 

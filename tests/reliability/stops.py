@@ -44,7 +44,7 @@ def _killed(material: Material, method: str, processes: int, most: int, before: 
     rng, tries, good, step = random.Random(f"{method} {processes} {before}"), 0, 0, 0
     longest = max(operations for operations, _ in saves.values())
     while tries < most:
-        if rng.random() < 0.5:
+        if most == 1 or rng.random() < 0.5:
             plan = {"kill_in_save": [rng.randint(1, 2), rng.randint(1, longest)]}
         else:
             plan = {"kill_after": [rng.randint(0, 4), rng.uniform(0, 1.5)], "rank": rng.randrange(processes)}

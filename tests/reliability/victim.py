@@ -1,10 +1,10 @@
 """``train_kd.py`` with something that happens to it, once, in the first of the lives that torchrun gives it.
 
 As a program, it reads its plan from $VICTIM, a JSON object. rank: whom it concerns. kill_after [steps, part]: kill -9
-when so many steps of this life are done and that part of the time of the last one has passed again (of the start of the
-process, when there is none). kill_in_save [save, operation]: in the so-manyth save, before the so-manyth write, flush
-or renaming. signal [steps, number]. not_finite [steps]: the loss of that process is. samples FILE: which images every
-step had. saves FILE: of every save its step, the operations of it, and the checksum of the training state.
+when so many steps of this life are done and that part of the time of the fastest has passed again. kill_in_save [save,
+operation]: in the so-manyth save, before the so-manyth write, flush or renaming. signal [steps, number]. not_finite
+[steps]: the loss of that process is. samples FILE: which images every step had. saves FILE: of every save its step, the
+operations of it, and the checksum of the training state.
 """
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Victim:
         first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         self.concerned = first_life and plan.get("rank", 0) == self.rank
         self.steps, self.saves = 0, 0
-        self.since = time.monotonic()  # the step before ended, or the process began
+        self.since, self.pace = 0.0, 0.0  # when the last step began; seconds of the fastest
         self.train_batch, self.save_run, self.forward = train_kd.train_batch, train_kd.save_run, Objective.forward
 
     def arm(self) -> None:
@@ -77,8 +77,10 @@ class Victim:
             with open(self.plan["samples"], "a") as file:
                 file.write(json.dumps([run.step, self.rank, batch["index"].tolist()]) + "\n")
         now = time.monotonic()
+        if self.steps:
+            self.pace = min(self.pace or now - self.since, now - self.since)
         if self.happens("kill_after", self.steps):
-            threading.Timer(self.plan["kill_after"][1] * (now - self.since), die).start()
+            threading.Timer(self.plan["kill_after"][1] * self.pace, die).start()
         self.since = now
         self.steps += 1
         result = self.train_batch(run, batch)
