@@ -158,7 +158,7 @@ def changed_settings(saved: dict, settings: Settings, finished: Collection[str] 
 
     finished: settings of a stage that a resumed run does not repeat.
     """
-    now, saved = plain(settings), {**without_recipe(), **dict.fromkeys(OF_PRESENCE), **saved}
+    now, saved = plain(settings), {**without_recipe(), **saved}
     free = FREE_TO_CHANGE - {k for k in OF_PRESENCE if (saved[k] is None) != (now[k] is None)}
     return [changed(k, saved[k], now[k]) for k in now
             if k in saved and saved[k] != now[k] and k not in free and k not in finished]

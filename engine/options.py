@@ -73,7 +73,7 @@ class Networks(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in (*WEIGHT_FILES, "teacher_classes"):
+        for name in (*WEIGHT_FILES, "teacher_classes", "teacher_scores"):
             if getattr(self, name) in ("", "None", "none"):  # the reference's spelling of nothing
                 object.__setattr__(self, name, None)
 
@@ -126,6 +126,9 @@ class Data(OptionGroup):
         if len(self.crop_size) > 2:
             raise UserError(f"argument --crop-size: expected one or two numbers, got {len(self.crop_size)}")
         object.__setattr__(self, "crop_size", self.crop_size * (3 - len(self.crop_size)))
+        if self.unlabelled in ("", "None", "none"):  # of a run that --config repeats without them
+            object.__setattr__(self, "unlabelled", None)
+            object.__setattr__(self, "unlabelled_share", type(self).unlabelled_share)
 
 
 @dataclass(frozen=True)

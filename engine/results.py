@@ -35,9 +35,9 @@ UNIMPORTANT = frozenset((
     "local_rank", "no_cuda", "aux", "fast", "channels_last", "teacher_classes"))
 #: settings that weight files say where they are left open
 SAID_BY_FILES = frozenset(("student_head_width", "teacher_head_width"))
-#: files, of which the name counts, not where they lie
+#: files and folders, of which the name counts, not where they lie
 FILES = frozenset(("teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base",
-                   "train_list", "val_list", "class_weights"))
+                   "train_list", "val_list", "class_weights", "unlabelled", "teacher_scores"))
 
 
 def result_path(settings: Settings) -> Path:

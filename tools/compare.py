@@ -75,9 +75,13 @@ def build_dataset(runs: dict[str, TrainedRun], data: str | None, split: str | No
 
 
 def check_classes(spec: DatasetSpec, root: str, runs: dict[str, TrainedRun]) -> None:
-    """UserError when another run was made with a folder of other classes. A folder that is gone cannot say."""
-    for run in runs.values():
+    """UserError when another run was made with a folder of other classes, and no map of them. A folder that is gone
+    cannot say."""
+    mapped = runs["distilled"].settings.networks.class_map
+    for role, run in runs.items():
         own = run.settings.data.data
+        if role == "teacher" and mapped:  # which is checked when it is loaded
+            continue
         if Path(own).is_dir() and get_dataset_spec(spec.name, own).classes != spec.classes:
             raise UserError(f"{run.flag} {run.folder}: its data set {own} has other classes than {root}, that of the "
                             "distilled run; expected runs of the same data set")

@@ -26,7 +26,7 @@ from examples.espnet import camvid
 from models import get_segmentation_model, save_state_dict
 from models.class_map import ClassMap, MappedTeacher, for_predictions
 from tools import compare
-from tools.comparison.runs import only_distilled, read_run
+from tools.comparison.runs import check_teacher, only_distilled, read_run
 from tools.latency import find_subjects
 from utils.cli import describe_error
 from utils.errors import UserError
@@ -289,6 +289,18 @@ class TestRun:
         assert differences(made, {**made, "teacher_classes": "other.toml"}) == []
         older = {name: value for name, value in made.items() if name not in ("class_map", "teacher_classes")}
         assert differences(older, made) == ["--teacher-classes: no map -> a map"]
+
+    def test_its_teacher_may_be_of_another_data_set(self, trained) -> None:
+        """In a comparison, where the map says how the two belong together."""
+        distilled = read_run("--distilled", trained.folder)
+        networks = distilled.settings.networks
+        own = parse_settings(["--method", "none", "--dataset", "citys", "--student-model", networks.teacher_model,
+                              "--student-backbone", networks.teacher_backbone])
+        teacher = replace(distilled, flag="--teacher", settings=own)
+        check_teacher(teacher, distilled)
+        unmapped = replace(distilled, settings=replace(distilled.settings, networks=replace(networks, class_map=None)))
+        with pytest.raises(UserError, match="a run on citys; the distilled run is on folder"):
+            check_teacher(teacher, unmapped)
 
 
 def test_the_tables_of_methods_and_taps_know_it(material, tmp_path) -> None:

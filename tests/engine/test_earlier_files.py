@@ -12,6 +12,9 @@ import torch
 from helpers import CLASSES, records, train_arguments, write_folder_dataset
 
 import train_kd
+from engine.results import differences
+from engine.run_files import plain
+from engine.settings import parse_settings
 from models import NetworkChoice
 from models.weights import read_state_dict
 
@@ -70,3 +73,16 @@ def test_earlier_weights_load_strictly() -> None:
         net = NetworkChoice(*NETWORK, pretrained=str(FILES / name)).build(CLASSES)
         tensors = read_state_dict(FILES / name)
         assert all(value.equal(tensors[key]) for key, value in net.state_dict().items())
+
+
+def test_an_earlier_result_is_not_one_of_later_settings() -> None:
+    """Of images without labels or stored scores, which it does not name; where these lie makes no difference."""
+    given = ["--unlabelled", "/one/more", "--unlabelled-share", "0.9", "--teacher-scores", "/one/scores"]
+    wanted = plain(parse_settings(["--method", "kd", "--teacher-pretrained", "t.pth", *given]))
+    names = ("teacher_scores", "unlabelled", "unlabelled_share")
+    earlier = {name: value for name, value in wanted.items() if name not in (*names, "random_scale")}
+    assert [one.partition(":")[0] for one in differences(earlier, wanted)] == list(names)
+    assert differences({**wanted, "unlabelled": "/two/more", "teacher_scores": "/two/scores"}, wanted) == []
+    without = parse_settings(["--method", "kd", "--teacher-pretrained", "t.pth", *given, "--unlabelled", "none",
+                              "--teacher-scores", "none"])
+    assert without.data.unlabelled is without.networks.teacher_scores is None

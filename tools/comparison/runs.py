@@ -93,14 +93,16 @@ def check_pair(plain: TrainedRun, distilled: TrainedRun) -> None:
 
 
 def check_teacher(teacher: TrainedRun, distilled: TrainedRun) -> None:
-    """UserError unless the run trained the network that the other one learned from, on the same data set."""
+    """UserError unless the run trained the network that the other one learned from: on the same data set, if the other
+    one has no map of classes."""
     wanted, own = distilled.settings.networks.teacher, teacher.settings.networks.student
     if not distilled.settings.needs_teacher:
         raise UserError(f"{teacher.flag} {teacher.folder}: {distilled.method} reads no teacher; leave it out")
     if (own.model, own.backbone) != (wanted.model, wanted.backbone):
         raise UserError(f"{teacher.flag} {teacher.folder}: a run of {own.model}-{own.backbone}; the distilled run "
                         f"learned from {wanted.model}-{wanted.backbone}")
-    if teacher.settings.data.dataset != distilled.settings.data.dataset:
+    same = teacher.settings.data.dataset == distilled.settings.data.dataset
+    if not same and not distilled.settings.networks.class_map:
         raise UserError(f"{teacher.flag} {teacher.folder}: a run on {teacher.settings.data.dataset}; the distilled "
                         f"run is on {distilled.settings.data.dataset}")
 
@@ -159,7 +161,7 @@ def _text(name: str, value: Any) -> str:
     """A value as one would type it; of a file its name, without the folders of somebody's machine."""
     if value is None:
         return NOT_SET
-    if name.endswith(("_pretrained", "_pretrained_base", "_list", "_masks", "_classes")):
+    if name.endswith(("_pretrained", "_pretrained_base", "_list", "_masks", "_classes", "_scores", "unlabelled")):
         return Path(str(value)).name
     if isinstance(value, bool):
         return str(value).lower()
