@@ -23,7 +23,7 @@ from engine.settings import parse_settings
 from losses.core import methods
 from models import get_segmentation_model, save_state_dict
 from models.output import CLASS_TAPS
-from tools import cache_teacher
+from tools import cache_teacher, diagnose, replay
 from utils.distributed import Distributed
 
 PAGE = (ROOT / "docs/unlabelled.md").read_text(encoding="utf-8")
@@ -110,6 +110,26 @@ def test_a_run_says_how_its_scores_are_stored(material, stored, tmp_path, monkey
         "--top-k 1 of stored scores: these classes have the teacher's probabilities at temperature 1, and nothing else "
         "is the teacher's", "--resume: stored_scores: float32 -> float16, top 1"]
     assert differences(*(plain(run.settings) for run in runs))[0] == "stored_scores: float32 -> float16, top 1"
+
+
+def test_tools_read_the_stored_scores(material, stored, tmp_path, capsys) -> None:
+    """tools/replay.py those of the batch, tools/diagnose.py those that have moved."""
+    gone, moved = (Path(shutil.copytree(stored["float16"], tmp_path / name)) for name in ("gone", "moved"))
+    argv = arguments(material, tmp_path / "run", *scored(gone), "--save-per-iters", "1", "--lr", "1e30")
+    assert run_here(capsys, train_kd.main, *argv).returncode == 2
+    shutil.rmtree(gone)
+    assert_refused(capsys, diagnose.main, [str(tmp_path / "run"), "--batches", "1"], "gone/train.json: not found")
+    found = run_here(capsys, diagnose.main, tmp_path / "run", "--batches", "1", "--teacher-scores", moved)
+    assert found.returncode == 0 and "| dist |" in found.stdout
+
+    path = tmp_path / f"run/{STEM}_replay.pth"
+    content = torch.load(path, weights_only=True)
+    content["batch"]["scores"].fill_(torch.nan)
+    torch.save(content, path)
+    found = run_here(capsys, replay.main, path)
+    assert found.returncode == 0 and "output that is not finite: teacher (StoredTeacher)" in found.stdout
+    torch.save({**content, "stored": None}, path)  # of an earlier version
+    assert "the teacher itself is asked" in run_here(capsys, replay.main, path).stdout
 
 
 def test_a_call_that_was_interrupted_goes_on(material, stored, tmp_path, capsys) -> None:
