@@ -53,9 +53,11 @@ def build_run(settings: Settings, distributed: Distributed, files: RunFiles | No
     student, teacher = build_student(settings, spec), build_teacher(settings, spec)
     if distributed.is_main_process:  # which writes the files that say it
         student.trained_on = data.fingerprint(read)
-    settings = replace(settings, networks=replace(settings.networks, aux=student.aux, **head_widths(student, teacher)))
+    settings = replace(settings, networks=replace(settings.networks, aux=student.aux, stored_scores=None,
+                                                  **head_widths(student, teacher)))
     if settings.networks.teacher_scores is not None:
-        use_scores(settings, run_facts(settings, student.num_class), student, teacher, train_set, unlabelled)
+        stored = use_scores(settings, run_facts(settings, student.num_class), student, teacher, train_set, unlabelled)
+        settings = replace(settings, networks=replace(settings.networks, stored_scores=stored))
     files = files or RunFiles(settings)
     objective = build_objective(settings, student, teacher, bool(files.resume_from),
                                 build_criterion(settings, train_set, distributed.device))

@@ -24,7 +24,8 @@ from utils.errors import UserError
 from utils.tensor_files import first_line, in_plain_order, load_tensors, save_tensors
 
 FORMAT = 1
-#: folders: only whether there is one makes a difference, what they hold is checked otherwise
+#: folders: only whether there is one makes a difference; what they hold is compared by fingerprints and checksums, and
+#: how scores are stored by ``stored_scores``
 OF_PRESENCE = ("unlabelled", "teacher_scores")
 #: settings that may differ between a run and its continuation without changing the result
 FREE_TO_CHANGE = frozenset((

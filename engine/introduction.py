@@ -16,7 +16,7 @@ from utils.options import flag
 SAID = frozenset((
     *DEAD_OPTIONS, "method", "dataset", "student_model", "student_backbone", "teacher_model", "teacher_backbone",
     "batch_size", "max_iterations", "epochs", "save_dir", "log_dir", "name", "local_rank", "aux", "scale_weights",
-    "class_map"))
+    "class_map", "stored_scores"))
 
 
 def introduce(run: Run) -> None:

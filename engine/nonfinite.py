@@ -109,4 +109,6 @@ def bundle(run: Run, fault: Fault, keys: Sequence[tuple[int, str]]) -> dict[str,
         "preprocess": run.student.preprocess.to_dict(), "scale": scaler.get_scale() if scaler.is_enabled() else 1.0,
         "model": run.student.state_dict(), "distillers": run.objective.distillers.state_dict(),
         "teacher": {"file": str(teacher), "sha256": sha256(teacher)} if teacher and teacher.is_file() else None,
+        # channels of the taps in the batch's scores; none are stored for a teacher that is asked itself
+        "stored": dict(run.teacher.channels) if "scores" in batch else None,
         "batch": {**batch, "name": [name for _, name in keys]}}

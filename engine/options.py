@@ -60,6 +60,7 @@ class Networks(OptionGroup):
     class_map: str | None = option(None, hidden=True)  # what that file says, see engine/class_map.py
     teacher_scores: str | None = option(None, "folder that tools/cache_teacher.py has filled: the teacher's scores in "
                                               "place of its passes", metavar="DIR")
+    stored_scores: str | None = option(None, hidden=True)  # how they are stored, see engine/scores.py
     student_model: str = option("deeplabv3", lambda: model_help(" of the student"), aliases=("model",))
     student_backbone: str = option("resnet18", lambda: backbone_help(" of the student"), aliases=("backbone",))
     student_pretrained: str | None = option("None", "segmentation weights to start from: a file, or get:NAME",

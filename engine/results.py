@@ -33,8 +33,8 @@ UNIMPORTANT = frozenset((
     "resume", "workers", "data", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters", "diagnose_every",
     "timeout", "results", "protocol", "label", "name", "tensorboard", "tracker", "tracker_project", "panels",
     "local_rank", "no_cuda", "aux", "fast", "channels_last", "teacher_classes"))
-#: settings that weight files say where they are left open
-SAID_BY_FILES = frozenset(("student_head_width", "teacher_head_width"))
+#: settings that weight files, or stored scores, say where they are left open
+SAID_BY_FILES = frozenset(("student_head_width", "teacher_head_width", "stored_scores"))
 #: files and folders, of which the name counts, not where they lie
 FILES = frozenset(("teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base",
                    "train_list", "val_list", "class_weights", "unlabelled", "teacher_scores"))

@@ -9,6 +9,7 @@ from torch import nn
 
 import dataset as data
 from dataset.scores import open_scores
+from engine.log import LOG
 from engine.settings import Settings
 from losses.core.facts import NetInfo, RunFacts
 from losses.core.objective import active_methods
@@ -48,17 +49,25 @@ def of_teacher_and_data(settings: Settings, teacher: nn.Module, images: data.Seg
 
 
 def use_scores(settings: Settings, facts: RunFacts, student: nn.Module, teacher: nn.Module | None,
-               *sets: data.SegmentationDataset | None) -> None:
-    """Let training sets (None: there is none) deliver the scores of ``--teacher-scores`` with their images. UserError
-    where these cannot replace the teacher, or are of another teacher or other images."""
+               *sets: data.SegmentationDataset | None) -> str:
+    """Let training sets (None: there is none) deliver the scores of ``--teacher-scores`` with their images. Returns how
+    these are stored: the setting ``stored_scores``. UserError where these cannot replace the teacher, or are of another
+    teacher or other images."""
     taps, folder = scores_read(settings, facts, student, teacher), Path(settings.networks.teacher_scores).expanduser()
     opened = []
     for images in filter(None, sets):
         images.scores = open_scores(folder, images.split, of_teacher_and_data(settings, teacher, images))
-        opened.append([images.scores.about[key] for key in ("taps", "size", "dtype")])
+        opened.append([images.scores.about[key] for key in ("taps", "size", "dtype", "top_k")])
         if missing := taps.keys() - images.scores.taps.keys():
             raise UserError(f"{folder}: no {', '.join(sorted(missing))} of the teacher are stored; expected the folder "
                             "that tools/cache_teacher.py has filled for this run", settings=["teacher_scores"])
     if any(one != opened[0] for one in opened):
         raise UserError(f"{folder}: the scores of the images with and without labels are stored in different ways; "
                         "expected those of one command", settings=["teacher_scores"])
+    *_, dtype, top_k = opened[0]
+    kind = f"{dtype}, top {top_k}" if top_k else dtype
+    LOG.info("scores of the teacher from %s: %s", folder, kind)
+    if top_k:
+        LOG.warning("--top-k %d of stored scores: these classes have the teacher's probabilities at temperature 1, and "
+                    "nothing else is the teacher's (docs/unlabelled.md)", top_k)
+    return kind

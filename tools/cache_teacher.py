@@ -42,8 +42,9 @@ from utils.options import OptionGroup, option
 class Options(OptionGroup):
     """The command line beside the flags of train_kd.py."""
     dtype: str = option("float16", "precision of the stored scores", choices=tuple(DTYPES))
-    top_k: int = option(0, "scores of the K highest classes of a position, and the average of the others; 0: all, "
-                           "which alone equals the teacher", at_least=0, metavar="K")
+    top_k: int = option(0, "scores of the K highest classes of a position, and the average of the others: right are "
+                           "the probabilities of these K at temperature 1; 0: all, which alone equals the teacher",
+                        at_least=0, metavar="K")
 
 
 class Views(Dataset):

@@ -56,6 +56,8 @@ class Options(OptionGroup):
                                           "run)", metavar="DIR")
     teacher_pretrained: str | None = option(None, "the run's teacher, to measure now (default: where the run had it)",
                                             metavar="FILE")
+    teacher_scores: str | None = option(None, "folder of the teacher's stored scores, to measure now (default: that of "
+                                              "the run)", metavar="DIR")
     log_dir: str | None = option(None, "where the run's log is (default: beside the run, or where it wrote it)",
                                  metavar="DIR")
     no_cuda: bool = option(False, "measure on the CPU although there is a GPU")
@@ -84,7 +86,8 @@ def restored(settings: Settings, options: Options) -> Run:
         raise UserError(f"{files.directory}: nothing to diagnose: no records of --diagnose-every in "
                         f"{files.log_directory} (--log-dir) and no training state {files.state.name}")
     networks = replace(settings.networks, student_pretrained=None, student_pretrained_base=None,
-                       teacher_pretrained=options.teacher_pretrained or settings.networks.teacher_pretrained)
+                       teacher_pretrained=options.teacher_pretrained or settings.networks.teacher_pretrained,
+                       teacher_scores=options.teacher_scores or settings.networks.teacher_scores)
     data = replace(settings.data, data=options.data or settings.data.data, workers=0,
                    unlabelled=options.unlabelled or settings.data.unlabelled)
     running = replace(settings.running, skip_val=True)

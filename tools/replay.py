@@ -29,6 +29,7 @@ import engine.build
 from engine.nonfinite import FORMAT
 from engine.run import Run, network_inputs
 from engine.settings import Settings, from_saved
+from models.prepare import StoredTeacher
 from models.preprocess import Preprocess
 from tools.markdown import table
 from tools.simulate_memory import build
@@ -101,6 +102,10 @@ def restored(content: Mapping[str, Any], options: Options) -> Run:
                            train_split="train")  # all that is read
     with mock.patch.object(engine.build.data, "get_dataset_spec", lambda *_: spec):
         run = build(settings_of(content, options), device)
+    if stored := content.get("stored"):
+        run.teacher = run.step_fn.teacher = StoredTeacher(run.teacher, stored)
+    elif "scores" in content["batch"]:
+        print("the bundle does not say of what its stored scores are: the teacher itself is asked in their place")
     run.student.load_state_dict(content["model"])
     run.objective.distillers.load_state_dict(content["distillers"])
     run.student.preprocess = Preprocess.from_dict(content["preprocess"])

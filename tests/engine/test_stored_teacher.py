@@ -1,6 +1,7 @@
 """tools/cache_teacher.py and runs with --teacher-scores: equal to the teacher, or refused."""
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -12,10 +13,18 @@ from helpers import CLASSES, ROOT, STEM, TEACHER, assert_refused, assert_same, r
 from method_cases import Case
 
 import train_kd
+from dataset.scores import Scores
+from engine.build import build_run
+from engine.checkpoint import resume, save_state
+from engine.log import LOG
+from engine.results import differences
+from engine.run_files import plain
+from engine.settings import parse_settings
 from losses.core import methods
 from models import get_segmentation_model, save_state_dict
 from models.output import CLASS_TAPS
-from tools import cache_teacher
+from tools import cache_teacher, diagnose, replay
+from utils.distributed import Distributed
 
 PAGE = (ROOT / "docs/unlabelled.md").read_text(encoding="utf-8")
 DIST = ("--method", "dist")
@@ -72,6 +81,55 @@ def test_runs_equal_those_with_the_teacher(material, stored, tmp_path) -> None:
             assert logged[0] == logged[1]
         else:
             assert logged[0][0] != logged[1][0] == pytest.approx(logged[0][0], rel=1e-3)
+
+
+def test_a_run_says_how_its_scores_are_stored(material, stored, tmp_path, monkeypatch) -> None:
+    """And a resumed one that they are others, even of the same passes."""
+    about = json.loads((stored["float32"] / "train.json").read_text())
+    whole = Scores(stored["float32"], "train", about)
+    top = Scores(tmp_path, "train", {**about, "dtype": "float16", "top_k": 1})
+    (tmp_path / "train.json").write_text(json.dumps(top.about))
+    top.reserve()
+    top.write(range(top.count), torch.stack([whole.read(i, bool(m)) for i in range(top.count // 2) for m in (0, 1)]))
+    said: dict[str, list[str]] = {"info": [], "warning": []}
+    for level, lines in said.items():
+        monkeypatch.setattr(LOG, level, lambda text, *values, lines=lines: lines.append(text % values))
+    (tmp_path / "run").mkdir()
+    runs = []
+    for folder, more in ((stored["float32"], ()), (tmp_path, ("--resume", "auto"))):
+        argv = arguments(material, tmp_path / "run", *scored(folder), *more)
+        first = argv.index("--unlabelled")
+        settings = parse_settings([*argv[:first], *argv[first + 2:]])
+        runs.append(build_run(settings, Distributed(0, 1, 0, torch.device("cpu"))))
+        assert f"scores of the teacher from {folder}: {runs[-1].settings.networks.stored_scores}" in said["info"]
+        assert not differences(plain(runs[-1].settings), plain(settings))  # which has not looked into the folder
+        if not more:
+            save_state(runs[0])
+    assert resume(runs[1])
+    assert [line.split(" (")[0] for line in said["warning"]] == [
+        "--top-k 1 of stored scores: these classes have the teacher's probabilities at temperature 1, and nothing else "
+        "is the teacher's", "--resume: stored_scores: float32 -> float16, top 1"]
+    assert differences(*(plain(run.settings) for run in runs))[0] == "stored_scores: float32 -> float16, top 1"
+
+
+def test_tools_read_the_stored_scores(material, stored, tmp_path, capsys) -> None:
+    """tools/replay.py those of the batch, tools/diagnose.py those that have moved."""
+    gone, moved = (Path(shutil.copytree(stored["float16"], tmp_path / name)) for name in ("gone", "moved"))
+    argv = arguments(material, tmp_path / "run", *scored(gone), "--save-per-iters", "1", "--lr", "1e30")
+    assert run_here(capsys, train_kd.main, *argv).returncode == 2
+    shutil.rmtree(gone)
+    assert_refused(capsys, diagnose.main, [str(tmp_path / "run"), "--batches", "1"], "gone/train.json: not found")
+    found = run_here(capsys, diagnose.main, tmp_path / "run", "--batches", "1", "--teacher-scores", moved)
+    assert found.returncode == 0 and "| dist |" in found.stdout
+
+    path = tmp_path / f"run/{STEM}_replay.pth"
+    content = torch.load(path, weights_only=True)
+    content["batch"]["scores"].fill_(torch.nan)
+    torch.save(content, path)
+    found = run_here(capsys, replay.main, path)
+    assert found.returncode == 0 and "output that is not finite: teacher (StoredTeacher)" in found.stdout
+    torch.save({**content, "stored": None}, path)  # of an earlier version
+    assert "the teacher itself is asked" in run_here(capsys, replay.main, path).stdout
 
 
 def test_a_call_that_was_interrupted_goes_on(material, stored, tmp_path, capsys) -> None:
