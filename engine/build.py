@@ -17,7 +17,7 @@ from engine.scores import use_scores
 from engine.settings import Settings
 from engine.step import TrainStep
 from engine.teacher import build_teacher
-from engine.unlabelled import check_unlabelled, images_without_labels
+from engine.unlabelled import check_readers, check_unlabelled, images_without_labels
 from engine.weights import weight_factors
 from losses.core.common import CommonClasses
 from losses.core.facts import NetInfo, RunFacts
@@ -59,6 +59,7 @@ def build_run(settings: Settings, distributed: Distributed, files: RunFiles | No
     files = files or RunFiles(settings)
     objective = build_objective(settings, student, teacher, bool(files.resume_from),
                                 build_criterion(settings, train_set, distributed.device))
+    check_readers(settings, objective.distillers)
     objective.unlabelled = images_without_labels(settings) // distributed.world_size // settings.speed.grad_accumulation
     for term, (factor, why) in weight_factors(settings, teacher and NetInfo.of(teacher)).items():
         weight = settings.weights[term]

@@ -48,7 +48,7 @@ def introduce(run: Run) -> None:
 def about_unlabelled(run: Run) -> list[str]:
     """How many images without labels there are and join a batch, and which terms read them."""
     settings, count = run.settings, images_without_labels(run.settings)
-    without, of_labels = readers(settings)
+    without, of_labels = readers(settings, run.objective.distillers)
     total = count * settings.optimization.max_iterations
     return [f"{count} images without labels join every batch:", f"{total / len(run.unlabelled):.3g} epochs of the "
             f"{len(run.unlabelled)} in {settings.data.unlabelled},", f"which {', '.join(without)} read and "
