@@ -19,7 +19,7 @@ SPLIT = "unlabelled"
 def unlabelled_spec(spec: DatasetSpec) -> DatasetSpec:
     """The data set of every image below a folder, without labels, for networks with the classes of ``spec``."""
     return replace(spec, title="the images without labels", train_split=SPLIT,
-                   splits={SPLIT: SplitSpec("", None, IMAGE_SUFFIXES, nested=True)})
+                   splits={SPLIT: SplitSpec("", None, IMAGE_SUFFIXES, nested=True, same_names=True)})
 
 
 def unlabelled_images(spec: DatasetSpec, folder: str | os.PathLike, **options: Any) -> SegmentationDataset:

@@ -83,6 +83,13 @@ def test_they_are_augmented_like_labeled_ones(sets, fast) -> None:
         assert other["label"].shape == (48, 48) and (other["label"] == -1).all() and (one["label"] != -1).any()
 
 
+def test_names_may_differ_in_their_ending_alone(sets) -> None:
+    folder = Path(sets[1].root)
+    (folder / "0.jpg").write_bytes((folder / "0.png").read_bytes())
+    found = unlabelled_images(sets[0].spec, folder, **OPTIONS).samples
+    assert [Path(sample.image).name for sample in found] == ["0.jpg", "0.png", "1.png", "2.png", "9.png"]
+
+
 def test_one_set_of_both(sets) -> None:
     both = MixedDataset(*sets)
     assert len(both) == 8 and [sample.name for sample in both.samples] == [*"0123", *"0129"]
