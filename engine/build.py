@@ -189,9 +189,11 @@ def check_batch(settings: Settings, distributed: Distributed) -> None:
                         f"(--batch-size {batch}, {world} processes)")
     shared = world > 1 and settings.optimization.sync_bn
     if batch // parts // (1 if shared else world) < 2:
-        raise UserError(f"--batch-size {batch} leaves one image per batch norm: the pooled branches of "
-                        "the heads need at least 2 (more images, fewer parts by --grad-accumulation, or --sync-bn with "
-                        "several processes)")
+        image, norms = "image", "the pooled branches of the heads need"
+        if settings.data.unlabelled is not None:
+            image, norms = "labeled image", "those of terms that need labels see no others, and need"
+        raise UserError(f"--batch-size {batch} leaves one {image} per batch norm: {norms} at least 2 (more "
+                        f"{image}s, fewer parts by --grad-accumulation, or --sync-bn with several processes)")
 
 
 def in_iterations(settings: Settings) -> Settings:

@@ -130,6 +130,7 @@ def test_the_labeled_images_of_a_batch_stay_what_they_are(material, tmp_path) ->
     (("--method", "bpkd"), "(task, bpkd_edge, bpkd_body)"),
     (("--method", "kt", "--lambda-kd", "0", "--lambda-kt-feature", "0", "--lambda-kt-contrast", "0"),  # no kt_aux here
      "every term of this run (task, kt_logit) needs labels"),
+    (("--batch-size", "1"), "--batch-size 1 leaves one labeled image per batch norm"),
     (("--unlabelled-share", "0.1"), "--unlabelled-share 0.1: less than one image beside the 4"),
     (("--unlabelled-share", "0.45", "--grad-accumulation", "2"),
      "puts 3 images without labels beside the 4 of --batch-size: expected a multiple of 4 ("
