@@ -17,7 +17,7 @@ from engine.scores import use_scores
 from engine.settings import Settings
 from engine.step import TrainStep
 from engine.teacher import build_teacher
-from engine.unlabelled import check_readers, check_unlabelled, images_without_labels
+from engine.unlabelled import check_readers, check_unlabeled, images_without_labels
 from engine.weights import weight_factors
 from losses.core.common import CommonClasses
 from losses.core.facts import NetInfo, RunFacts
@@ -38,14 +38,14 @@ def build_run(settings: Settings, distributed: Distributed, files: RunFiles | No
     """Build and check everything that training needs. files: of the run, if they are made already. Raises UserError for
     whatever does not fit."""
     check_batch(settings, distributed)
-    check_unlabelled(settings, distributed)
+    check_unlabeled(settings, distributed)
     check_precision((settings.speed.amp_dtype, settings.speed.teacher_dtype), distributed.device)
     spec = data.get_dataset_spec(settings.data.dataset, settings.data.data)
     train_set = build_dataset(settings, spec, spec.train_split, train=True, list_file=settings.data.train_list)
     val_set, report_sets = build_evaluation_sets(settings, spec)
     splits = [split for split in (train_set, val_set, *report_sets) if split is not None]
-    unlabelled = build_unlabelled(settings, spec)
-    read = [*splits, unlabelled] if unlabelled is not None else splits
+    unlabeled = build_unlabeled(settings, spec)
+    read = [*splits, unlabeled] if unlabeled is not None else splits
     if settings.data.cache is not None:
         data.use_cache(read, settings.data.cache, LOG.info)
     for split in splits:
@@ -55,12 +55,13 @@ def build_run(settings: Settings, distributed: Distributed, files: RunFiles | No
         student.trained_on = data.fingerprint(read)
     settings = replace(settings, networks=replace(settings.networks, aux=student.aux, **head_widths(student, teacher)))
     if settings.networks.teacher_scores is not None:
-        use_scores(settings, run_facts(settings, student.num_class), student, teacher, train_set, unlabelled)
+        use_scores(settings, run_facts(settings, student.num_class), student, teacher, train_set, unlabeled)
     files = files or RunFiles(settings)
     objective = build_objective(settings, student, teacher, bool(files.resume_from),
                                 build_criterion(settings, train_set, distributed.device))
     check_readers(settings, objective.distillers)
-    objective.unlabelled = images_without_labels(settings) // distributed.world_size // settings.speed.grad_accumulation
+    passes = distributed.world_size * settings.speed.grad_accumulation
+    objective.images_without_labels = images_without_labels(settings) // passes
     for term, (factor, why) in weight_factors(settings, teacher and NetInfo.of(teacher)).items():
         weight = settings.weights[term]
         LOG.info("--lambda-%s %g x %.4g = %.4g: %s", term.replace("_", "-"), weight, factor, weight * factor, why)
@@ -82,7 +83,7 @@ def build_run(settings: Settings, distributed: Distributed, files: RunFiles | No
                         parts=speed.grad_accumulation, warmup=settings.recipe.warmup,
                         may_skip=settings.running.skip_nonfinite > 0)
     return Run(settings, distributed, spec, train_set, val_set, report_sets, student, teacher, objective, model,
-               optimizer, step_fn, files, unlabelled)
+               optimizer, step_fn, files, unlabeled)
 
 
 def head_widths(student: nn.Module, teacher: nn.Module | None) -> dict[str, int]:
@@ -251,12 +252,12 @@ def build_dataset(settings: Settings, spec: data.DatasetSpec, split: str, *, tra
                                     scale=d.random_scale, fast=settings.speed.fast)
 
 
-def build_unlabelled(settings: Settings, spec: data.DatasetSpec) -> data.SegmentationDataset | None:
+def build_unlabeled(settings: Settings, spec: data.DatasetSpec) -> data.SegmentationDataset | None:
     """The images of ``--unlabelled``, augmented as the labeled ones."""
     d: Data = settings.data
     if d.unlabelled is None:
         return None
-    return data.unlabelled_images(spec, d.unlabelled, crop_size=d.crop_size, seed=settings.optimization.seed,
+    return data.unlabeled_images(spec, d.unlabelled, crop_size=d.crop_size, seed=settings.optimization.seed,
                                   ignore_label=d.ignore_label, scale=d.random_scale, fast=settings.speed.fast)
 
 

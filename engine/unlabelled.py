@@ -25,7 +25,7 @@ def images_without_labels(settings: Settings) -> int:
     return count
 
 
-def check_unlabelled(settings: Settings, distributed: Distributed) -> None:
+def check_unlabeled(settings: Settings, distributed: Distributed) -> None:
     """Refuse images without labels that the processes, or the parts of a step, cannot share."""
     count, world, parts = images_without_labels(settings), distributed.world_size, settings.speed.grad_accumulation
     step = world * parts

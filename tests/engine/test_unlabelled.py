@@ -116,7 +116,7 @@ def test_the_labeled_images_of_a_batch_stay_what_they_are(material, tmp_path) ->
         argv = arguments(material, tmp_path, *more) if more else without_them(arguments(material, tmp_path))
         run = build_run(parse_settings(argv), ONE)
         found.append(list(build_loader(run, 0, 4, 4)))
-    assert run.objective.unlabelled == 9
+    assert run.objective.images_without_labels == 9
     for alone, batch in zip(*found, strict=True):
         assert batch["name"][:4] == alone["name"] and len(batch["name"]) == 13
         for key in ("image", "label", "valid", "index"):
