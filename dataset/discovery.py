@@ -74,20 +74,22 @@ def _pair(part: SplitSpec, root: str, key: str, suffix: str) -> tuple[str, str |
     return image, os.path.join(root, part.label_dir, key + part.label_suffix) if part.label_dir else None
 
 
-def _keys(folder: str, suffixes: tuple[str, ...], nested: bool, report: Report) -> dict[str, str]:
-    """key -> actual ending, for all files below `folder` with one of the endings, sorted by path."""
+def _keys(folder: str, suffixes: tuple[str, ...], nested: bool, report: Report,
+          same_names: bool = False) -> dict[str, str]:
+    """key -> actual ending, for all files below `folder` with one of the endings, sorted by path. same_names: the
+    ending is part of the key."""
     keys: dict[str, str] = {}
     for path in sorted(_files(folder, suffixes, nested, report)):
         suffix = next((s for s in suffixes if path.lower().endswith(s.lower())), None)
         if suffix is None:
             continue
-        key, where = path[:-len(suffix)], os.path.join(folder, path)
+        key, where = path if same_names else path[:-len(suffix)], os.path.join(folder, path)
         if not _is_text(path):
             report(ascii(where), "a name that is not UTF-8; expected one that lists and logs can hold")
         elif key in keys:
             report(where, f"a second image called '{key}'; expected one per name")
         else:
-            keys[key] = path[-len(suffix):]
+            keys[key] = path[len(key):]
     return keys
 
 
@@ -131,7 +133,8 @@ def _from_folder(spec: DatasetSpec, split: str, root: str, report: Report) -> li
             raise UserError(f"{os.path.join(root, folder)}: folder not found; expected the {what} of split '{split}' "
                             f"of {spec.title} (layout: data/README.md)")
     if not part.by_label:
-        return list(_keys(os.path.join(root, part.image_dir), part.image_suffix, part.nested, report).items())
+        return list(_keys(os.path.join(root, part.image_dir), part.image_suffix, part.nested, report,
+                          part.same_names).items())
     keys = _keys(os.path.join(root, part.label_dir), (part.label_suffix,), part.nested, report)
     for name, other in spec.splits.items():  # no image in two splits, as the published VOC folders would have
         if name == split or not other.by_label:

@@ -10,8 +10,8 @@ from utils.errors import UserError
 
 MODES = ("reference", "epoch")
 ORDER_STREAM = 0x0DE4  # keeps the order's random stream apart from that of the augmentation, which is (seed, ordinal)
-UNLABELLED_STREAM = 0x0DE5  # of the order of images without labels
-FIRST_UNLABELLED = 2**40  # ordinal of the first image without labels: no run has so many labeled samples
+UNLABELED_STREAM = 0x0DE5  # of the order of images without labels
+FIRST_UNLABELED = 2**40  # ordinal of the first image without labels: no run has so many labeled samples
 
 
 class TrainSampler(Sampler[list[tuple[int, int]]]):
@@ -78,21 +78,21 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
 class MixedSampler(Sampler[list[tuple[int, int]]]):
     """Batches of a labeled set with images without labels behind them, for ``MixedDataset``.
 
-    labeled: of the one set. unlabelled: of the other, as :class:`TrainSampler` for the same steps and processes; its
+    labeled: of the one set. unlabeled: of the other, as :class:`TrainSampler` for the same steps and processes; its
     order and the augmentation of its images are a stream of their own, so that those of the labeled images stay what
     they are. parts: a step goes through its batch in so many parts, and each has its share of either, labeled first.
     """
 
-    def __init__(self, labeled: TrainSampler, unlabelled: TrainSampler, parts: int = 1) -> None:
-        self.labeled, self.unlabelled, self.parts = labeled, unlabelled, parts
+    def __init__(self, labeled: TrainSampler, unlabeled: TrainSampler, parts: int = 1) -> None:
+        self.labeled, self.unlabeled, self.parts = labeled, unlabeled, parts
 
     def __len__(self) -> int:
         """Number of steps that are left."""
         return len(self.labeled)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for labeled, unlabelled in zip(self.labeled, self.unlabelled, strict=True):
-            behind = [(self.labeled.length + index, FIRST_UNLABELLED + ordinal) for index, ordinal in unlabelled]
+        for labeled, unlabeled in zip(self.labeled, self.unlabeled, strict=True):
+            behind = [(self.labeled.length + index, FIRST_UNLABELED + ordinal) for index, ordinal in unlabeled]
             shares = zip(self._shares(labeled), self._shares(behind), strict=True)
             yield [key for share in shares for part in share for key in part]
 

@@ -43,7 +43,7 @@ class SegmentationDataset(Dataset):
     train: offer training samples. crop_size: (height, width), default ``spec.train_crop``. seed: of the augmentation,
     not negative. ignore_label: stands for "ignored" in the items, outside of 0..K-1. root, list_file: see
     :func:`find_samples`. limit: keep only the first samples. scale, mirror: switch one kind of augmentation off.
-    fast: resize only the window of the crop; off: its plain twin, which gives the same items. unlabelled: training
+    fast: resize only the window of the crop; off: its plain twin, which gives the same items. unlabeled: training
     samples of a split without labels are wanted.
     Raises UserError at construction for missing files and bad arguments, on access for files that cannot be decoded,
     sizes that differ and label values that the data set does not have.
@@ -52,7 +52,7 @@ class SegmentationDataset(Dataset):
     def __init__(self, spec: DatasetSpec, root: str | os.PathLike, split: str, *, train: bool,
                  crop_size: tuple[int, int] | None = None, seed: int = 0, ignore_label: int = IGNORE,
                  list_file: str | os.PathLike | None = None, limit: int | None = None, scale: bool = True,
-                 mirror: bool = True, fast: bool = True, unlabelled: bool = False) -> None:
+                 mirror: bool = True, fast: bool = True, unlabeled: bool = False) -> None:
         self.spec, self.split, self.train, self.seed = spec, split, train, int(seed)
         self.ignore_label, self.scale, self.mirror = int(ignore_label), scale, mirror
         self.crop_size = tuple(int(side) for side in (crop_size or spec.train_crop))
@@ -61,7 +61,7 @@ class SegmentationDataset(Dataset):
         self.cache: Cache | None = None  # set by dataset.cache.use_cache
         self.scores: Scores | None = None  # set by engine.scores.use_scores
         self.samples: list[Sample] = find_samples(spec, root, split, list_file)[:limit]
-        if train and self.samples[0].label is None and not unlabelled:
+        if train and self.samples[0].label is None and not unlabeled:
             raise UserError(f"split '{split}' of {spec.title} has no labels; expected one of "
                             f"{', '.join(spec.eval_splits)} to train on")
         table = np.where(spec.id_to_train < 0, np.int16(self.ignore_label), spec.id_to_train)

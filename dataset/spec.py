@@ -22,7 +22,8 @@ class SplitSpec:
     may contain folders (Cityscapes: one per city). lists: list files that are used, in this order, when they exist
     under the root and none is given. id_list: they hold one key per line; otherwise "image label", relative to the
     root. by_label: without a list, the files of the label folder decide which images belong to the split.
-    published: number of images of the published split, None when there is no such number.
+    published: number of images of the published split, None when there is no such number. same_names: names of images
+    may differ in the ending alone, because nothing belongs to an image or is written under its name.
     """
 
     image_dir: str
@@ -34,6 +35,7 @@ class SplitSpec:
     id_list: bool = False
     by_label: bool = False
     published: int | None = None
+    same_names: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,17 +16,17 @@ from utils.errors import UserError
 SPLIT = "unlabelled"
 
 
-def unlabelled_spec(spec: DatasetSpec) -> DatasetSpec:
+def unlabeled_spec(spec: DatasetSpec) -> DatasetSpec:
     """The data set of every image below a folder, without labels, for networks with the classes of ``spec``."""
     return replace(spec, title="the images without labels", train_split=SPLIT,
-                   splits={SPLIT: SplitSpec("", None, IMAGE_SUFFIXES, nested=True)})
+                   splits={SPLIT: SplitSpec("", None, IMAGE_SUFFIXES, nested=True, same_names=True)})
 
 
-def unlabelled_images(spec: DatasetSpec, folder: str | os.PathLike, **options: Any) -> SegmentationDataset:
+def unlabeled_images(spec: DatasetSpec, folder: str | os.PathLike, **options: Any) -> SegmentationDataset:
     """A training set of every image below a folder, in whose items no pixel has a label. spec: of the labeled images;
     options: of :class:`SegmentationDataset`. UserError without any image."""
     try:
-        return SegmentationDataset(unlabelled_spec(spec), folder, SPLIT, train=True, unlabelled=True, **options)
+        return SegmentationDataset(unlabeled_spec(spec), folder, SPLIT, train=True, unlabeled=True, **options)
     except UserError as error:
         raise UserError(str(error), settings=["unlabelled"]) from error
 
@@ -35,19 +35,19 @@ class MixedDataset(Dataset):
     """Training samples of a labeled set and, behind them, of one without labels: ``ds[index, ordinal]``. An item's
     ``index`` counts through both."""
 
-    def __init__(self, labeled: SegmentationDataset, unlabelled: SegmentationDataset) -> None:
-        self.labeled, self.unlabelled = labeled, unlabelled
+    def __init__(self, labeled: SegmentationDataset, unlabeled: SegmentationDataset) -> None:
+        self.labeled, self.unlabeled = labeled, unlabeled
 
     @property
     def samples(self) -> list[Sample]:
         """The files of both."""
-        return [*self.labeled.samples, *self.unlabelled.samples]
+        return [*self.labeled.samples, *self.unlabeled.samples]
 
     def __len__(self) -> int:
-        return len(self.labeled) + len(self.unlabelled)
+        return len(self.labeled) + len(self.unlabeled)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         index, ordinal = key
         if index < len(self.labeled):
             return self.labeled[index, ordinal]
-        return {**self.unlabelled[index - len(self.labeled), ordinal], "index": index}
+        return {**self.unlabeled[index - len(self.labeled), ordinal], "index": index}

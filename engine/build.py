@@ -17,7 +17,7 @@ from engine.scores import use_scores
 from engine.settings import Settings
 from engine.step import TrainStep
 from engine.teacher import build_teacher
-from engine.unlabelled import check_unlabelled, images_without_labels
+from engine.unlabelled import check_readers, check_unlabeled, images_without_labels
 from engine.weights import weight_factors
 from losses.core.common import CommonClasses
 from losses.core.facts import NetInfo, RunFacts
@@ -38,14 +38,14 @@ def build_run(settings: Settings, distributed: Distributed, files: RunFiles | No
     """Build and check everything that training needs. files: of the run, if they are made already. Raises UserError for
     whatever does not fit."""
     check_batch(settings, distributed)
-    check_unlabelled(settings, distributed)
+    check_unlabeled(settings, distributed)
     check_precision((settings.speed.amp_dtype, settings.speed.teacher_dtype), distributed.device)
     spec = data.get_dataset_spec(settings.data.dataset, settings.data.data)
     train_set = build_dataset(settings, spec, spec.train_split, train=True, list_file=settings.data.train_list)
     val_set, report_sets = build_evaluation_sets(settings, spec)
     splits = [split for split in (train_set, val_set, *report_sets) if split is not None]
-    unlabelled = build_unlabelled(settings, spec)
-    read = [*splits, unlabelled] if unlabelled is not None else splits
+    unlabeled = build_unlabeled(settings, spec)
+    read = [*splits, unlabeled] if unlabeled is not None else splits
     if settings.data.cache is not None:
         data.use_cache(read, settings.data.cache, LOG.info)
     for split in splits:
@@ -56,12 +56,14 @@ def build_run(settings: Settings, distributed: Distributed, files: RunFiles | No
     settings = replace(settings, networks=replace(settings.networks, aux=student.aux, stored_scores=None,
                                                   **head_widths(student, teacher)))
     if settings.networks.teacher_scores is not None:
-        stored = use_scores(settings, run_facts(settings, student.num_class), student, teacher, train_set, unlabelled)
+        stored = use_scores(settings, run_facts(settings, student.num_class), student, teacher, train_set, unlabeled)
         settings = replace(settings, networks=replace(settings.networks, stored_scores=stored))
     files = files or RunFiles(settings)
     objective = build_objective(settings, student, teacher, bool(files.resume_from),
                                 build_criterion(settings, train_set, distributed.device))
-    objective.unlabelled = images_without_labels(settings) // distributed.world_size // settings.speed.grad_accumulation
+    check_readers(settings, objective.distillers)
+    passes = distributed.world_size * settings.speed.grad_accumulation
+    objective.images_without_labels = images_without_labels(settings) // passes
     for term, (factor, why) in weight_factors(settings, teacher and NetInfo.of(teacher)).items():
         weight = settings.weights[term]
         LOG.info("--lambda-%s %g x %.4g = %.4g: %s", term.replace("_", "-"), weight, factor, weight * factor, why)
@@ -83,7 +85,7 @@ def build_run(settings: Settings, distributed: Distributed, files: RunFiles | No
                         parts=speed.grad_accumulation, warmup=settings.recipe.warmup,
                         may_skip=settings.running.skip_nonfinite > 0)
     return Run(settings, distributed, spec, train_set, val_set, report_sets, student, teacher, objective, model,
-               optimizer, step_fn, files, unlabelled)
+               optimizer, step_fn, files, unlabeled)
 
 
 def head_widths(student: nn.Module, teacher: nn.Module | None) -> dict[str, int]:
@@ -190,9 +192,11 @@ def check_batch(settings: Settings, distributed: Distributed) -> None:
                         f"(--batch-size {batch}, {world} processes)")
     shared = world > 1 and settings.optimization.sync_bn
     if batch // parts // (1 if shared else world) < 2:
-        raise UserError(f"--batch-size {batch} leaves one image per batch norm: the pooled branches of "
-                        "the heads need at least 2 (more images, fewer parts by --grad-accumulation, or --sync-bn with "
-                        "several processes)")
+        image, norms = "image", "the pooled branches of the heads need"
+        if settings.data.unlabelled is not None:
+            image, norms = "labeled image", "those of terms that need labels see no others, and need"
+        raise UserError(f"--batch-size {batch} leaves one {image} per batch norm: {norms} at least 2 (more "
+                        f"{image}s, fewer parts by --grad-accumulation, or --sync-bn with several processes)")
 
 
 def in_iterations(settings: Settings) -> Settings:
@@ -250,12 +254,12 @@ def build_dataset(settings: Settings, spec: data.DatasetSpec, split: str, *, tra
                                     scale=d.random_scale, fast=settings.speed.fast)
 
 
-def build_unlabelled(settings: Settings, spec: data.DatasetSpec) -> data.SegmentationDataset | None:
+def build_unlabeled(settings: Settings, spec: data.DatasetSpec) -> data.SegmentationDataset | None:
     """The images of ``--unlabelled``, augmented as the labeled ones."""
     d: Data = settings.data
     if d.unlabelled is None:
         return None
-    return data.unlabelled_images(spec, d.unlabelled, crop_size=d.crop_size, seed=settings.optimization.seed,
+    return data.unlabeled_images(spec, d.unlabelled, crop_size=d.crop_size, seed=settings.optimization.seed,
                                   ignore_label=d.ignore_label, scale=d.random_scale, fast=settings.speed.fast)
 
 

@@ -33,8 +33,8 @@ def introduce(run: Run) -> None:
                          f"{o.max_iterations * o.batch_size / len(run.train_set):.3g} epochs of the "
                          f"{len(run.train_set)} training images of {run.spec.title}",
                          f"on {world} process{'es' if world > 1 else ''} ({run.distributed.device.type})"]))
-    if run.unlabelled is not None:
-        LOG.info("%s", fold(about_unlabelled(run)))
+    if run.unlabeled is not None:
+        LOG.info("%s", fold(about_unlabeled(run)))
     of_preset, given = unusual(settings)
     for title, values in ((f"--method {method} sets:", of_preset), ("not as by default:", given)):
         if values:
@@ -45,13 +45,13 @@ def introduce(run: Run) -> None:
     LOG.debug("%s", readable(settings))
 
 
-def about_unlabelled(run: Run) -> list[str]:
+def about_unlabeled(run: Run) -> list[str]:
     """How many images without labels there are and join a batch, and which terms read them."""
     settings, count = run.settings, images_without_labels(run.settings)
-    without, of_labels = readers(settings)
+    without, of_labels = readers(settings, run.objective.distillers)
     total = count * settings.optimization.max_iterations
-    return [f"{count} images without labels join every batch:", f"{total / len(run.unlabelled):.3g} epochs of the "
-            f"{len(run.unlabelled)} in {settings.data.unlabelled},", f"which {', '.join(without)} read and "
+    return [f"{count} images without labels join every batch:", f"{total / len(run.unlabeled):.3g} epochs of the "
+            f"{len(run.unlabeled)} in {settings.data.unlabelled},", f"which {', '.join(without)} read and "
             f"{', '.join(of_labels)} leave out"]
 
 

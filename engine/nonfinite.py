@@ -103,7 +103,7 @@ def bundle(run: Run, fault: Fault, keys: Sequence[tuple[int, str]]) -> dict[str,
     return {
         "format": FORMAT, "torch": str(torch.__version__), "config": plain(run.settings), "step": fault.step,
         "what": list(fault.what), "rank": fault.rank, "processes": run.distributed.world_size,
-        "unlabelled": run.objective.unlabelled * run.step_fn.parts,
+        "unlabelled": run.objective.images_without_labels * run.step_fn.parts,
         # weights do not change after the fault; running statistics and what methods hold do, until it is found
         "seen_since": 0 if fault.exact else run.step - fault.step, "classes": list(run.spec.classes),
         "preprocess": run.student.preprocess.to_dict(), "scale": scaler.get_scale() if scaler.is_enabled() else 1.0,

@@ -53,7 +53,7 @@ class Recipe(OptionGroup):
 def without_recipe() -> dict[str, object]:
     """{setting: value} of the configurations of before there were these settings."""
     return {**asdict(Recipe()), "scale_weights": [], "class_map": None, "unlabelled": None, "unlabelled_share": 0.5,
-            "teacher_scores": None, "random_scale": True}
+            "teacher_scores": None, "stored_scores": None, "random_scale": True}
 
 
 def recipe_defaults(parsed: Mapping[str, object], given: Collection[str],

@@ -27,7 +27,7 @@ from utils.watchdog import in_time
 class Run:
     """Everything that ``engine.build.build_run`` made, and the state of training: iterations done, best validation
     mIoU (below 0: none yet), iterations done at the last validation. val_set: None without validation. teacher: None
-    when no method reads one. unlabelled: images without labels that join every batch. lock: on the folders, while the
+    when no method reads one. unlabeled: images without labels that join every batch. lock: on the folders, while the
     main process trains. teacher_predictions: {index: int64 [H, W]} of the validation images that are drawn."""
 
     settings: Settings
@@ -43,7 +43,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     step_fn: TrainStep
     files: RunFiles
-    unlabelled: data.SegmentationDataset | None = None
+    unlabeled: data.SegmentationDataset | None = None
     step: int = 0
     best: float = -1.0
     validated: int = 0
@@ -53,7 +53,7 @@ class Run:
     @property
     def training_images(self) -> data.SegmentationDataset | data.MixedDataset:
         """What training steps read: the training images, and those without labels."""
-        return self.train_set if self.unlabelled is None else data.MixedDataset(self.train_set, self.unlabelled)
+        return self.train_set if self.unlabeled is None else data.MixedDataset(self.train_set, self.unlabeled)
 
     def check_lock(self) -> None:
         """UserError when another run has taken the folder over: nothing may be written any more."""
@@ -90,11 +90,10 @@ def build_sampler(run: Run, start_step: int, steps: int, batch_size: int) -> dat
     sampler = partial(data.TrainSampler, steps=steps, rank=run.distributed.rank, world_size=run.distributed.world_size,
                       seed=settings.optimization.seed, start_step=start_step, mode=settings.data.sampling)
     labeled = sampler(len(run.train_set), batch_size=batch_size)
-    if run.unlabelled is None:
+    if run.unlabeled is None:
         return labeled
-    unlabelled = sampler(len(run.unlabelled), batch_size=images_without_labels(settings),
-                         stream=data.UNLABELLED_STREAM)
-    return data.MixedSampler(labeled, unlabelled, settings.speed.grad_accumulation)
+    unlabeled = sampler(len(run.unlabeled), batch_size=images_without_labels(settings), stream=data.UNLABELED_STREAM)
+    return data.MixedSampler(labeled, unlabeled, settings.speed.grad_accumulation)
 
 
 def training_batches(run: Run) -> Iterator[dict]:
@@ -137,7 +136,7 @@ def run_stages(run: Run, check: Callable[[], None] = lambda: None) -> None:
     """Run the stages that methods need before training, on labeled images. A resumed run has their results in its
     state. check: called between the steps of a stage; one that it ends (SystemExit) saves what it has and goes on from
     there."""
-    labeled = replace(run, unlabelled=None)
+    labeled = replace(run, unlabeled=None)
 
     def batches(steps: int, batch_size: int, start: int,
                 role: str) -> Iterator[tuple[Tensor | tuple[Tensor, Tensor], Tensor]]:

@@ -210,7 +210,7 @@ def check_settings(settings: Settings) -> None:
                         f"{', '.join(names)}; "
                         f"without one: {', '.join(f'--method {name}' for name in ('none', *without_teacher()))}")
     check_recipe(settings)
-    check_readers(settings)
+    check_readers(settings, settings.methods)
     if settings.running.tracker is not None:
         need(settings.running.tracker, settings.running.tracker)
     o = settings.optimization

@@ -137,7 +137,9 @@ class KT(Distiller):
     def __init__(self, options: KTOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> None:
         super().__init__()
         self.options, self.as_released, self.ignore_label = options, run.as_released, run.ignore_label
-        self.active = set(run.active) - (set() if both_have_aux(student, teacher) else {"kt_aux"})
+        if not both_have_aux(student, teacher):
+            self.terms = tuple(term for term in self.terms if term.name != "kt_aux")
+        self.active = {term.name for term in self.terms} & set(run.active)
         self.features = None
         if self.active & {"kt_feature", "kt_contrast"}:
             self.features = FeatureTailoring(student.channels["head"], teacher.channels["head"], options)

@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from dataset import SegmentationDataset, get_dataset_spec, list_datasets, unlabelled_images, use_cache
+from dataset import SegmentationDataset, get_dataset_spec, list_datasets, unlabeled_images, use_cache
 from tools.check_data import list_files
 from utils.cli import parse_options, run_main
 from utils.options import OptionGroup, option
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = settings.split or dict.fromkeys((spec.train_split, spec.selection_split, *spec.report_splits))
     splits = [SegmentationDataset(spec, settings.data, name, train=False, list_file=lists.get(name)) for name in names]
     if settings.unlabelled is not None:
-        splits.append(unlabelled_images(spec, settings.unlabelled))
+        splits.append(unlabeled_images(spec, settings.unlabelled))
     use_cache(splits, settings.cache, print)
     for split in splits:
         print(f"{split.split}: {len(split)} images are in {settings.cache}")

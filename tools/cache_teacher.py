@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("cache_teacher.py is for one process: expected a call without torchrun")
     run = build_run(without_scores(settings), distributed)
     taps = scores_read(settings, run_facts(settings, run.student.num_class), run.student, run.teacher)
-    sets = [images for images in (run.train_set, run.unlabelled) if images is not None]
+    sets = [images for images in (run.train_set, run.unlabeled) if images is not None]
     known = [of_teacher_and_data(settings, run.teacher, images) for images in sets]
     get_ready(run)
     for images, about in zip(sets, known, strict=True):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dataset import DatasetSpec, get_dataset_spec, list_datasets
 from dataset.discovery import Sample, find_samples, labels_without_image
 from dataset.io import decode_pair, read_files
-from dataset.unlabelled import SPLIT, unlabelled_spec
+from dataset.unlabelled import SPLIT, unlabeled_spec
 from utils.cli import parse_options, run_main
 from utils.distributed import available_cpus
 from utils.errors import UserError
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         reports.append(check_split(spec, settings, split, lists.get(split)))
         print_split(reports[-1])
     if settings.unlabelled is not None:
-        reports.append(check_split(unlabelled_spec(spec), replace(settings, data=settings.unlabelled), SPLIT, None))
+        reports.append(check_split(unlabeled_spec(spec), replace(settings, data=settings.unlabelled), SPLIT, None))
         print_split(reports[-1])
     counts = sum(report.pixels for report in reports if report.labeled)
     if np.any(counts):

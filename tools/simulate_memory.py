@@ -88,7 +88,7 @@ def build(settings: Settings, device: torch.device) -> Run:
     before training change no size."""
     settings = replace(settings, networks=replace(settings.networks, teacher_scores=None))
     with mock.patch.object(engine.build, "build_dataset", lambda *args, **kwargs: None), \
-            mock.patch.object(engine.build, "build_unlabelled", lambda *args: None), \
+            mock.patch.object(engine.build, "build_unlabeled", lambda *args: None), \
             mock.patch.object(engine.build.data, "fingerprint", lambda splits: None):
         run = engine.build.build_run(settings, Distributed(0, 1, 0, device))
     get_ready(run)

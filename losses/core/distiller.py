@@ -60,7 +60,8 @@ class Distiller(nn.Module):
         method   registry name (set by :func:`register`); title, paper, year, cost: for the list of methods; cost says
                  in a short phrase what it computes beyond the two networks
         Options  the method's own settings (not the weights of its terms), see ``utils/options.py``
-        terms    the :class:`Term` objects that ``forward`` may return
+        terms    the :class:`Term` objects that ``forward`` may return; an instance has fewer where the networks lack
+                 what one reads
         needs    what it reads of the networks and expects of them; :meth:`requires` where this depends on the options
         preset   published settings, applied when the method is chosen: {key: {setting: value}}. A key is "*" (always),
                  "*/BACKBONE" (of the student, without a width suffix), "DATASET" or "DATASET/BACKBONE"; of two keys

@@ -83,20 +83,21 @@ class Objective(nn.Module):
     entropies are averaged, 0 = all. criterion: these cross entropies, default :class:`SegCrossEntropyLoss`. plain_maps:
     methods get the maps of both networks in the order of their dimensions, however the networks lay them out. resized:
     {method: the student's maps that it gets at the teacher's size}. common: what makes the scores and labels of the
-    classes that the teacher scores, None when it scores all; narrowed: methods that get those alone. unlabelled: so
-    many images of a batch, the last ones, have no labels, and terms that need them are of the others."""
+    classes that the teacher scores, None when it scores all; narrowed: methods that get those alone.
+    images_without_labels: so many of a batch, the last ones; terms that need labels are of the others."""
     plain_maps = False
 
     def __init__(self, student: nn.Module, distillers: Mapping[str, Distiller], weights: Mapping[str, float],
                  aux_weight: float = 0.4, ignore_label: int = -1, group_size: int = 0,
                  criterion: nn.Module | None = None, resized: Mapping[str, tuple[str, ...]] | None = None,
-                 common: CommonClasses | None = None, narrowed: Iterable[str] = (), unlabelled: int = 0) -> None:
+                 common: CommonClasses | None = None, narrowed: Iterable[str] = (),
+                 images_without_labels: int = 0) -> None:
         super().__init__()
         self.student = student
         self.distillers = nn.ModuleDict(distillers)
         self.criterion = criterion or SegCrossEntropyLoss(ignore_label, group_size)
         self.weights = {"task": 1.0, "aux": aux_weight, **weights}
-        self.resized, self.unlabelled = dict(resized or {}), unlabelled
+        self.resized, self.images_without_labels = dict(resized or {}), images_without_labels
         self.common, self.narrowed = common, frozenset(narrowed)
 
     def forward(self, images: Tensor, teacher: SegOutput | None, target: Tensor, step: int,
@@ -106,19 +107,19 @@ class Objective(nn.Module):
         if self.plain_maps:
             student, teacher = (maps and SegOutput(*(None if x is None else x.contiguous() for x in maps))
                                 for maps in (student, teacher))
-        with_labels = len(images) - self.unlabelled if self.unlabelled else None
+        with_labels = len(images) - self.images_without_labels if self.images_without_labels else None
         batch = Batch(student, teacher, target, images, step, with_labels)
         labeled = batch.with_labels()
         terms = task_loss(labeled.student, labeled.target, self.criterion)
         for name, distiller in self.distillers.items():
-            seen = batch if self.reads_unlabelled(distiller) else labeled
+            seen = batch if self.reads_unlabeled(distiller) else labeled
             if name in self.narrowed:
                 seen = seen._replace(student=self.common.scores(seen.student), target=self.common.labels(seen.target))
             seen = seen._replace(student=resize_maps(seen.student, seen.teacher, self.resized.get(name, ())))
             terms.update({term: value for term, value in distiller(seen, generator).items() if self.weights.get(term)})
         return terms
 
-    def reads_unlabelled(self, distiller: Distiller) -> bool:
+    def reads_unlabeled(self, distiller: Distiller) -> bool:
         """Whether a method has a term that counts and does without labels."""
         return any(self.weights.get(t.name) and not t.needs_labels for t in distiller.terms)
 

@@ -9,17 +9,17 @@ import torch
 from helpers import write_folder_dataset
 
 from dataset import (
-    UNLABELLED_STREAM,
+    UNLABELED_STREAM,
     MixedDataset,
     MixedSampler,
     SegmentationDataset,
     TrainSampler,
     get_dataset_spec,
-    unlabelled_images,
+    unlabeled_images,
 )
 from utils.errors import UserError
 
-LABELED, UNLABELLED, STEPS = 7, 5, 6
+LABELED, UNLABELED, STEPS = 7, 5, 6
 OPTIONS = {"crop_size": (48, 48), "seed": 3}
 
 
@@ -27,7 +27,7 @@ def mixed(parts: int = 1, start: int = 0, rank: int = 0, world: int = 1, mode: s
     """Eight labeled images and four without labels in a step."""
     options = {"steps": STEPS, "seed": 5, "start_step": start, "rank": rank, "world_size": world, "mode": mode}
     return MixedSampler(TrainSampler(LABELED, batch_size=8, **options),
-                        TrainSampler(UNLABELLED, batch_size=4, stream=UNLABELLED_STREAM, **options), parts)
+                        TrainSampler(UNLABELED, batch_size=4, stream=UNLABELED_STREAM, **options), parts)
 
 
 @pytest.mark.parametrize("mode", ["reference", "epoch"])
@@ -36,7 +36,7 @@ class TestOrder:
         found = [[key for key in batch if key[0] < LABELED] for batch in mixed(mode=mode)]
         assert found == list(TrainSampler(LABELED, batch_size=8, steps=STEPS, seed=5, mode=mode))
         rest = [key for batch in mixed(mode=mode) for key in batch if key[0] >= LABELED]
-        assert len(rest) == 4 * STEPS and {index for index, _ in rest} == set(range(LABELED, LABELED + UNLABELLED))
+        assert len(rest) == 4 * STEPS and {index for index, _ in rest} == set(range(LABELED, LABELED + UNLABELED))
         assert len({ordinal for batch in mixed(mode=mode) for _, ordinal in batch}) == 12 * STEPS
 
     def test_processes_share_the_batch(self, mode) -> None:
@@ -55,7 +55,7 @@ class TestOrder:
 
     def test_the_other_images_have_an_order_of_their_own(self, mode) -> None:
         orders = [[index for batch in TrainSampler(9, batch_size=3, steps=9, seed=5, mode=mode, **more)
-                   for index, _ in batch] for more in ({}, {"stream": UNLABELLED_STREAM})]
+                   for index, _ in batch] for more in ({}, {"stream": UNLABELED_STREAM})]
         assert orders[0] != orders[1]
 
 
@@ -69,18 +69,25 @@ def sets(tmp_path) -> tuple[SegmentationDataset, SegmentationDataset]:
     (tmp_path / "more/notes.txt").touch()
     spec = get_dataset_spec("folder", root)
     return SegmentationDataset(spec, root, "train", train=True, **OPTIONS), \
-        unlabelled_images(spec, tmp_path / "more", **OPTIONS)
+        unlabeled_images(spec, tmp_path / "more", **OPTIONS)
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_they_are_augmented_like_labeled_ones(sets, fast) -> None:
     labeled, others = sets
-    others = unlabelled_images(labeled.spec, others.root, fast=fast, **OPTIONS)
+    others = unlabeled_images(labeled.spec, others.root, fast=fast, **OPTIONS)
     assert [Path(sample.image).name for sample in others.samples] == ["0.png", "1.png", "2.png", "9.png"]
     for ordinal in range(6):
         one, other = labeled[3, ordinal], others[3, ordinal]
         assert torch.equal(one["image"], other["image"]) and torch.equal(one["valid"], other["valid"])
         assert other["label"].shape == (48, 48) and (other["label"] == -1).all() and (one["label"] != -1).any()
+
+
+def test_names_may_differ_in_their_ending_alone(sets) -> None:
+    folder = Path(sets[1].root)
+    (folder / "0.jpg").write_bytes((folder / "0.png").read_bytes())
+    found = unlabeled_images(sets[0].spec, folder, **OPTIONS).samples
+    assert [Path(sample.image).name for sample in found] == ["0.jpg", "0.png", "1.png", "2.png", "9.png"]
 
 
 def test_one_set_of_both(sets) -> None:
@@ -97,8 +104,8 @@ def test_what_is_wrong_is_named(sets, tmp_path) -> None:
     for path, expected in ((tmp_path / "empty", r"empty/: no images \(\*.png, .*images without labels"),
                            (tmp_path / "none", "none: folder not found")):
         with pytest.raises(UserError, match=expected) as refused:
-            unlabelled_images(spec, path, **OPTIONS)
+            unlabeled_images(spec, path, **OPTIONS)
         assert refused.value.settings == ("unlabelled",)
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:100])
     with pytest.raises(UserError, match="more/1.png: truncated image"):
-        unlabelled_images(spec, folder, **OPTIONS)[1, 0]
+        unlabeled_images(spec, folder, **OPTIONS)[1, 0]

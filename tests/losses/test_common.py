@@ -131,10 +131,10 @@ def test_images_without_labels_beside_a_map(name, reads) -> None:
     case, crop, target = Case(name, (64, 64)), (64, 64), labels((64, 64), 3)
     maps, known = outputs(STUDENT, crop, 3), outputs(TEACHER, crop, 3, seed=1)
     few, run, found = TEACHER.of_classes(len(COMMON)), replace(case.run, common=COMMON), []
-    for count, unlabelled in ((3, 1), (2, 0)):
+    for count, unlabeled in ((3, 1), (2, 0)):
         student, teacher = (SegOutput(*(x.detach()[:count] for x in one)) for one in (maps, known))
         objective = objective_of(case, run, STUDENT, few, student)
-        objective.unlabelled = unlabelled
+        objective.images_without_labels = unlabeled
         found.append(values(step(objective, narrow(teacher), target[:count])))
     assert (found[0] == found[1]) is not reads and found[0]
 

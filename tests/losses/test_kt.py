@@ -170,7 +170,8 @@ def test_a_network_without_auxiliary_head_does_without_that_term():
     method = build(student=bare)
     student, teacher = outputs()
     terms = method(batch(student._replace(aux=None), teacher, torch.zeros(2, 40, 24, dtype=torch.long)))
-    assert set(terms) == ALL - {"kt_aux"} and set(taps(bare)) == {"logits", "head"}
+    assert set(terms) == ALL - {"kt_aux"} == {term.name for term in method.terms}
+    assert {term.name for term in build().terms} == ALL and set(taps(bare)) == {"logits", "head"}
     assert set(taps()) == {"logits", "aux", "head"} and taps(active=frozenset({"kt_aux"})) == ("aux",)
 
 

@@ -35,10 +35,11 @@ def rows(maps: SegOutput, count: int) -> SegOutput:
     return SegOutput(*(None if x is None else x.detach()[:count].clone().requires_grad_() for x in maps))
 
 
-def losses(distillers: dict, student: SegOutput, teacher: SegOutput, target: Tensor, unlabelled: int = 0,
+def losses(distillers: dict, student: SegOutput, teacher: SegOutput, target: Tensor, unlabeled: int = 0,
            criterion: nn.Module | None = None) -> dict[str, Tensor]:
     weights = {term.name: 1.0 for one in distillers.values() for term in one.terms}
-    objective = Objective(Fixed(student), distillers, weights, group_size=2, criterion=criterion, unlabelled=unlabelled)
+    objective = Objective(Fixed(student), distillers, weights, group_size=2, criterion=criterion,
+                          images_without_labels=unlabeled)
     images = torch.arange(len(target) * 3 * target[0].numel(), dtype=torch.float32).view(-1, 3, *target.shape[1:]) % 255
     return objective(images, teacher, target, 0, torch.Generator().manual_seed(0))
 
@@ -73,13 +74,13 @@ class TestEveryTerm:
         crop, results = smallest_crop(name, alone), []
         student, teacher, target = outputs(STUDENT, crop, 3), outputs(TEACHER, crop, 3, seed=1), labels(crop, 3)
         target[2] = -1
-        for count, unlabelled in ((3, 1), (2, 0)):
+        for count, unlabeled in ((3, 1), (2, 0)):
             method = build(name, crop, terms=alone)
             own = rows(student, count)
             result = losses({name: method}, own, SegOutput(*(x.detach()[:count] for x in teacher)), target[:count],
-                            unlabelled)
+                            unlabeled)
             results.append(result[term.name].item())
-            if unlabelled:
+            if unlabeled:
                 result[term.name].backward()
                 used = [x.grad[2].abs().sum() for x in own if x.grad is not None]
         assert bool(sum(used)) != term.needs_labels
@@ -96,8 +97,8 @@ def test_terms_of_one_method_part_where_they_have_to(name) -> None:
     student, teacher, target = outputs(STUDENT, crop, 4), outputs(TEACHER, crop, 4, seed=1), labels(crop, 4)
     target[2:] = -1
     whole, part = (losses({name: build(name, crop, terms=frozenset(terms))}, rows(student, count),
-                          SegOutput(*(x.detach()[:count] for x in teacher)), target[:count], unlabelled)
-                   for count, unlabelled in ((4, 2), (2, 0)))
+                          SegOutput(*(x.detach()[:count] for x in teacher)), target[:count], unlabeled)
+                   for count, unlabeled in ((4, 2), (2, 0)))
     assert whole.keys() - {"task", "aux"} == terms.keys() == Case(name, crop, terms=frozenset(terms)).active
     same = {one for one in terms if whole[one].item() == part[one].item()}
     assert same == {one for one, term in terms.items() if term.needs_labels}
