@@ -18,7 +18,7 @@ from torch import nn
 from models.backbone import Backbone, NormLayer, scaled
 from models.heads import DeepLabHead, FCNHead, PSPHead
 from models.mobilenetv2 import MobileNetV2
-from models.outside import build_outside, is_outside, parse_taps, suggestion
+from models.outside import build_outside, is_outside, parse_taps, portable, suggestion
 from models.preprocess import Preprocess
 from models.resnet import ResNet
 from models.segmentation import SegmentationNet
@@ -99,12 +99,15 @@ def described_network(source: str | None) -> dict[str, str]:
 
 
 def check_described(choice: NetworkChoice, said: Mapping[str, str], prefix: str = "") -> None:
-    """UserError, naming both, when a network was asked for that is not the one that its weights' JSON file says.
+    """UserError, naming both, when a network was asked for that is not the one that its weights' JSON file says. The
+    backbone of a network from elsewhere has no meaning, and files name it without the folders of a machine.
 
     said: of :func:`described_network`. prefix: of the settings, such as "teacher_"."""
     for key, value in said.items():
-        if getattr(choice, key) != value:
-            raise UserError(f"{prefix.replace('_', ' ')}{key} {getattr(choice, key)} was asked for, but "
+        if key == "backbone" and is_outside(choice.model):
+            continue
+        if value not in (asked := getattr(choice, key), portable(asked)):
+            raise UserError(f"{prefix.replace('_', ' ')}{key} {asked} was asked for, but "
                             f"{choice.pretrained}.json says {value}: leave it out, or choose other weights",
                             settings=[prefix + key])
 

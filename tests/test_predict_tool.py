@@ -135,17 +135,20 @@ def test_a_camera_ends_with_ctrl_c_and_its_files_stay(breaks, place, tmp_path, m
         "ids/camera0/000000.png", "ids/camera0/000001.png", "colors/camera0.mp4"}
 
 
-def test_a_video_that_is_cut_off_is_noticed(place, tmp_path, capsys) -> None:
-    whole = VideoWriter(tmp_path / "film.avi", 12)
+@pytest.mark.parametrize("name, code, said", [
+    ("film.avi", 1, "breaks off, {} of its 40 frames can be read"),
+    ("film.mkv", 0, "ends after {} frames but lasts for 40: it breaks off, or its sound is longer")])
+def test_a_video_that_is_cut_off_is_noticed(place, tmp_path, capsys, name, code, said) -> None:
+    whole = VideoWriter(tmp_path / name, 12)
     for value in range(40):
         whole.add(np.random.default_rng(value).integers(0, 256, (48, 64, 3), dtype=np.uint8))
     whole.finish()
-    data = (tmp_path / "film.avi").read_bytes()
-    (tmp_path / "film.avi").write_bytes(data[:len(data) // 2])
-    argv = [str(place / "net.pth"), str(tmp_path / "film.avi"), "--device", "cpu", "--write", "ids"]
-    assert program.main([*argv, "--out", str(tmp_path / "out")]) == 1
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[:len(data) // 2])
+    argv = [str(place / "net.pth"), str(tmp_path / name), "--device", "cpu", "--write", "ids"]
+    assert program.main([*argv, "--out", str(tmp_path / "out")]) == code
     done = len(list((tmp_path / "out").rglob("*.png")))
     assert 0 < done < 38 and capsys.readouterr().err == (
-        f"{tmp_path}/film.avi: breaks off, {done} of its 40 frames can be read; what came until then is written\n")
+        f"{tmp_path}/{name}: {said.format(done)}; what came until then is written\n")
     assert program.main([*argv, "--frames", "5", "--out", str(tmp_path / "few")]) == 0
     assert capsys.readouterr().err == ""

@@ -159,12 +159,14 @@ def main(argv: list[str] | None = None) -> int:
     writer = Writer(segmenter, output)
     pictures = [one for one in inputs if not one.moves]
     predict_pictures(pictures, writer, output.batch_size)
-    frames, broken = 0, []
+    frames, broken, code = 0, [], 0
     for one in inputs:
         if one.moves:
             with VideoReader(one.path if one.camera is None else one.camera) as reader:
                 frames += writer.video(one.name, reader)
-            broken += [reader.broken_off] if reader.broken_off else []
+            if reader.broken_off:
+                broken.append(reader.broken_off)
+                code = max(code, int(reader.is_sure))
     moving = len(inputs) - len(pictures)
     print(f"{segmenter.net.name}: {counted(len(pictures), 'picture')}"
           + f", {counted(moving, 'video')} of {counted(frames, 'frame')}" * bool(moving))
@@ -174,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
               + f", {counted(videos, 'video')}" * bool(videos))
     for line in broken:
         print(f"{line}; what came until then is written", file=sys.stderr)
-    return 1 if broken else 0
+    return code
 
 
 if __name__ == "__main__":

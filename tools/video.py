@@ -15,13 +15,15 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what cannot be opened i
 
 #: frames per second of a camera that does not say
 USUAL_RATE = 25.0
+#: files that say how many frames they have; of others OpenCV knows the duration, which may be that of a longer sound
+COUNTED = (".mp4", ".m4v", ".mov", ".avi")
 
 
 class VideoReader:
     """The frames of a video file or a camera, RGB. A context: leaving it closes the source.
 
     rate: frames per second. broken_off: after reading, how the source ended before its end, in words; None when it did
-    not. UserError when the source cannot be opened."""
+    not. is_sure: whether that can be known of such a source. UserError when the source cannot be opened."""
 
     def __init__(self, source: Path | int) -> None:
         self.is_camera = isinstance(source, int)
@@ -33,6 +35,7 @@ class VideoReader:
         rate = self._capture.get(cv2.CAP_PROP_FPS)
         self.rate = rate if 0 < rate < 1000 else USUAL_RATE
         self.broken_off: str | None = None
+        self.is_sure = self.is_camera or source.suffix.lower() in COUNTED
 
     def frames(self, most: int | None = None) -> Iterator[np.ndarray]:
         """uint8 [H, W, 3] RGB, to the end or ``most`` of them."""
@@ -50,6 +53,8 @@ class VideoReader:
         named = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
         if named - done <= max(1, named // 100):
             return None
+        if not self.is_sure:
+            return f"{self.name}: ends after {done} frames but lasts for {named}: it breaks off, or its sound is longer"
         return f"{self.name}: breaks off, {done} of its {named} frames can be read"
 
     def __enter__(self) -> VideoReader:

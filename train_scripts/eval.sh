@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Evaluate a checkpoint: bash train_scripts/eval.sh DATASET MODEL BACKBONE FILE [more flags of eval.py]
 #   bash train_scripts/eval.sh citys deeplabv3 resnet18 work_dir/student.pth --json result.json
+# A network from elsewhere (cirkd:, smp:, hf: ...) has no backbone: any word does in its place, such as -.
 # Environment variables (GPUS, DATA, ...): see common.sh.
 set -euo pipefail
 if (($# < 4)); then

@@ -35,7 +35,7 @@ def ends_naming_the_worker(said: str, code: int) -> None:
 
 def first_error(run: subprocess.Popen) -> str:
     """Not waited for is the launcher, which gives the stopped process half a minute."""
-    return next(line for line in run.stderr if "error: " in line and "stopped.py" in line)
+    return next((line for line in run.stderr if "error: " in line and "stopped.py" in line), "no line")
 
 
 def test_a_stopped_loading_process_is_named(few_images, tmp_path) -> None:

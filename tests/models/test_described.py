@@ -50,6 +50,15 @@ def test_flags_that_do_not(weights, parse, argv, flag):
     assert error.value.settings == (flag,)
 
 
+def test_a_network_from_elsewhere_has_no_backbone_that_could_be_wrong(tmp_path):
+    (tmp_path / "a.pth.json").write_text('{"model": "hf:net", "backbone": ""}')
+    file = ["--pretrained", str(tmp_path / "a.pth"), "--backbone", "-", "--model"]
+    assert eval_settings.parse_settings([*file, "hf:net"]).network.model == "hf:net"
+    assert eval_settings.parse_settings([*file, f"hf:{tmp_path}/net"]).network.model == f"hf:{tmp_path}/net"
+    with pytest.raises(UserError, match="model smp:net was asked for, but .*a.pth.json says hf:net"):
+        eval_settings.parse_settings([*file, "smp:net"])
+
+
 def test_a_description_that_says_less(tmp_path):
     (tmp_path / "a.pth.json").write_text('{"preprocess": null, "model": 3}')
     assert eval_settings.parse_settings(["--pretrained", str(tmp_path / "a.pth")]).network.model == "deeplabv3"

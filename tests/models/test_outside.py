@@ -1,6 +1,7 @@
 """Networks of other libraries: their taps, their weights, and that they train and are evaluated like our own."""
 from __future__ import annotations
 
+import shlex
 import sys
 from types import SimpleNamespace
 
@@ -281,9 +282,10 @@ def test_it_learns_teaches_and_is_evaluated(tmp_path, capsys, monkeypatch) -> No
     teacher = distil_arguments(write_teacher(tmp_path / "t.pth"))
     assert train_kd.main(train_arguments(data, save, *teacher, *flags, *student)) == 0
     weights = save / "kd_module-mine-build_folder.pth"
-    scores = evaluation.main(["--model", "module:mine:build", "--pretrained", str(weights), "--dataset", "folder",
-                              "--data", str(data), "--no-cuda", "--workers", "0"])
-    assert scores == 0 and "module:mine:build" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    words = shlex.split(said[said.index("python eval.py"):].replace("\\\n", ""))
+    assert "--backbone" not in words and evaluation.main([*words[2:], "--workers", "0"]) == 0
+    assert "module:mine:build" in capsys.readouterr().out
     taught = ["--method", "kd", "--teacher-model", "module:mine:build", "--teacher-pretrained", str(weights)]
     assert train_kd.main(train_arguments(data, tmp_path / "two", *taught, *flags)) == 0
     assert_refused(capsys, train_kd.main, train_arguments(data, tmp_path / "x", "--method", "none", *student,

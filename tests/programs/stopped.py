@@ -1,5 +1,5 @@
 """``train_kd.py`` or ``eval.py`` (the first argument) in which a process stops itself (SIGSTOP), and the others then
-wait for two seconds only.
+wait for it for two seconds only; computing may take as long as ever.
 
 $STOP: the rank that does, after its first batch; "worker": the loading process, at its third item.
 """
@@ -30,6 +30,21 @@ STOP = os.environ["STOP"]
 collate, loaded, done = dataset.collate, [], []
 
 
+class Impatient(watchdog.Watchdog):
+    """In a hurry, it waits for two seconds for what is stopped."""
+
+    hurry = False
+
+    @property
+    def seconds(self) -> float:
+        meant = watchdog.no_batch if STOP == "worker" else watchdog.no_step
+        return 2 if self.hurry and self.advice is meant else self._seconds
+
+    @seconds.setter
+    def seconds(self, value: float) -> None:
+        self._seconds = value
+
+
 def then_stop(function: Callable) -> Callable:
     """The function, and after its first call what $STOP says."""
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -41,7 +56,7 @@ def then_stop(function: Callable) -> Callable:
         while STOP == "worker" and len(done) == 1 and not is_stopped(multiprocessing.active_children()[0].pid):
             time.sleep(0.05)
         if STOP != "worker" or len(done) == 1:
-            watchdog.Watchdog.active.seconds = 2
+            watchdog.Watchdog.active.hurry = True
         return result
     return call
 
@@ -59,7 +74,9 @@ def stop_at_third(items: list) -> dict:
 
 if STOP == "worker":
     engine.run.data.collate = engine.evaluate.collate = stop_at_third
+train_kd.Watchdog = evaluation.Watchdog = Impatient
 train_kd.train_batch, SegmentationMetric.update = then_stop(train_kd.train_batch), then_stop(SegmentationMetric.update)
 
 if __name__ == "__main__":
+    signal.alarm(300)  # ends who waits for ever, and with it the launcher
     sys.exit(run_main({"train_kd.py": train_kd, "eval.py": evaluation}[sys.argv[1]].main, sys.argv[2:]))

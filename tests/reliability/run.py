@@ -83,6 +83,15 @@ def put_into_page(text: str, page: Path = PAGE) -> None:
     write_text(page, f"{before}{begin}\n{text}\n{end}{after}")
 
 
+def publish(faults: list[tuple[str, Fault]], results: Results, page: Path = PAGE) -> None:
+    """Put the table into a page when every fault has been tried; else say what is missing."""
+    missing = dict.fromkeys(case for case, fault in faults if not results.tries(case, fault.name))
+    if missing:
+        print(f"{page} stays as it is: {results.path} has not all of {', '.join(missing)}", file=sys.stderr)
+    else:
+        put_into_page(results.table(), page)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Try what has not been tried. Returns the exit code: 1 when something was not survived."""
     options = parse_options(Options, argv, prog="run.py", description=__doc__.split("\n")[0])
@@ -91,11 +100,11 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     folder = Path(options.out).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    material, results = Material(folder / "runs"), Results(folder / "results.jsonl")
-    try_all([(case.__name__, fault) for case in CASES if not options.only or case.__name__ in options.only
-             for fault in case(material, options.short, options.tries)], results)
+    material, results = Material(folder / "reliability-runs"), Results(folder / "results.jsonl")
+    faults = [(case.__name__, fault) for case in CASES for fault in case(material, options.short, options.tries)]
+    try_all([(case, fault) for case, fault in faults if not options.only or case in options.only], results)
     if not options.short:
-        put_into_page(results.table())
+        publish(faults, results)
     print(results.table())
     return 0 if results.rows and all(row["tries"] == row["survived"] > 0 for row in results.rows.values()) else 1
 

@@ -17,12 +17,16 @@ from helpers import ROOT, assert_same, records, train_arguments, without_times, 
 from method_cases import RUN_STUDENT, run_arguments, write_run_teacher
 from reliability.lives import Ended, live
 
+from utils.errors import UserError
+
 VICTIM = str(ROOT / "tests" / "reliability" / "victim.py")
 STEM = f"kd_{RUN_STUDENT[0]}_{RUN_STUDENT[1]}_folder"
 #: flags that make a method cheaper than in the tests of all methods
 CHEAPER = {"afdcd": ("--crop-size", "64", "64", "--pool-size", "2")}
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node")
 AUTO = ("--resume", "auto")
+#: file of a folder of runs, which may be deleted
+MARK = ".reliability-runs"
 #: (tries, survived, a note for the table)
 Result = tuple[int, int, str]
 
@@ -44,8 +48,13 @@ class Material:
 
     @cache  # noqa: B019 - one of them per program
     def data(self) -> tuple[Path, Path]:
-        """(data set, teacher)."""
-        shutil.rmtree(self.base, ignore_errors=True)
+        """(data set, teacher), in the folder made anew. UserError when there is one that this program has not made."""
+        if self.base.exists():
+            if not (self.base / MARK).is_file():
+                raise UserError(f"{self.base}: not a folder of these runs, it has no {MARK}; expected another --out")
+            shutil.rmtree(self.base)
+        self.base.mkdir(parents=True)
+        (self.base / MARK).touch()
         return write_folder_dataset(self.base / "set", train=7, val=3), write_run_teacher(self.base / "teacher.pth")
 
     def arguments(self, method: str, name: str, *more: str) -> list[str]:
