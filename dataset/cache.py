@@ -19,11 +19,10 @@ from typing import Any, Protocol
 
 import cv2
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from dataset.discovery import Sample
-from dataset.io import PNG_START, decode_pair, read_files, read_image
+from dataset.io import PNG_START, decode_pair, image_size, read_files
 from dataset.spec import DatasetSpec
 from dataset.store import Entry, Store, StoreWriter, pixel_bytes
 from utils.distributed import available_cpus
@@ -217,11 +216,7 @@ def _content(image_data: bytes, label_data: bytes | None) -> str:
 
 def _size(sample: Sample) -> int:
     """Bytes of the decoded sample, from the head of the image."""
-    try:
-        with Image.open(sample.image) as picture:
-            width, height = picture.size
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
-        height, width = read_image(sample.image).shape[:2]
+    height, width = image_size(sample.image)
     return height * width * (3 if sample.label is None else 4)
 
 

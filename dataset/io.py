@@ -44,6 +44,17 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     return _decode_image(_read_bytes(path, "image"), path)
 
 
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(height, width) of what :func:`read_image` gives, from the head of the file if that can be read. A turn that EXIF
+    data behind the pixels ask for is not seen."""
+    try:
+        with Image.open(path) as picture:
+            turned = "exif" in picture.info and _exif_orientation(picture) > 4
+            return picture.size if turned else picture.size[::-1]
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+        return read_image(path).shape[:2]
+
+
 def read_label(path: str | os.PathLike) -> np.ndarray:
     """A label file by index, uint8 [H, W]: the stored values of a gray file, the palette indices of a palette one.
 

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dataset import SegmentationDataset, collate, worker_init
+from dataset.io import image_size
 from dataset.scores import DTYPES, Scores, make_scores
 from dataset.transforms import Augmentation
 from engine.build import build_run, run_facts
@@ -49,10 +52,14 @@ class Options(OptionGroup):
 
 class Views(Dataset):
     """The images of a training set as a step without random scaling sees them: item 2 i is image i whole, item 2 i + 1
-    its mirror image. UserError for an image that is larger than the crop."""
+    its mirror image. UserError, at once, when one is larger than the crop."""
 
     def __init__(self, samples: SegmentationDataset) -> None:
         self.samples = samples
+        with ThreadPoolExecutor(available_cpus()) as pool:
+            sizes = list(pool.map(image_size, (sample.image for sample in samples.samples)))
+        index = max(range(len(self.samples)), key=lambda i: max(np.subtract(sizes[i], samples.crop_size)))
+        self.check_size(index, sizes[index])
 
     def __len__(self) -> int:
         return 2 * len(self.samples)
@@ -60,13 +67,17 @@ class Views(Dataset):
     def __getitem__(self, number: int) -> dict[str, Any]:
         index, mirrored = divmod(number, 2)
         image, label = self.samples.read(index)
-        size, crop = image.shape[:2], self.samples.crop_size
+        self.check_size(index, image.shape[:2])  # what the head of a file says may be wrong
+        return self.samples.augmented(index, image, label, Augmentation(mirrored=bool(mirrored)))
+
+    def check_size(self, index: int, size: tuple[int, int]) -> None:
+        """UserError for an image of a size (height, width) that is larger than the crop."""
+        crop = self.samples.crop_size
         if size[0] > crop[0] or size[1] > crop[1]:
             raise UserError(f"{self.samples.samples[index].image}: {size[0]}x{size[1]} pixels, more than the crop of "
                             f"{crop[0]}x{crop[1]}: every step would show the teacher another part, whose scores are "
                             "not that part of the image's: expected crops that hold the largest image",
                             settings=["crop_size"])
-        return self.samples.augmented(index, image, label, Augmentation(mirrored=bool(mirrored)))
 
 
 @torch.no_grad()
@@ -121,10 +132,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = build_run(without_scores(settings), distributed)
     taps = scores_read(settings, run_facts(settings, run.student.num_class), run.student, run.teacher)
     sets = [images for images in (run.train_set, run.unlabeled) if images is not None]
+    all_views = [Views(images) for images in sets]
     known = [of_teacher_and_data(settings, run.teacher, images) for images in sets]
     get_ready(run)
-    for images, about in zip(sets, known, strict=True):
-        views = Views(images)
+    for images, views, about in zip(sets, all_views, known, strict=True):
         height, width = scores_of(run, collate([views[0]]), list(taps)).shape[2:]
         scores = make_scores(folder, images.split, {**about, "taps": taps, "size": [height, width],
                                                     "dtype": options.dtype, "top_k": options.top_k})

@@ -15,6 +15,7 @@ from PIL import Image
 
 from dataset import SegmentationDataset, get_dataset_spec
 from dataset.cache import use_cache
+from dataset.io import image_size, read_image
 from tools.check_data import main
 from utils.cli import run_main
 from utils.errors import UserError
@@ -200,6 +201,13 @@ class TestOrientation:
         write_turned(root / "images/test/x.jpg", 6)
         data = SegmentationDataset(get_dataset_spec("folder", root), root, "test", train=False)
         assert data[0]["image"].shape[1:] == SIZE[::-1]
+
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+    def test_the_head_tells_the_size(self, tmp_path, kind):
+        for orientation in (1, 3, 6, 8):
+            write_turned(path := tmp_path / f"{orientation}.{kind.lower()}", orientation, kind=kind)
+            assert image_size(path) == read_image(path).shape[:2]
+        assert image_size(path) == SIZE[::-1]
 
     def test_published_labels_fit_turned_images(self, tmp_path):
         """As the reference reads them."""

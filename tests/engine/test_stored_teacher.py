@@ -199,4 +199,12 @@ def test_what_the_tool_refuses(material, tmp_path, capsys) -> None:
                            ((*folder, "--dtype", "int8"), "float16"),
                            ((*folder, "--lrr", "1"), "did you mean --lr?")):
         assert_refused(capsys, cache_teacher.main, arguments(material, tmp_path, *more), expected)
+    data, grown = Path(shutil.copytree(material[0], tmp_path / "set")), {"train/3": (140, 130), "val/0": (128, 150)}
+    for name, (height, width) in grown.items():
+        for path in data.glob(f"*/{name}.png"):
+            cv2.imwrite(str(path), cv2.resize(cv2.imread(str(path), cv2.IMREAD_UNCHANGED), (width, height),
+                                              interpolation=cv2.INTER_NEAREST))
+    for crop, expected in (("144", "images/val/0.png: 128x150 pixels"), ("136", "images/train/3.png: 140x130 pixels")):
+        assert_refused(capsys, cache_teacher.main, arguments((data, material[1]), tmp_path, *folder, "--crop-size",
+                                                             crop), expected, f"the crop of {crop}x{crop}")
     assert not (tmp_path / "scores").exists()
