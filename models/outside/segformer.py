@@ -189,7 +189,7 @@ def suggestion(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the network that a file looks like; None when it is of none of these."""
     if "decode_head.fusion_conv.conv.weight" not in tensors or "backbone.layers.0.0.norm.weight" not in tensors:
         return None
-    depths = tuple(max(int(match[1]) for match in map(re.compile(rf"backbone\.layers\.{i}\.1\.(\d+)\..+").fullmatch,
-                                                      tensors) if match) + 1 for i in range(4))
+    depths = tuple(max((int(match[1]) for match in map(re.compile(rf"backbone\.layers\.{i}\.1\.(\d+)\..+").fullmatch,
+                                                       tensors) if match), default=-1) + 1 for i in range(4))
     found = Size(len(tensors["backbone.layers.0.0.norm.weight"]), depths)
     return f"mmseg:segformer_mit-b{SIZES.index(found)}" if found in SIZES else None

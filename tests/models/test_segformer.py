@@ -143,6 +143,8 @@ def test_the_forward_pass(tiny, tmp_path) -> None:
     torch.testing.assert_close(read(x.float()).logits, logits.float(), rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="a file of mmsegmentation, .*: it goes to the model mmseg:segformer_mit-b0$"):
         get_segmentation_model("psp", "resnet18_w0.125", 5, pretrained=str(tmp_path / "a.pth"))
+    few = ("decode_head.fusion_conv.conv.weight", "backbone.layers.0.0.norm.weight")
+    assert segformer.suggestion({key: tensors[key] for key in few}) is None
 
 
 def test_the_backbone_is_that_of_transformers(tiny, tmp_path) -> None:
