@@ -24,18 +24,20 @@ PLAIN = re.compile(r"[\w.-]+")  # a name of a library's own table: no folder, no
 def check_said(said: Mapping[str, Any], where: object, named: str | None = None, setting: str = "model") -> None:
     """UserError for a description whose model is code to run, or something to fetch that it does not describe.
 
-    where: names it. named: the model that the caller has asked for, which may be that. setting: that would name it."""
+    where: names it. named: the model that the caller has asked for, which may be that. setting: that would name it, ""
+    where there is none."""
     model = said.get("model")
     if not isinstance(model, str) or model == named:
         return
     source, _, name = model.partition(":")
+    settings = [setting] if setting else []
     if source == "module":
         raise UserError(f"{where}: its model is {model}, code that would be run here: look at it, then name the model "
-                        f"yourself, {model}", settings=[setting])
+                        f"yourself, {model}", settings=settings)
     fetched = source == "hf" or source == "smp" and (Path(name).expanduser().is_dir() or not _is_plain(name))
     if fetched and said.get("architecture") is None:
         raise UserError(f"{where}: its model is {model}, which would be fetched or read from elsewhere, since no "
-                        f"'architecture' describes it: name the model yourself, {model}", settings=[setting])
+                        f"'architecture' describes it: name the model yourself, {model}", settings=settings)
 
 
 def _is_plain(name: str) -> bool:
