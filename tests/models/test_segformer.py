@@ -256,6 +256,22 @@ def test_in_training_blocks_are_left_out_for_single_images(tiny) -> None:
     assert rates[0] == 0 and rates == sorted(rates) and rates[-1] == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("model", ["cirkd:segformer_MiT_B0", "mmseg:segformer_mit-b0"])
+def test_first_weights(model) -> None:
+    """Also of the classifier, and no bias anywhere. The tolerance: of widths found from a few thousand numbers."""
+    net = get_segmentation_model(model, "", 19).net
+    layers = [layer for layer in net.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    assert len(layers) > 40
+    for layer in layers:
+        assert layer.bias is None or not layer.bias.any()
+        width = 0.02 if isinstance(layer, nn.Linear) else \
+            (2 * layer.groups / (layer.out_channels * layer.kernel_size[0] ** 2)) ** 0.5
+        if model.startswith("mmseg") and layer is net.decode_head.conv_seg:
+            width = 0.01
+        count = layer.weight.numel()
+        assert layer.weight.std().item() == pytest.approx(width, rel=6 / count ** 0.5), layer
+
+
 def test_released_shapes() -> None:
     """At full width, on the meta device. count: of parameters, in millions."""
     for size, (first, last, count) in enumerate([(32, 256, 3.72), (64, 512, 13.68), (64, 512, 24.72),
