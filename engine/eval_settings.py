@@ -147,9 +147,10 @@ def build_parser() -> ArgumentParser:
 
 def parse_settings(argv: Sequence[str] | None) -> EvalSettings:
     """Parse the command line; it ends here. Flags win over what the weights' JSON file says, which wins over defaults;
-    UserError when flag and file name different networks."""
+    UserError when flag and file name different networks, or the file alone names one whose code would be run."""
     parser = build_parser()
-    said = described_network(parser.parse_args(argv).pretrained)
+    first = parser.parse_args(argv)
+    said = described_network(first.pretrained, first.model)
     parser.set_defaults(**said)
     parsed = vars(parser.parse_args(argv))
     settings = EvalSettings(*(read_options(parsed, group) for _, group in GROUPS))

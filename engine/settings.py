@@ -163,7 +163,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     if not (settings.list_methods or settings.list_taps):
         check_settings(settings)
         settings = replace(settings, networks=settings.networks.with_files())
-        if settings.needs_teacher and (said := described_network(settings.networks.teacher_pretrained)):
+        n = settings.networks
+        if settings.needs_teacher and (said := described_network(n.teacher_pretrained, n.teacher_model, "teacher_")):
             known = {f"teacher_{key}": value for key, value in said.items() if f"teacher_{key}" not in given}
             settings = replace(settings, networks=replace(settings.networks, **known))
             check_described(settings.networks.teacher, said, "teacher_")

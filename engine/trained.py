@@ -18,6 +18,7 @@ from engine.log import LOG
 from engine.saved import config_of
 from models import NetworkChoice, read_info
 from models.hub import CONFIG, WEIGHTS, fetch, from_pretrained, read_config
+from models.outside import check_said
 from utils.errors import UserError
 from utils.options import OptionGroup, option
 
@@ -69,13 +70,14 @@ def open_trained(source: str | os.PathLike, known: Known | None = None) -> Train
     """Find and load a trained network.
 
     source: the folder of a run (its ``--save-dir``), a weights file, a folder of ``tools/export.py``, or OWNER/NAME on
-    the Hugging Face hub. Raises UserError when it is none of these, when something is missing that neither the files
-    nor ``known`` say, and for weights that do not fit."""
+    the Hugging Face hub. The folder of a run is taken for the caller's own; the code of a model ``module:...`` that
+    another source names is run only when ``known`` names it too. Raises UserError when it is none of these, when
+    something is missing that neither the files nor ``known`` say, and for weights that do not fit."""
     known, path = known or Known(), Path(source).expanduser()
     if path.is_file() and not (path.name == WEIGHTS and (path.parent / CONFIG).is_file()):
         return _of_file(os.fspath(source), path, known)
     if path.is_dir() and not (path / CONFIG).is_file():
-        return _of_file(os.fspath(source), _weights_of_run(path, known.weights), known)
+        return _of_file(os.fspath(source), _weights_of_run(path, known.weights), known, is_run=True)
     if not path.exists() and path.suffix in ENDINGS:
         raise UserError(f"{source}: no such weights file")
     return _of_folder(os.fspath(source), fetch(path.parent if path.is_file() else source), known)
@@ -94,11 +96,12 @@ def _weights_of_run(folder: Path, which: str) -> Path:
 
 def _of_folder(source: str, folder: Path, known: Known) -> Trained:
     """Of a folder with a ``config.json``, which says everything."""
-    said = [name for name in ("model", "backbone", "num_class", "preprocess") if getattr(known, name) is not None]
+    config = read_config(folder)
+    said = [name for name in ("model", "backbone", "num_class", "preprocess") if getattr(known, name) is not None
+            and (name != "model" or known.model != config["model"])]
     if said:
         raise UserError(f"{source}: its {CONFIG} says what it is", settings=said)
-    config = read_config(folder)
-    net = from_pretrained(folder)
+    net = from_pretrained(folder, known.model)
     labels = _Labels(tuple(config["classes"]) if config.get("classes") else None,
                      np.array(config["palette"], np.uint8) if config.get("palette") else None)
     if known.dataset is not None:
@@ -106,11 +109,15 @@ def _of_folder(source: str, folder: Path, known: Known) -> Trained:
     return _trained(net, source, folder / WEIGHTS, labels)
 
 
-def _of_file(source: str, path: Path, known: Known) -> Trained:
-    """Of a weights file: described by the JSON file beside it, by the run that wrote it, or by the caller."""
+def _of_file(source: str, path: Path, known: Known, is_run: bool = False) -> Trained:
+    """Of a weights file: described by the JSON file beside it, by the run that wrote it, or by the caller.
+
+    is_run: the folder of the run was named, not the file."""
     config, info = read_run_config(path), read_info(path) or {}
     model, backbone = (next((value for value in (getattr(known, key), info.get(key), config.get(f"student_{key}"))
                              if value is not None), None) for key in ("model", "backbone"))
+    check_said({"model": model, "architecture": info.get("architecture") if info.get("model") == model else None}, path,
+               known.model or (config.get("student_model") if is_run else None))
     names = (info.get("trained_on") or {}).get("classes")
     labels = _Labels(tuple(names) if names else None)
     if known.dataset is not None:

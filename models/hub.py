@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from models.outside import portable
+from models.outside import check_said, portable
 from models.preprocess import Preprocess
 from models.registry import get_segmentation_model
 from models.weight_files import describe, unwrap
@@ -63,13 +63,15 @@ def build_config(net: nn.Module, classes: Sequence[str] | None = None,
             "palette": None if palette is None else [[int(value) for value in color] for color in palette]}
 
 
-def from_pretrained(source: str | os.PathLike) -> nn.Module:
+def from_pretrained(source: str | os.PathLike, model: str | None = None) -> nn.Module:
     """The network of a folder of :func:`save_pretrained`, or of a repository of the hub, in eval mode on the CPU.
 
-    Raises UserError when there is none, when it cannot be fetched, for files that do not fit together, and for a
-    repository of the hub that names code of this machine to run."""
+    model: what ``config.json`` names as its model, where that is ``module:...``, whose code is run. Raises UserError
+    when there is none, when it cannot be fetched, for files that do not fit together, and for a model of that kind that
+    was not named."""
     folder = fetch(source)
     config = read_config(folder)
+    check_said(config, source, model)
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: no {WEIGHTS}; expected a folder of tools/export.py --to safetensors")
     net = get_segmentation_model(config["model"], config["backbone"], config["num_class"], config["aux"],
@@ -99,7 +101,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def fetch(source: str | os.PathLike) -> Path:
     """The folder itself where it is one; else that of a repository of the hub, ``owner/name``, downloaded once.
 
-    UserError when there is none, and for a repository that names code to run."""
+    UserError when there is none."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -109,15 +111,10 @@ def fetch(source: str | os.PathLike) -> Path:
                         "hub")
     hub = need("huggingface_hub", "hub")
     try:
-        folder = Path(hub.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(hub.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
     except Exception as error:  # the hub's own errors, those of three HTTP libraries, OSError, ValueError
         raise UserError(f"{name}: no such folder here, and the Hugging Face hub gives none of that name "
                         f"({first_line(error)})") from error
-    model = str(read_config(folder)["model"])
-    if model.startswith("module:"):
-        raise UserError(f"{name}: its model is {model}, code that would be run here; look at it, then open the folder "
-                        f"{folder}")
-    return folder
 
 
 def push_to_hub(folder: str | os.PathLike, repo: str, *, private: bool = True, token: str | None = None) -> str:

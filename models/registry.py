@@ -18,7 +18,7 @@ from torch import nn
 from models.backbone import Backbone, NormLayer, scaled
 from models.heads import DeepLabHead, FCNHead, PSPHead
 from models.mobilenetv2 import MobileNetV2
-from models.outside import build_outside, is_outside, parse_taps, portable, suggestion
+from models.outside import build_outside, check_said, is_outside, parse_taps, portable, suggestion
 from models.preprocess import Preprocess
 from models.resnet import ResNet
 from models.segmentation import SegmentationNet
@@ -91,10 +91,13 @@ def network_name(model: str, backbone: str, between: str = "_") -> str:
     return UNSAFE.sub("-", model if is_outside(model) else f"{model}{between}{backbone}")
 
 
-def described_network(source: str | None) -> dict[str, str]:
-    """The 'model' and 'backbone' that the JSON file beside weights names, as far as it does. UserError when it is not
-    readable."""
+def described_network(source: str | None, named: str | None = None, prefix: str = "") -> dict[str, str]:
+    """The 'model' and 'backbone' that the JSON file beside weights names, as far as it does.
+
+    named: the model that was asked for. prefix: of the settings, such as "teacher_". UserError when the file is not
+    readable, or names a model that only the caller may name (``outside.check_said``)."""
     info = (read_info(source) if is_given(source) else None) or {}
+    check_said(info, f"{source}.json", named, f"{prefix}model")
     return {key: info[key] for key in ("model", "backbone") if isinstance(info.get(key), str)}
 
 

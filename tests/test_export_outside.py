@@ -15,6 +15,7 @@ from engine.trained import open_trained
 from models import get_segmentation_model, save_state_dict
 from models.hub import from_pretrained, save_pretrained
 from models.outside import portable
+from models.outside.trust import check_hf, without_unsafe
 from models.torchvision_compat import import_torchvision
 from tools import export as program
 from utils.errors import UserError
@@ -53,6 +54,7 @@ def test_a_network_of_transformers(tmp_path) -> None:
     assert Segmenter.from_pretrained(out, device="cpu")(image).shape == (40, 50)
     for given, message in (("x", "expected an object, of a model of smp: or hf:"),
                            ({"model_type": "nothing"}, r"hf:mine: .*\(of the 'architecture' in its description\)"),
+                           (config["architecture"] | {"num_encoder_blocks": 9}, "IndexError"),
                            (config["architecture"] | {"id2label": {"0": "a"}, "label2id": {"a": 0}}, "scores 1 class")):
         change(out / "config.json", architecture=given)
         with pytest.raises(UserError, match=message):
@@ -70,9 +72,39 @@ def test_a_folder_of_segmentation_models_pytorch(tmp_path) -> None:
     again, x = from_pretrained(tmp_path / "left"), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(again(x).logits, net(x).logits) and again.name == "smp:mine"
-    change(tmp_path / "left" / "config.json", architecture={"_model_class": "Nothing"})
-    with pytest.raises(UserError, match=r"smp:mine: .*Nothing.*\(of the 'architecture' in its description\)"):
-        from_pretrained(tmp_path / "left")
+    plain = {"_model_class": "Unet", "encoder_name": "resnet18", "classes": K}
+    for given, message in (({"_model_class": "Nothing"}, "no architecture 'Nothing'"), ({"_model_class": 3}, "3"),
+                           (plain | {"encoder_name": "tu-resnet18", "checkpoint_path": "evil.pth"},
+                            "refused, .*: checkpoint_path"),
+                           (plain | {"encoder_name": "tu-hf-hub:a/b"}, "the encoder 'tu-hf-hub:a/b' is refused"),
+                           (plain | {"decoder_channels": [-1] * 5}, "RuntimeError|ValueError")):
+        change(tmp_path / "left" / "config.json", architecture=given)
+        with pytest.raises(UserError, match=rf"smp:mine: .*({message}).*\(of the 'architecture' in its description\)"):
+            from_pretrained(tmp_path / "left")
+
+
+UPERNET = {"model_type": "upernet", "num_labels": K}
+
+
+@pytest.mark.parametrize("refused", [
+    {"backbone_kwargs": {"trust_remote_code": True}}, {"auto_map": {"AutoConfig": "evil.Config"}},
+    {"trust_remote_code": True}, {"attn_implementation": "attacker/kern"}, {"_attn_implementation": "attacker/kern"},
+    {"_attn_implementation_internal": "attacker/kern"}, {"use_pretrained_backbone": True},
+    {"backbone": "attacker/net"}, {"backbone": "hf-hub:attacker/net", "use_timm_backbone": True},
+    {"model_args": {"checkpoint_path": "evil.pth"}}])
+def test_what_leads_to_code_is_refused(refused) -> None:
+    """At any depth, before transformers sees it; and it is not written."""
+    pytest.importorskip("transformers")
+    for architecture in (UPERNET | refused, UPERNET | {"backbone_config": {"model_type": "swin"} | refused},
+                         UPERNET | {"more": [{"a": refused}]}):
+        with pytest.raises(UserError, match=f"hf:mine: .*the entry '{next(iter(refused))}' is refused"):
+            get_segmentation_model("hf:mine", "", K, architecture=architecture)
+        check_hf(without_unsafe(architecture))
+    usual = {"backbone_config": {"model_type": "timm_backbone", "backbone": "resnet18", "_name_or_path": "/a",
+                                 "use_pretrained_backbone": True}, "backbone_kwargs": {"out_indices": [1], "b": 2}}
+    assert without_unsafe(usual) == {"backbone_config": {"model_type": "timm_backbone", "backbone": "resnet18",
+                                                         "use_pretrained_backbone": False},
+                                     "backbone_kwargs": {"out_indices": [1]}}
 
 
 @pytest.mark.parametrize(("model", "backbone"), [("tv:lraspp_mobilenet_v3_large", ""),

@@ -29,7 +29,7 @@ import torch
 from engine.class_map import taught
 from models import get_segmentation_model, read_info
 from models.hub import CONFIG, read_config
-from models.outside import is_outside
+from models.outside import check_said, is_outside
 from tools.bench.turns import ROOT, Refused, Worker, say
 from tools.exporting.graph import Form, input_divisor, trace, write_onnx, write_pt2
 from tools.finished import read_settings
@@ -76,8 +76,9 @@ class Subject:
     architecture: str | None = None
 
     @classmethod
-    def described(cls, info: Mapping[str, Any], role: str = "") -> Subject:
-        """Of the description of a network (``models.describe``)."""
+    def described(cls, info: Mapping[str, Any], where: object, role: str = "", named: str | None = None) -> Subject:
+        """Of the description of a network (``models.describe``). where, named: as in ``outside.check_said``."""
+        check_said(info, where, named, setting="")
         said = info.get("architecture")
         return cls(info["model"], info["backbone"], info["num_class"], role, info.get("head_width"),
                    None if said is None else json.dumps(said))
@@ -112,14 +113,14 @@ def find_subjects(source: str, num_class: int) -> list[Subject]:
     """The networks that a word of the command line means. UserError for what is none."""
     path = Path(source).expanduser()
     if path.is_dir() and (path / CONFIG).is_file():
-        return [Subject.described(read_config(path))]
+        return [Subject.described(read_config(path), path)]
     if path.is_dir():
         return _subjects_of_run(path)
     if path.is_file():
         info = read_info(path)
         if info is None:
             raise UserError(f"{source}: no JSON file beside it says what network it is of; expected MODEL-BACKBONE")
-        return [Subject.described(info)]
+        return [Subject.described(info, path)]
     model, dash, backbone = source.partition("-")
     if ":" in model:  # of another library, whose name is one word
         return [Subject(source, "", num_class)]
@@ -135,7 +136,7 @@ def _subjects_of_run(folder: Path) -> list[Subject]:
     described = [info for path in sorted(folder.glob("*.pth")) if (info := read_info(path)) is not None]
     if not described:
         raise UserError(f"{folder}: no weights with their JSON file, which says how many classes there are")
-    student = Subject.described(described[0], "student")
+    student = Subject.described(described[0], folder, "student", n.student_model)
     teacher = Subject(n.teacher_model, n.teacher_backbone, taught(n) if n.class_map else student.num_class, "teacher",
                       n.teacher_head_width)
     return [student, *([teacher] * settings.needs_teacher)]

@@ -11,7 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.outside.segformer import EXPANSION, HEADS, REDUCTIONS, SIZES, Norm, Size, Thinned, shares, to_map, to_tokens
+from models.outside.segformer import (
+    EXPANSION,
+    HEADS,
+    REDUCTIONS,
+    SIZES,
+    Norm,
+    Size,
+    Thinned,
+    shares,
+    start,
+    to_map,
+    to_tokens,
+)
 from utils.errors import UserError
 
 NAME = re.compile(r"segformer_MiT_B(?P<size>[0-5])")
@@ -132,6 +144,7 @@ class Segformer(nn.Module):
             c_in = width
         self.linear_fuse = nn.Sequential(nn.Conv2d(len(HEADS) * head, head, 1), nn.BatchNorm2d(head), nn.ReLU())
         self.linear_pred = nn.Conv2d(head, num_class, 1)
+        self.apply(start)
 
     def forward(self, x: Tensor) -> Tensor:
         parts: list[Tensor] = []

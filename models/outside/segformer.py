@@ -6,6 +6,7 @@ backbone add 1e-6.
 """
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -45,6 +46,20 @@ def shares(size: Size) -> list[float]:
     """Of images that a block leaves out in training, for every block: from 0 to DROPPED."""
     count = sum(size.depths)
     return [DROPPED * i / (count - 1) for i in range(count)]
+
+
+def start(module: nn.Module) -> None:
+    """The authors' first weights of a layer: linear ones from a normal distribution of width 0.02, cut at 2;
+    convolutions from one of width sqrt(2 / fan out); no bias. Norms have torch's."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+    else:
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -140,6 +155,7 @@ class MixTransformer(nn.Module):
             blocks = nn.ModuleList(Block(width, HEADS[i], REDUCTIONS[i], next(dropped)) for _ in range(depth))
             self.layers.append(nn.ModuleList([embedding, blocks, Norm(width)]))
             c_in = width
+        self.apply(start)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """[B, 3, H, W] -> the maps of the four stages."""
@@ -161,6 +177,8 @@ class SegformerHead(nn.Module):
         self.convs = nn.ModuleList(ConvModule(c_in, HEAD_WIDTH, 1) for c_in in channels)
         self.fusion_conv = ConvModule(len(channels) * HEAD_WIDTH, HEAD_WIDTH, 1)
         self.conv_seg = nn.Conv2d(HEAD_WIDTH, num_class, 1)
+        self.apply(start)
+        nn.init.normal_(self.conv_seg.weight, std=0.01)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps of the stages -> [B, num_class, h, w] at the stride of the first."""
@@ -189,7 +207,7 @@ def suggestion(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the network that a file looks like; None when it is of none of these."""
     if "decode_head.fusion_conv.conv.weight" not in tensors or "backbone.layers.0.0.norm.weight" not in tensors:
         return None
-    depths = tuple(max(int(match[1]) for match in map(re.compile(rf"backbone\.layers\.{i}\.1\.(\d+)\..+").fullmatch,
-                                                      tensors) if match) + 1 for i in range(4))
+    depths = tuple(max((int(match[1]) for match in map(re.compile(rf"backbone\.layers\.{i}\.1\.(\d+)\..+").fullmatch,
+                                                       tensors) if match), default=-1) + 1 for i in range(4))
     found = Size(len(tensors["backbone.layers.0.0.norm.weight"]), depths)
     return f"mmseg:segformer_mit-b{SIZES.index(found)}" if found in SIZES else None

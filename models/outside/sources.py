@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.outside import cirkd_segformer, mmsegmentation, segformer
 from models.outside.net import OtherClasses, Outside, OutsideNet
+from models.outside.trust import check_hf, check_smp, without_unsafe
 from models.preprocess import CAFFE_BGR, IMAGENET_RGB, Preprocess, get_preprocess
 from models.torchvision_compat import import_torchvision
 from utils.errors import UserError
@@ -24,8 +25,6 @@ SMALLEST = 1e-6
 COUNTER = "num_batches_tracked"
 #: entry of an architecture of smp, as its own files have it
 MODEL_CLASS = "_model_class"
-#: entries of a configuration of transformers that say where it comes from: a folder, code
-NO_ARCHITECTURE = ("_name_or_path", "auto_map")
 SMP_ERRORS = (OSError, KeyError, ValueError, TypeError, RuntimeError)
 
 
@@ -98,11 +97,22 @@ def described_smp(name: str, num_class: int, architecture: Mapping[str, Any]) ->
     """Of what :func:`smp` has said of a folder."""
     package = library("segmentation_models_pytorch", "smp")
     try:
+        kind = getattr(package, str(architecture[MODEL_CLASS]), None)
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise ValueError(f"no architecture {architecture[MODEL_CLASS]!r} in this version")
         given = {key: value for key, value in architecture.items() if key != MODEL_CLASS}
-        net = package.create_model(architecture[MODEL_CLASS], **{**given, "encoder_weights": None})
-    except SMP_ERRORS as error:
-        raise UserError(f"smp:{name}: {first_line(error)} (of the 'architecture' in its description)") from error
-    return _smp(name, net, architecture)
+        named = inspect.signature(kind).parameters.items()
+        check_smp(given, [key for key, one in named if one.kind != one.VAR_KEYWORD])
+        return _smp(name, kind(**{**given, "encoder_weights": None}), architecture)
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: a library's, of a file that may be a stranger's
+        raise misfit(f"smp:{name}", error) from error
+
+
+def misfit(model: str, error: Exception) -> UserError:
+    """What is said of an architecture that a library does not build."""
+    return UserError(f"{model}: {type(error).__name__}: {first_line(error)} (of the 'architecture' in its description)")
 
 
 def _smp(name: str, net: nn.Module, architecture: Mapping[str, Any] | None) -> Outside:
@@ -147,11 +157,14 @@ def described_hf(name: str, num_class: int, architecture: Mapping[str, Any]) -> 
     """Of what :func:`hf` has said of a network."""
     package = library("transformers", "hf")
     try:
-        config = package.AutoConfig.for_model(**architecture)
-        net = _kind(package, config, name).from_config(config, trust_remote_code=False)  # may be a stranger's
+        check_hf(architecture)
+        config = package.AutoConfig.for_model(**without_unsafe(architecture))
+        net = _kind(package, config, name).from_config(config, trust_remote_code=False)
         return _hf(name, num_class, config, net, IMAGENET_RGB)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise UserError(f"hf:{name}: {first_line(error)} (of the 'architecture' in its description)") from error
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: a library's, of a file that may be a stranger's
+        raise misfit(f"hf:{name}", error) from error
 
 
 def _hf(name: str, num_class: int, config: Any, net: nn.Module, preprocess: Preprocess) -> Outside:
@@ -166,7 +179,7 @@ def _hf(name: str, num_class: int, config: Any, net: nn.Module, preprocess: Prep
     said = json.loads(config.to_json_string(use_diff=False))
     return Outside(net.float(), taps, preprocess, side=side,  # files in half precision make a network in half precision
                    logits=class_scores if universal else lambda output: output.logits,
-                   architecture={key: value for key, value in said.items() if key not in NO_ARCHITECTURE})
+                   architecture=without_unsafe(said))
 
 
 def _kind(package: Any, config: Any, name: str) -> Any:

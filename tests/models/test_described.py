@@ -2,13 +2,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine import eval_settings
 from engine.settings import build_parser, parse_settings
+from engine.trained import Known, open_trained
 from models import list_models
+from tools.latency import find_subjects
 from utils.errors import UserError
 
 TEACHER = ["--dataset", "folder", "--method", "kd", "--teacher-pretrained"]
@@ -62,6 +66,44 @@ def test_a_network_from_elsewhere_has_no_backbone_that_could_be_wrong(tmp_path):
 def test_a_description_that_says_less(tmp_path):
     (tmp_path / "a.pth.json").write_text('{"preprocess": null, "model": 3}')
     assert eval_settings.parse_settings(["--pretrained", str(tmp_path / "a.pth")]).network.model == "deeplabv3"
+
+
+@pytest.mark.parametrize(("model", "message"), [
+    ("module:evil:net", "code that would be run here"), ("hf:attacker/repo", "would be fetched or read from elsewhere"),
+    ("smp:Unet:tu-hf-hub:attacker/repo", "would be fetched"), (f"smp:{Path(__file__).parent}", "would be fetched")])
+def test_what_only_the_caller_may_name(tmp_path, model, message):
+    """Its code is not run, nothing is fetched."""
+    path = tmp_path / "a.pth"
+    (tmp_path / "a.pth.json").write_text(json.dumps({"model": model, "backbone": "", "num_class": 2}))
+    evaluate, teach = ["--pretrained", str(path)], [*TEACHER, str(path)]
+    for parse, argv, setting in ((eval_settings.parse_settings, evaluate, "model"), (parse_settings, teach,
+                                                                                     "teacher_model")):
+        with pytest.raises(UserError, match=f"a.pth.*: its model is {model}, .*{message}") as error:
+            parse(argv)
+        assert error.value.settings == (setting,)
+    path.touch()
+    with pytest.raises(UserError, match=message):
+        open_trained(path)
+    with pytest.raises(UserError, match=message):
+        find_subjects(str(path), 2)
+    named = eval_settings.parse_settings([*evaluate, "--model", model, "--backbone", ""]).network
+    assert named.model == model
+    assert parse_settings([*teach, "--teacher-model", model]).networks.teacher_model == model
+
+
+def test_the_code_of_a_runs_own_folder_is_run(tmp_path, monkeypatch):
+    """The folder was named; a file of it is no more than a file."""
+    path = tmp_path / "kd_a_best_model.pth"
+    (tmp_path / "kd_a_config.json").write_text(json.dumps({"config": {
+        "student_model": "module:afdcd_own:net", "student_backbone": "", "dataset": "citys", "data": str(tmp_path)}}))
+    (tmp_path / "afdcd_own.py").write_text("from torch import nn\ndef net():\n    return nn.Conv2d(3, 19, 1)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.save(torch.nn.Conv2d(3, 19, 1).state_dict(), path)
+    with pytest.raises(UserError, match="code that would be run here"):
+        open_trained(path)
+    assert "afdcd_own" not in sys.modules
+    for opened in (open_trained(tmp_path), open_trained(path, Known(model="module:afdcd_own:net"))):
+        assert opened.net.model == "module:afdcd_own:net" and opened.file == path
 
 
 def test_the_help_lists_models_and_backbones():

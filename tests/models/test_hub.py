@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from engine.trained import open_trained
+from engine.trained import Known, open_trained
 from models import get_segmentation_model, load_weights
 from models.hub import build_config, from_pretrained, push_to_hub, read_config, save_pretrained
 from utils.errors import UserError
@@ -56,6 +56,14 @@ def test_a_hub_id_is_downloaded(net, tmp_path, monkeypatch) -> None:
     for opened in (from_pretrained, open_trained):
         with pytest.raises(UserError, match="its model is module:os:abort, code that would be run here"):
             opened("owner/student")
+    for opened in (from_pretrained, open_trained):
+        with pytest.raises(UserError, match="its model is module:os:abort, code that would be run here"):
+            opened(tmp_path)
+    named = {"model": "module:os:nothing"}
+    (tmp_path / "config.json").write_text(json.dumps(config | named))
+    for opened in (lambda: from_pretrained(tmp_path, **named), lambda: open_trained(tmp_path, Known(**named))):
+        with pytest.raises(UserError, match="no attribute 'nothing'"):  # it was looked for
+            opened()
 
 
 def test_only_what_belongs_to_the_network_is_uploaded(net, tmp_path, monkeypatch) -> None:

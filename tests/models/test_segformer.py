@@ -143,6 +143,8 @@ def test_the_forward_pass(tiny, tmp_path) -> None:
     torch.testing.assert_close(read(x.float()).logits, logits.float(), rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="a file of mmsegmentation, .*: it goes to the model mmseg:segformer_mit-b0$"):
         get_segmentation_model("psp", "resnet18_w0.125", 5, pretrained=str(tmp_path / "a.pth"))
+    few = ("decode_head.fusion_conv.conv.weight", "backbone.layers.0.0.norm.weight")
+    assert segformer.suggestion({key: tensors[key] for key in few}) is None
 
 
 def test_the_backbone_is_that_of_transformers(tiny, tmp_path) -> None:
@@ -252,6 +254,22 @@ def test_in_training_blocks_are_left_out_for_single_images(tiny) -> None:
     net = segformer.Segformer(segformer.SIZES[0], 5)
     rates = [block.dropped for stage in net.backbone.layers for block in stage[1]]
     assert rates[0] == 0 and rates == sorted(rates) and rates[-1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("model", ["cirkd:segformer_MiT_B0", "mmseg:segformer_mit-b0"])
+def test_first_weights(model) -> None:
+    """Also of the classifier, and no bias anywhere. The tolerance: of widths found from a few thousand numbers."""
+    net = get_segmentation_model(model, "", 19).net
+    layers = [layer for layer in net.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    assert len(layers) > 40
+    for layer in layers:
+        assert layer.bias is None or not layer.bias.any()
+        width = 0.02 if isinstance(layer, nn.Linear) else \
+            (2 * layer.groups / (layer.out_channels * layer.kernel_size[0] ** 2)) ** 0.5
+        if model.startswith("mmseg") and layer is net.decode_head.conv_seg:
+            width = 0.01
+        count = layer.weight.numel()
+        assert layer.weight.std().item() == pytest.approx(width, rel=6 / count ** 0.5), layer
 
 
 def test_released_shapes() -> None:
