@@ -9,7 +9,7 @@ from engine.layout import INDENT, WIDTH, fold
 from engine.log import LOG
 from engine.results import read_log
 from engine.run import Run
-from models.outside import is_outside, portable
+from models import is_outside
 
 
 def summarize(run: Run, journal: Journal) -> None:
@@ -44,7 +44,7 @@ def evaluation(run: Run) -> list[str]:
     more += [["--ignore-label", str(data.ignore_label)]] if data.ignore_label != -1 else []
     more += [["--no-cuda"]] if run.settings.running.no_cuda else []
     own = [] if is_outside(networks.student_model) else [["--backbone", networks.student_backbone]]
-    parts = [shlex.split("python eval.py"), ["--model", portable(networks.student_model)], *own,
+    parts = [shlex.split("python eval.py"), ["--model", networks.student_model], *own,
              ["--dataset", data.dataset], ["--data", data.data], ["--pretrained", str(weights)], *more]
     return [INDENT + line for line in fold(
         [shlex.join(part) for part in parts], " \\", " ", WIDTH - len(INDENT)).splitlines()]

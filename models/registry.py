@@ -87,8 +87,9 @@ class NetworkChoice:
 
 
 def network_name(model: str, backbone: str, between: str = "_") -> str:
-    """A network as a part of file names: deeplabv3_resnet18, smp-Unet-resnet34. between: model and backbone."""
-    return UNSAFE.sub("-", model if is_outside(model) else f"{model}{between}{backbone}")
+    """A network as a part of file names: deeplabv3_resnet18, smp-Unet-resnet34, without the folders of a machine.
+    between: model and backbone."""
+    return UNSAFE.sub("-", portable(model) if is_outside(model) else f"{model}{between}{backbone}")
 
 
 def described_network(source: str | None, named: str | None = None, prefix: str = "") -> dict[str, str]:
@@ -103,14 +104,14 @@ def described_network(source: str | None, named: str | None = None, prefix: str 
 
 def check_described(choice: NetworkChoice, said: Mapping[str, str], prefix: str = "") -> None:
     """UserError, naming both, when a network was asked for that is not the one that its weights' JSON file says. The
-    backbone of a network from elsewhere has no meaning, and files name it without the folders of a machine.
+    backbone of a network from elsewhere has no meaning.
 
     said: of :func:`described_network`. prefix: of the settings, such as "teacher_"."""
     for key, value in said.items():
         if key == "backbone" and is_outside(choice.model):
             continue
-        if value not in (asked := getattr(choice, key), portable(asked)):
-            raise UserError(f"{prefix.replace('_', ' ')}{key} {asked} was asked for, but "
+        if getattr(choice, key) != value:
+            raise UserError(f"{prefix.replace('_', ' ')}{key} {getattr(choice, key)} was asked for, but "
                             f"{choice.pretrained}.json says {value}: leave it out, or choose other weights",
                             settings=[prefix + key])
 

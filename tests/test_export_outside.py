@@ -12,7 +12,7 @@ from reference import fill
 
 from engine.segmenter import Segmenter
 from engine.trained import open_trained
-from models import get_segmentation_model, save_state_dict
+from models import get_segmentation_model, network_name, save_state_dict
 from models.hub import from_pretrained, save_pretrained
 from models.outside import portable
 from models.outside.trust import check_hf, without_unsafe
@@ -122,5 +122,6 @@ def test_those_that_their_names_describe(model, backbone, tmp_path) -> None:
 def test_names_without_folders(tmp_path) -> None:
     (tmp_path / "mine").mkdir()
     assert portable(f"hf:{tmp_path / 'mine'}") == "hf:mine" and portable("smp:/gone/net") == "smp:net"
+    assert network_name(f"hf:{tmp_path / 'mine'}", "") == "hf-mine" and network_name("hf:me/net", "") == "hf-me-net"
     for name in ("hf:nvidia/segformer-b0", "smp:Unet:resnet18", "module:a.b:c", "psp"):
         assert portable(name) == name

@@ -21,6 +21,7 @@ from tools.bench.measure import call_times
 from tools.exporting.check import load_onnx
 from tools.exporting.graph import Traced
 from tools.latency import Subject, find_subjects, make_row, show
+from utils.errors import UserError
 
 QUICK = ["--size", "32", "48", "--calls", "4", "--warm", "0", "--threads", "1", "--device", "cpu"]
 
@@ -67,6 +68,23 @@ def test_every_form_of_a_network_has_its_rows(tmp_path, capsys, monkeypatch) -> 
     assert {row["gflop"] for row in rows} == {rows[0]["gflop"]} and float(rows[0]["gflop"]) > 0
     said = capsys.readouterr().out
     assert "Pictures of 32x48" in said and said.count("| psp-tiny") == 6 and "1 threads" in said
+
+
+def test_a_network_without_a_graph_for_any_size_has_one_for_this_size_or_a_line(capsys, monkeypatch) -> None:
+    def trace_or_not(net, form, divisor):
+        if form.size is None or net.name == "psp-tiny":
+            raise UserError(f"{net.name}: cannot be traced" + "; try --size H W" * (form.size is None))
+        assert form.size == (32, 48)
+        return Traced(net, 16)
+
+    monkeypatch.setattr(program, "trace", trace_or_not)
+    monkeypatch.setattr(program, "write_pt2", lambda net, path: torch.save(net, path))
+    monkeypatch.setattr("tools.exporting.check.load_pt2", lambda path, device: torch.load(path, weights_only=False))
+    assert program.main(["psp-tiny", "psp-tiny_w0.5", *QUICK, "--forms", "torch-export", "pytorch"]) == 0
+    said = capsys.readouterr().out
+    assert "psp-tiny, torch-export: not measured: psp-tiny: cannot be traced\n" in said
+    assert "psp-tiny_w0.5, torch-export: of a graph for this size, there is none for any size\n" in said
+    assert said.count("| psp-tiny ") == 1 and said.count("| psp-tiny_w0.5 ") == 2
 
 
 def test_what_cannot_be_measured_is_a_line_below_the_table(capsys, monkeypatch) -> None:

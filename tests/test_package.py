@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -44,6 +45,9 @@ for command in commands:
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
         command.load()()
     assert said.getvalue().startswith(f"usage: {command.name} "), (command.name, said.getvalue()[:200])
+
+import afdcd.commands
+assert not hasattr(afdcd.commands, "nothing")
 
 from afdcd.tools.bench.jobs import added_since
 assert added_since("utils.allocator.keep_freed_memory") is not None  # for afdcd-latency
@@ -117,6 +121,22 @@ def test_the_sdist_is_an_ordinary_package(built) -> None:
     assert {"afdcd/models/weight_links.toml", "afdcd/losses/kernels/contrast_cpu.cpp",
             "afdcd/tools/comparison/page.html"} <= set(files)
     assert "afdcd/tools/reproduce.py" not in files
+
+
+def test_own_modules_come_along_and_no_scratch_files(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(TOOLS)
+    backend = importlib.import_module("backend")
+    for name, value in (("ROOT", tmp_path), ("FOLDERS", ("losses",)), ("COMMANDS", {})):
+        monkeypatch.setattr(backend, name, value)
+    for name in ("__init__.py", "cosine.py", "core/__init__.py", "core/x.cpp", "core/x.txt", ".ipynb_checkpoints/a.py",
+                 ".hidden.py", "notes/a.py", "notes/deeper/__init__.py"):
+        (tmp_path / "losses" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "losses" / name).write_text("x = 1\n")
+    found = {name.removeprefix("losses/") for name in backend.package_files() if name.startswith("losses/")}
+    assert found == {"__init__.py", "cosine.py", "core/__init__.py", "core/x.cpp"}
+    (tmp_path / "losses" / "scratch.py").write_text("x = 1\nx ==\n")
+    with pytest.raises(ValueError, match="scratch.py, line 2: cannot be parsed"):
+        backend.package_files()
 
 
 def test_an_editable_installation_reads_the_clone(built, tmp_path) -> None:

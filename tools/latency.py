@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from torch import nn
 
 from engine.class_map import taught
 from models import get_segmentation_model, read_info
@@ -151,32 +152,51 @@ def chosen_forms(options: Latency) -> list[str]:
     return list(dict.fromkeys(options.forms))
 
 
-def write_forms(subject: Subject, forms: Sequence[str], folder: Path) -> dict[str, Path]:
-    """Export a network into a folder, which is made; {form: its file}."""
+def write_forms(subject: Subject, forms: Sequence[str], size: tuple[int, int],
+                folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """Export a network into a folder, which is made: for any size or, where that cannot be, for this one; {form: its
+    file}, and lines about what could not be."""
     exported = [form for form in forms if form != "pytorch"]
     if not exported:
-        return {}
+        return {}, []
     torch.manual_seed(0)
     net = get_segmentation_model(subject.model, subject.backbone, subject.num_class, aux=False,
                                  head_width=subject.head_width,
                                  architecture=json.loads(subject.architecture or "null")).eval()
-    program, files = trace(net, Form(), input_divisor(net)).program, {}
     folder.mkdir()
-    for form in exported:
-        files[form] = folder / form
-        if form == "torch-export":
-            write_pt2(program, files[form])
-        else:
-            write_onnx(program, Form(), files[form])
-    return files
+    made, lines = _write_graphs(net, Form(), exported, folder), []
+    left = [form for form in exported if made[form] is not None]
+    again = _write_graphs(net, Form(size=size), left, folder) if left else {}
+    for form, reason in again.items():
+        lines.append(f"{subject.title}, {form}: " + (f"not measured: {reason}" if reason else
+                                                     "of a graph for this size, there is none for any size"))
+    return {form: folder / form for form, reason in (made | again).items() if reason is None}, lines
+
+
+def _write_graphs(net: nn.Module, content: Form, forms: Sequence[str], folder: Path) -> dict[str, UserError | None]:
+    """Write a network in several forms; {form: why it could not be}."""
+    try:
+        program = trace(net, content, input_divisor(net) if content.size is None else 1).program
+    except UserError as reason:
+        return dict.fromkeys(forms, reason)
+    failed: dict[str, UserError | None] = dict.fromkeys(forms)
+    for form in forms:
+        try:
+            if form == "torch-export":
+                write_pt2(program, folder / form)
+            else:
+                write_onnx(program, content, folder / form)
+        except UserError as reason:
+            failed[form] = reason
+    return failed
 
 
 def measure(subject: Subject, forms: Sequence[str], options: Latency, folder: Path) -> tuple[list[Row], list[str]]:
     """Every form of a network with every batch size, one after the other; and lines about what could not be."""
     say(f"{subject.title}: exporting")
-    files, rows, refused = write_forms(subject, forms, folder), [], []
+    (files, refused), rows = write_forms(subject, forms, options.size, folder), []
     cost: tuple[int | None, float | None] = (None, None)
-    for form in dict.fromkeys(("pytorch", *forms)):  # the first one says what all cost
+    for form in ("pytorch", *files):  # the first one says what all cost
         for batch in options.batch_sizes:
             say(f"{subject.title}: {form}, batch {batch}")
             job = {"kind": "forward", "code": str(ROOT), "device": options.device, "threads": options.threads,

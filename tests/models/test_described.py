@@ -58,7 +58,6 @@ def test_a_network_from_elsewhere_has_no_backbone_that_could_be_wrong(tmp_path):
     (tmp_path / "a.pth.json").write_text('{"model": "hf:net", "backbone": ""}')
     file = ["--pretrained", str(tmp_path / "a.pth"), "--backbone", "-", "--model"]
     assert eval_settings.parse_settings([*file, "hf:net"]).network.model == "hf:net"
-    assert eval_settings.parse_settings([*file, f"hf:{tmp_path}/net"]).network.model == f"hf:{tmp_path}/net"
     with pytest.raises(UserError, match="model smp:net was asked for, but .*a.pth.json says hf:net"):
         eval_settings.parse_settings([*file, "smp:net"])
 

@@ -6,7 +6,7 @@ editable installation holds only ``editable.py``, which does the same to every m
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import chdir
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,22 +59,38 @@ def _build(build: Callable[..., str], directory: str, files: Mapping[str, bytes]
 
 
 def package_files() -> dict[str, bytes]:
-    """{path in the package: content}: the programs, the folders, and of the tools what these import."""
+    """{path in the package: content}: the programs, the folders, and of the tools what these import. ValueError,
+    naming it, for a file that is not Python."""
     files = {"__init__.py": (HERE / "init.py").read_bytes(), "commands.py": (HERE / "commands.py").read_bytes(),
              "tools/__init__.py": b""}
     todo = [ROOT / name for name in (*COMMANDS, *FOLDERS) if name != "tools"]
     while todo:
-        unit = todo.pop()
-        for path in sorted(unit.rglob("*")) if unit.is_dir() else [unit]:
+        for path in _files(todo.pop()):
             name = path.relative_to(ROOT).as_posix()
-            if path.suffix not in KINDS or name in files:
+            if name in files:
                 continue
             content = path.read_bytes()
             if path.suffix == ".py":
-                todo += [_tool(tool) for tool in tools_imported(content)]
+                try:
+                    todo += [_tool(tool) for tool in tools_imported(content)]
+                except SyntaxError as error:
+                    raise ValueError(f"{path}, line {error.lineno}: cannot be parsed ({error.msg}); every .py file of "
+                                     "this folder becomes part of the package") from error
                 content = rewritten(content, COMMANDS)
             files[name] = content
     return files
+
+
+def _files(unit: Path) -> Iterator[Path]:
+    """What belongs to the package of a file or a folder: nothing hidden, and no folder that is no package."""
+    if not unit.is_dir():
+        yield unit
+        return
+    for path in sorted(unit.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and (path / "__init__.py").is_file() or path.suffix in KINDS and path.is_file():
+            yield from _files(path)
 
 
 def _tool(name: str) -> Path:

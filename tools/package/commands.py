@@ -13,5 +13,7 @@ def __getattr__(name: str) -> Callable[[], int]:
     """The command of a program; only this program is imported."""
     if name.startswith("__"):  # asked for by the import system
         raise AttributeError(name)
-    module = next(module for module in (f"afdcd.{name}", f"afdcd.tools.{name}") if find_spec(module))
+    module = next((module for module in (f"afdcd.{name}", f"afdcd.tools.{name}") if find_spec(module)), None)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no command {name!r}")
     return partial(run_main, import_module(module).main)
