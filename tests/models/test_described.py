@@ -55,10 +55,10 @@ def test_flags_that_do_not(weights, parse, argv, flag):
 
 
 def test_a_network_from_elsewhere_has_no_backbone_that_could_be_wrong(tmp_path):
-    (tmp_path / "a.pth.json").write_text('{"model": "hf:net", "backbone": ""}')
+    (tmp_path / "a.pth.json").write_text('{"model": "tv:net", "backbone": ""}')
     file = ["--pretrained", str(tmp_path / "a.pth"), "--backbone", "-", "--model"]
-    assert eval_settings.parse_settings([*file, "hf:net"]).network.model == "hf:net"
-    with pytest.raises(UserError, match="model smp:net was asked for, but .*a.pth.json says hf:net"):
+    assert eval_settings.parse_settings([*file, "tv:net"]).network.model == "tv:net"
+    with pytest.raises(UserError, match="model smp:net was asked for, but .*a.pth.json says tv:net"):
         eval_settings.parse_settings([*file, "smp:net"])
 
 
