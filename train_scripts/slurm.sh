@@ -29,22 +29,28 @@ export PORT=${PORT:-$((20000 + SLURM_JOB_ID % 20000))} # jobs that share a machi
 
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-90} # seconds that torchrun lets a run save
 
-watch=""
+told="" late=""
 stop() { # SIGTERM to the processes of the step: srun itself would kill them
     echo "time limit: told to save"
+    told=$SECONDS
     scancel --signal=TERM "$SLURM_JOB_ID" || true
-    (sleep 100 && scontrol requeue "$SLURM_JOB_ID") >/dev/null 2>&1 & # in case it does not end in time
-    watch=$!
 }
 trap stop USR1
 cpus=()
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then cpus=(--cpus-per-task="$SLURM_CPUS_PER_TASK"); fi # srun inherits it no more
+exec {never}<> <(:) # nothing comes from it: a pause without a process
 srun --kill-on-bad-exit=1 ${cpus[@]+"${cpus[@]}"} bash "$@" --resume auto &
 step=$!
-while kill -0 "$step" 2>/dev/null; do sleep 1; done # not `wait`: one that a trap interrupts may never end
+# Neither `wait` nor `sleep`: bash may miss the end of a child while a trap runs, and then wait for any other one.
+while kill -0 "$step" 2>/dev/null; do
+    read -rt 1 -u "$never" || true
+    if [[ -n $told && -z $late ]] && ((SECONDS - told >= 100)); then # queued again although it has not ended in time
+        late=yes
+        scontrol requeue "$SLURM_JOB_ID" || true
+    fi
+done
 wait "$step" && code=0 || code=$?
-if [[ -n $watch ]]; then kill "$watch" || true; fi
-if ((code == 75)) || { [[ -n $watch ]] && ((code != 0)); }; then # torchrun makes 1 of 75
+if ((code == 75)) || { [[ -n $told ]] && ((code != 0)); }; then # torchrun makes 1 of 75
     echo "queued again"
     scontrol requeue "$SLURM_JOB_ID"
 fi
