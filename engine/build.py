@@ -260,7 +260,7 @@ def build_unlabeled(settings: Settings, spec: data.DatasetSpec) -> data.Segmenta
     if d.unlabelled is None:
         return None
     return data.unlabeled_images(spec, d.unlabelled, crop_size=d.crop_size, seed=settings.optimization.seed,
-                                  ignore_label=d.ignore_label, scale=d.random_scale, fast=settings.speed.fast)
+                                 ignore_label=d.ignore_label, scale=d.random_scale, fast=settings.speed.fast)
 
 
 def build_evaluation_sets(settings: Settings, spec: data.DatasetSpec) \

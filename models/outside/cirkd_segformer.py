@@ -11,19 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.outside.segformer import (
-    EXPANSION,
-    HEADS,
-    REDUCTIONS,
-    SIZES,
-    Norm,
-    Size,
-    Thinned,
-    shares,
-    start,
-    to_map,
-    to_tokens,
-)
+from models.outside import segformer
+from models.outside.segformer import EXPANSION, HEADS, REDUCTIONS, SIZES, Norm, Size, shares, start, to_map, to_tokens
 from utils.errors import UserError
 
 NAME = re.compile(r"segformer_MiT_B(?P<size>[0-5])")
@@ -88,31 +77,16 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.dwconv(self.fc1(x), size)))
 
 
-class Block(Thinned):
-    """Attention and Mlp, each added to what it is given."""
+class Block(segformer.Block):
+    """With these two parts."""
 
-    def __init__(self, width: int, heads: int, reduction: int, dropped: float) -> None:
-        super().__init__(dropped)
-        self.norm1, self.attn = Norm(width), Attention(width, heads, reduction)
-        self.norm2, self.mlp = Norm(width), Mlp(width)
-
-    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """[B, h w, C] -> [B, h w, C]."""
-        x = x + self.thin(self.attn(self.norm1(x), size))
-        return x + self.thin(self.mlp(self.norm2(x), size))
+    attention, perceptron, name = Attention, Mlp, "mlp"
 
 
-class Embedding(nn.Module):
-    """Overlapping patches of a map become tokens."""
+class Embedding(segformer.Embedding):
+    """With the names and norms of CIRKD."""
 
-    def __init__(self, c_in: int, width: int, kernel: int, stride: int) -> None:
-        super().__init__()
-        self.proj, self.norm = nn.Conv2d(c_in, width, kernel, stride, kernel // 2), nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, torch.Size]:
-        """[B, c_in, H, W] -> tokens [B, h w, width] and (h, w)."""
-        x = self.proj(x)
-        return self.norm(to_tokens(x)), x.shape[2:]
+    name, eps = "proj", 1e-5
 
 
 class Scale(nn.Module):

@@ -117,29 +117,37 @@ class Thinned(nn.Module):
 
 
 class Block(Thinned):
-    """Attention and MixFFN, each added to what it is given."""
+    """Attention and a perceptron of each position, each added to what it is given: its submodule ``name``."""
+
+    attention: type[nn.Module] = Attention
+    perceptron: type[nn.Module] = MixFFN
+    name = "ffn"
 
     def __init__(self, width: int, heads: int, reduction: int, dropped: float) -> None:
         super().__init__(dropped)
-        self.norm1, self.attn = Norm(width), Attention(width, heads, reduction)
-        self.norm2, self.ffn = Norm(width), MixFFN(width)
+        self.norm1, self.attn = Norm(width), self.attention(width, heads, reduction)
+        self.norm2 = Norm(width)
+        self.add_module(self.name, self.perceptron(width))
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """[B, h w, C] -> [B, h w, C]."""
         x = x + self.thin(self.attn(self.norm1(x), size))
-        return x + self.thin(self.ffn(self.norm2(x), size))
+        return x + self.thin(self.get_submodule(self.name)(self.norm2(x), size))
 
 
 class Embedding(nn.Module):
-    """Overlapping patches of a map become tokens."""
+    """Overlapping patches of a map become tokens. name: of the convolution; eps: that the norm adds."""
+
+    name, eps = "projection", 1e-6
 
     def __init__(self, c_in: int, width: int, kernel: int, stride: int) -> None:
         super().__init__()
-        self.projection, self.norm = nn.Conv2d(c_in, width, kernel, stride, kernel // 2), Norm(width)
+        self.add_module(self.name, nn.Conv2d(c_in, width, kernel, stride, kernel // 2))
+        self.norm = nn.LayerNorm(width, eps=self.eps)
 
     def forward(self, x: Tensor) -> tuple[Tensor, torch.Size]:
         """[B, c_in, H, W] -> tokens [B, h w, width] and (h, w)."""
-        x = self.projection(x)
+        x = self.get_submodule(self.name)(x)
         return self.norm(to_tokens(x)), x.shape[2:]
 
 
