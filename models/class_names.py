@@ -8,8 +8,9 @@ from pathlib import Path
 
 from torch import nn
 
+from models.outside.huggingface import hf_classes
 from models.outside.mmsegmentation import CLASSIFIER
-from models.outside.sources import hf_classes, is_folder
+from models.outside.sources import is_folder
 from models.registry import ARCHITECTURES, NetworkChoice
 from models.weight_files import is_given, open_weights, read_info
 from utils.errors import UserError

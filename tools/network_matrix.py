@@ -71,7 +71,7 @@ class Bench:
         """The description of a SegFormer of 0.1 M parameters."""
         folder = self.folder / "segformer"
         if not folder.is_dir():
-            from models.outside.sources import library
+            from models.outside.library import library
 
             library("transformers", "hf").SegformerConfig(
                 hidden_sizes=[16, 24, 32, 48], depths=[1] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=32,

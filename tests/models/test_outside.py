@@ -21,8 +21,8 @@ from models import NetworkChoice, SegOutput, get_segmentation_model, load_weight
 from models.class_names import KnownClasses, classes_of
 from models.heads import resize
 from models.outside import OutsideNet, brings_weights, candidates, parse_taps
+from models.outside.huggingface import class_scores
 from models.outside.net import Outside, first_tensor
-from models.outside.sources import class_scores
 from models.outside.taps import Layout
 from models.prepare import PreparedTeacher
 from models.torchvision_compat import import_torchvision
