@@ -158,6 +158,14 @@ def write_result(run: Run) -> None:
     LOG.info("result: %s", path)
 
 
+def add_weights(path: Path, name: str, file: Path) -> None:
+    """Write down in a result one more file that was made of the run's weights, so that runs which learn from it are
+    known to learn from this training."""
+    result = read_result(path)
+    result["weights"][name] = sha256(file)
+    write_json(path, result, indent=None)
+
+
 def read_result(path: Path) -> dict[str, Any]:
     """One result file; UserError when it is none."""
     try:

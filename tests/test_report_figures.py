@@ -164,6 +164,9 @@ def test_the_teachers_row_is_the_training_of_its_file_in_any_protocol() -> None:
                 for seed in range(3)]
     group = only([*runs("kd", KD, teacher_file="t2"), *teachers])
     assert group.exact and not notes(group) and group.teachers[0].scores("test") == {2: pytest.approx(62)}
+    teachers[0]["weights"]["half"] = "t0 in half precision"
+    group = only([*runs("kd", KD, teacher_file="t0 in half precision"), *teachers])
+    assert group.exact and group.teachers[0].seeds == (0,)
     for protocol in ("p-1", "t"):
         group = only([*runs("kd", KD, teacher_file="other", protocol=protocol), *teachers], protocol)
         assert group.teachers[0].seeds == (0, 1, 2) and "not the very file" in notes(group)[0]

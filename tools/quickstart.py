@@ -26,7 +26,7 @@ import torch
 from dataset import SegmentationDataset, get_dataset_spec
 from dataset.toy_streets import write_toy_streets
 from engine.evaluate import evaluate
-from engine.results import read_result
+from engine.results import add_weights, read_result
 from models import NetworkChoice, save_state_dict
 from tools import compare
 from tools.markdown import spread
@@ -92,13 +92,15 @@ def train_teacher(places: Places, target: Path) -> None:
 
 
 def write_half(job: Job, target: Path) -> None:
-    """Write the network of a run again, the weights of its convolutions in float16: half as large."""
+    """Write the network of a run again, the weights of its convolutions in float16: half as large. The run's result
+    gets its hash."""
     networks, spec = job.settings.networks, get_dataset_spec(job.settings.data.dataset, ROOT / job.settings.data.data)
     net = replace(networks.student, pretrained=str(ROOT / job.best)).build(spec.num_class)
     for weight in net.parameters():
         if weight.ndim > 1:
             weight.data = weight.data.half()
     save_state_dict(net, target)
+    add_weights(job.result, "half", target)
 
 
 def toy_plan(short: bool) -> tuple[dict[str, Any], tuple[int, int]]:

@@ -7,9 +7,9 @@ import pytest
 from helpers import assert_refused, distil_arguments, train_arguments, write_folder_dataset, write_teacher
 
 import train_kd
-from engine.results import POINTS, digest, read_log, read_result, read_results
+from engine.results import POINTS, add_weights, digest, read_log, read_result, read_results
 from utils.errors import UserError
-from utils.files import sha256
+from utils.files import sha256, write_json
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,13 @@ def test_it_says_what_was_run(distilled, place) -> None:
 def test_its_hashes_are_those_of_the_weights(distilled, place) -> None:
     stem = place / "distilled" / "kd_deeplab_mobile_mobilenetv2_w0.25_folder"
     assert distilled["weights"] == {"last": sha256(Path(f"{stem}.pth")), "best": sha256(Path(f"{stem}_best_model.pth"))}
+
+
+def test_a_file_made_of_its_weights_is_added(distilled, place, tmp_path) -> None:
+    result, made = tmp_path / "0.json", place / "teacher.pth"
+    write_json(result, distilled)
+    add_weights(result, "half", made)
+    assert read_result(result) == {**distilled, "weights": {**distilled["weights"], "half": sha256(made)}}
 
 
 def test_its_scores_are_those_of_the_best_validation(distilled) -> None:

@@ -191,8 +191,8 @@ def _teachers(results: Sequence[Result], runs: Sequence[Result], split: str) -> 
     names = {network(run["teacher"]) for run in runs if run["teacher"]}
     plain = [run for run in results if run["method"] == PLAIN and split in run["scores"]
              and run["dataset"] == runs[0]["dataset"] and network(run["student"]) in names]
-    made = [run for run in plain if run["weights"].get("best") in files - {None}]
-    exact = files == {run["weights"]["best"] for run in made}
+    made = [run for run in plain if files.intersection(run["weights"].values())]
+    exact = files <= {file for run in made for file in run["weights"].values()}
     if not exact:
         same = [run for run in plain if run["label"] == PLAIN]
         made = [run for run in same if run["protocol"] == runs[0]["protocol"]] or same
