@@ -2,7 +2,7 @@
 """The main job in small: toy streets, the same student without and with Af-DCD, a table and pictures.
 
     python tools/quickstart.py                  one seed, a few minutes on two CPU cores
-    python tools/quickstart.py --train-teacher  first train the teacher anew, which takes half an hour
+    python tools/quickstart.py --train-teacher  first train the teacher anew, which takes an hour
 
 Safe to interrupt and to run again: finished parts are kept, an unfinished training goes on where it stopped. The
 teacher is a file of this repository; the trainings are the rows ``none`` and ``afdcd`` of the plan ``toy``.
@@ -51,16 +51,16 @@ class Options(OptionGroup):
     """The command line."""
     seeds: tuple[int, ...] = option((0,), "one plain and one distilled student per seed", at_least=0, metavar="N")
     out: str | None = option(None, "folder of the runs (default: runs/quickstart)", metavar="DIR")
-    train_teacher: bool = option(False, "train the teacher anew, on 2000 streets, and replace its file")
+    train_teacher: bool = option(False, "train the teacher anew, on 2000 streets, and replace its file; an hour")
     short: bool = option(False, "a few iterations on a few images: shows that everything works")
 
 
 def paint(name: str, val: int, test: int) -> None:
     """Paint toy streets of 240 x 320 pixels unless they are there. name: of the folder, which ends in the number of
-    training images and, where they are labeled at some points only, in that number: ..._200_points20."""
+    training images and, where they are labeled at some points only, in that number: ..._200_points5."""
     match = re.fullmatch(r".*_240x320_(\d+)(?:_points(\d+))?", name)
     if match is None:
-        raise UserError(f"{name}: expected a folder such as data/toy_streets_240x320_200_points20")
+        raise UserError(f"{name}: expected a folder such as data/toy_streets_240x320_200_points5")
     data, train, points = ROOT / name, int(match[1]), int(match[2] or 0)
     if not data.is_dir():
         print(f"painting {train + val + test} toy streets into {data} ...", flush=True)
