@@ -8,6 +8,7 @@ from torch import nn
 
 import dataset as data
 from engine.class_weights import class_weights
+from engine.layout import fold
 from engine.log import LOG
 from engine.optimizer import build_optimizer
 from engine.options import Data
@@ -28,6 +29,7 @@ from models.class_map import common_classes
 from models.prepare import check_precision, to_channels_last
 from utils.distributed import Distributed, send_in_bf16, synchronize_batch_norm
 from utils.errors import UserError
+from utils.options import flag
 from utils.randomness import seed_everything
 
 #: passes over the training images, above those of every published run
@@ -66,7 +68,8 @@ def build_run(settings: Settings, distributed: Distributed, files: RunFiles | No
     objective.images_without_labels = images_without_labels(settings) // passes
     for term, (factor, why) in weight_factors(settings, teacher and NetInfo.of(teacher)).items():
         weight = settings.weights[term]
-        LOG.info("--lambda-%s %g x %.4g = %.4g: %s", term.replace("_", "-"), weight, factor, weight * factor, why)
+        scaled = f"{flag(f'lambda_{term}')} {weight:g} x {factor:.4g} = {weight * factor:.4g}:"
+        LOG.info("%s", fold([scaled, why], between=" "))
     speed, o = settings.speed, settings.optimization
     check_parts(settings, objective, distributed)
     if speed.uses_channels_last:
@@ -136,8 +139,8 @@ def build_criterion(settings: Settings, train_set: data.SegmentationDataset, dev
     weights = None
     if r.class_weights is not None:
         weights = class_weights(r.class_weights, train_set, device)
-        said = "  ".join(f"{name} {weight:.3g}" for name, weight in zip(train_set.spec.classes, weights, strict=True))
-        LOG.info("class weights (%s): %s", r.class_weights, said)
+        said = [f"{name} {weight:.3g}" for name, weight in zip(train_set.spec.classes, weights, strict=True)]
+        LOG.info("%s", fold([f"class weights ({r.class_weights}):", *said]))
     return WeightedCrossEntropyLoss(settings.data.ignore_label, settings.distillation.group_size, weights,
                                     (r.ohem_threshold, r.ohem_kept) if r.ohem else None)
 

@@ -85,7 +85,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 def newest_state(paths: Sequence[Path]) -> tuple[Path, dict[str, Any], bool]:
     """(path, content) of the first of the training states that can be read, and whether one before it cannot, which is
-    told in a line. UserError, that of the first one, when none can."""
+    told in a line. UserError that names every one when none can."""
     faults = []
     for path in paths:
         try:
@@ -96,7 +96,8 @@ def newest_state(paths: Sequence[Path]) -> tuple[Path, dict[str, Any], bool]:
         if faults:
             LOG.warning("%s: going on from the one before it", faults[0])
         return path, state, bool(faults)
-    raise faults[0]
+    raise faults[0] if len(faults) == 1 else UserError(
+        f"{faults[0]}; nor can the one before it be read: {faults[1]}; without --resume the run starts anew")
 
 
 def resume(run: Run) -> bool:

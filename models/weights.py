@@ -202,8 +202,8 @@ def _some(names: Iterable[str], most: int = 3) -> str:
 def _log(net: nn.Module, file: WeightFile, what: str, report: LoadReport) -> None:
     order = {CAFFE_BGR: "BGR minus mean", IMAGENET_RGB: "RGB mean/std"}.get(net.preprocess, str(net.preprocess))
     lost = _without_counters(report.missing)
-    log.info("%s (%s) from %s: %d tensors matched, %d missing (%d of them batch counters), %d ignored%s; input is %s",
-             net.name, what, file.name, len(report.matched), len(report.missing), len(report.missing) - len(lost),
+    log.info("%s (%s) from %s:\n    %d tensors matched, %d missing (%d of them batch counters), %d ignored%s; input is "
+             "%s", net.name, what, file.name, len(report.matched), len(report.missing), len(report.missing) - len(lost),
              len(report.ignored), f" ({_some(report.ignored, 6)})" if report.ignored else "", order)
     if lost:
         log.warning("%s: %d tensors of the backbone keep their random values: %s", file.name, len(lost), _some(lost, 6))

@@ -18,7 +18,7 @@ from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 from utils.errors import UserError
-from utils.faults import explained
+from utils.faults import allow_open_files, explained
 from utils.options import Option, OptionGroup, flag, options_of
 
 Group = TypeVar("Group", bound=OptionGroup)
@@ -201,6 +201,7 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
     UserError and what the machine has caused (``utils/faults.py``) become one line on stderr and code 2, Ctrl-C code
     130, a closed pipe the shell's 141; other exceptions are defects and pass through."""
     prog = prog or os.path.basename(sys.argv[0])
+    allow_open_files()
     try:
         code = main(argv) or 0
         sys.stdout.flush()  # a reader that has gone shows here, not when the interpreter ends

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce  # not later: it would keep the group of that moment as a default
 
 from utils.errors import UserError
 
@@ -203,11 +202,25 @@ def broadcast_state(module: nn.Module) -> None:
             dist.broadcast(parameter.data, 0)
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes. Its gradient is the sum of theirs, and has one itself."""
+
+    @staticmethod
+    def forward(_, values: Tensor) -> Tensor:
+        total = values.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_, gradient: Tensor) -> Tensor:
+        return _SumOverProcesses.apply(gradient)
+
+
 def centered_over_processes(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x - mean, mean [C], variance [C], count) of [B, C, h, w] over images and positions of every process, in float32
     or wider. Gradients, also second ones, equal those of one process with the whole batch."""
     def total(values: Tensor) -> Tensor:
-        return all_reduce(values) if is_distributed() else values
+        return _SumOverProcesses.apply(values) if is_distributed() else values
 
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     sums = total(torch.cat([wide.sum((0, 2, 3)), wide.new_full((1,), wide.numel() / wide.shape[1])]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
+from contextlib import suppress
 
 #: errors of the system that are no defect of the program
 OF_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
@@ -11,6 +13,8 @@ MEMORY = ("fewer images by --batch-size, or --amp bf16 on a GPU; in training als
           "--grad-accumulation 2 (the same gradients in parts)")
 SHARED = ("the shared memory of the loading processes is full: free /dev/shm (df -h /dev/shm; docker run --shm-size "
           "16g), or take fewer --workers")
+#: open files that a program asks for: shells allow 1024 as a rule, which many loading processes use up
+OPEN_FILES = 65536
 FILES = "the limit on open files is reached: raise it (ulimit -n 65536), or take fewer --workers"
 #: what PyTorch says, in lower case, and the line that it becomes; the first that fits counts
 SIGNS = (
@@ -49,3 +53,12 @@ def explained(error: BaseException) -> str | None:
         if re.search(sign, text.lower()):
             return f"{line} ({text[:160]})" if line is not OF_PROCESSES[0][1] else line
     return None
+
+
+def allow_open_files() -> None:
+    """Raise this process's limit on open files to :data:`OPEN_FILES`, as far as the system lets any user."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):  # macOS has another limit beside this one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -59,7 +59,7 @@ class TestStates:
         for path in copied.glob("*_state*.pth"):
             flip(path)
         argv = four_steps(few_images, copied, "--resume", "auto")
-        assert_refused(capsys, train_kd.main, argv, f"{STEM}_state.pth", "damaged")
+        assert_refused(capsys, train_kd.main, argv, f"{STEM}_state.pth", f"{STEM}_state_previous.pth", "starts anew")
 
     def test_a_damaged_state_that_was_named_is_an_error(self, few_images, copied, tmp_path, capsys) -> None:
         flip(copied / f"{STEM}_state.pth")

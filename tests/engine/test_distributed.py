@@ -88,6 +88,7 @@ def test_batch_norm_over_processes_equals_one_process() -> None:
     program = ROOT / "tests" / "programs" / "batch_norm.py"
     done = launch(str(program), [])
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "FutureWarning" not in done.stderr
 
 
 def test_the_program_runs_without_a_launcher() -> None:

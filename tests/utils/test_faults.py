@@ -54,6 +54,14 @@ def test_open_files_that_are_used_up() -> None:
     assert done.returncode == 2 and "prog.py: error: the limit on open files is reached" in done.stderr
 
 
+def test_a_program_raises_its_limit_on_open_files() -> None:
+    program = ("import resource, sys\nfrom utils.cli import run_main\nlimit = resource.RLIMIT_NOFILE\n"
+               "resource.setrlimit(limit, (64, 300))\n"
+               "sys.exit(run_main(lambda _: print(*resource.getrlimit(limit)), []))")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.stdout.split() == ["300", "300"], done.stderr
+
+
 def test_defects_pass_through(monkeypatch) -> None:
     for error in (RuntimeError("shapes differ"), ValueError("timed out"), OSError(errno.ENOENT, "no such file")):
         assert explained(error) is None
