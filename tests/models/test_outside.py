@@ -25,6 +25,7 @@ from models.outside.huggingface import class_scores
 from models.outside.net import Outside, first_tensor
 from models.outside.taps import Layout
 from models.prepare import PreparedTeacher
+from models.preprocess import IMAGENET_RGB
 from models.torchvision_compat import import_torchvision
 from utils.errors import UserError
 
@@ -133,6 +134,16 @@ class TestWeights:
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), net.parameters(), strict=True))
         assert torch.load(tmp_path / "a.pth", weights_only=True).keys() == net.net.state_dict().keys()
 
+    def test_an_imagenet_file_of_torchvision_starts_an_encoder_of_smp(self, tmp_path) -> None:
+        import_torchvision()
+        pytest.importorskip("segmentation_models_pytorch")
+        from torchvision.models import resnet18
+
+        whole = resnet18(weights=None)
+        torch.save(whole.state_dict(), tmp_path / "w.pth")
+        net = get_segmentation_model("smp:FPN:resnet18", "", CLASSES, pretrained_base=str(tmp_path / "w.pth"))
+        assert torch.equal(net.net.encoder.conv1.weight, whole.conv1.weight) and net.preprocess == IMAGENET_RGB
+
     def test_timm_reads_its_own_files(self, tmp_path) -> None:
         import_torchvision()
         timm = pytest.importorskip("timm")
@@ -202,9 +213,12 @@ class TestSources:
         with pytest.raises(UserError, match="or a folder of its save_pretrained"):
             get_segmentation_model(name, "", CLASSES)
 
-    def test_torchvision(self) -> None:
+    def test_torchvision(self, tmp_path) -> None:
         net = get_segmentation_model("tv:lraspp_mobilenet_v3_large", "", CLASSES)
         assert net.strides == {"logits": 1, "c3": 8, "c4": 16, "head": 16} and net.num_class == CLASSES
+        with pytest.raises(UserError, match="w.pth: matches only 0 of the"):
+            torch.save({"other": torch.zeros(1)}, tmp_path / "w.pth")
+            load_weights(net, tmp_path / "w.pth", "backbone")
 
     def test_transformers(self, tmp_path) -> None:
         import_torchvision()  # which transformers imports
