@@ -18,6 +18,7 @@ from models.outside import portable
 from models.outside.trust import check_hf, without_unsafe
 from models.torchvision_compat import import_torchvision
 from tools import export as program
+from tools.exporting.check import load_onnx
 from utils.errors import UserError
 
 pytest.importorskip("safetensors")
@@ -62,16 +63,25 @@ def test_a_network_of_transformers(tmp_path) -> None:
 
 
 def test_a_folder_of_segmentation_models_pytorch(tmp_path) -> None:
+    """Also as ONNX, for any size that its divisor allows."""
     import_torchvision()
     package = pytest.importorskip("segmentation_models_pytorch")
-    package.create_model("Unet", "resnet18", encoder_weights=None, classes=K, decoder_channels=(8, 8, 8, 8, 8),
-                         ).save_pretrained(str(tmp_path / "mine"))
+    for needed in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(needed)
+    package.create_model("Unet", "tu-test_resnet", encoder_weights=None, classes=K, encoder_depth=3,
+                         decoder_channels=(8, 8, 8)).save_pretrained(str(tmp_path / "mine"))
     net = get_segmentation_model(f"smp:{tmp_path / 'mine'}", "", K).eval()
-    save_pretrained(net, tmp_path / "left")
+    save_state_dict(net, tmp_path / "w.pth")
+    assert program.main([str(tmp_path / "w.pth"), "--to", "safetensors", "onnx", "--out", str(tmp_path / "left")]) == 0
     (tmp_path / "mine").rename(tmp_path / "away")
     again, x = from_pretrained(tmp_path / "left"), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(again(x).logits, net(x).logits) and again.name == "smp:mine"
+        graph, y = load_onnx(tmp_path / "left" / "model.onnx"), torch.randn(3, 3, 40, 88)
+        torch.testing.assert_close(graph(y), net(y).logits, atol=1e-4, rtol=0)
+    config = json.loads((tmp_path / "left" / "config.json").read_text())
+    assert config["input_divisor"] == 8 and config["exports"]["onnx"]["input"]["shape"] == ["batch", 3, "height",
+                                                                                            "width"]
     plain = {"_model_class": "Unet", "encoder_name": "resnet18", "classes": K}
     for given, message in (({"_model_class": "Nothing"}, "no architecture 'Nothing'"), ({"_model_class": 3}, "3"),
                            (plain | {"encoder_name": "tu-resnet18", "checkpoint_path": "evil.pth"},

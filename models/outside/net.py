@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from models.output import SegOutput
 from models.outside.taps import Catcher, Layout, probe, tensors_in
 from models.preprocess import IMAGENET_RGB, Preprocess
 from utils.errors import UserError
+from utils.faults import explained
 from utils.tensor_files import first_line
 
 
@@ -99,7 +101,7 @@ class OutsideNet(nn.Module):
         if x.dim() != 4 or x.shape[1] != 3 or not x.is_floating_point():
             raise UserError(f"{self.name} expects a float image batch [B, 3, H, W], got {x.dtype} {list(x.shape)}")
         size, padded = x.shape[2:], self._pad(x)
-        output = self.net(padded)
+        output = self._run(padded)
         maps = self.catcher.take()
         if "logits" not in maps:
             maps["logits"] = self.read_logits(output)
@@ -109,6 +111,23 @@ class OutsideNet(nn.Module):
         inside = tuple(padded.shape[2:])
         return SegOutput(*(self._map(name, maps[name], size, inside) if name in maps else None
                            for name in SegOutput._fields))
+
+    def _run(self, x: Tensor) -> Any:
+        """What ``net`` returns. UserError where the size of the images is why it fails."""
+        try:
+            return self.net(x)
+        except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+            height, width, side = *x.shape[2:], self.side
+            if torch.compiler.is_compiling() or explained(error) or (height, width) == (side, side):
+                raise
+            try:
+                with torch.no_grad():
+                    self.net(x.new_zeros(*x.shape[:2], side, side))
+            except Exception:  # of any kind: somebody else's code, which the size is no reason for
+                raise error from None
+            raise UserError(f"{self.name}: runs on images of {side}x{side}, not on {height}x{width} "
+                            f"({first_line(error)}): expected --crop-size {side} {side}, in evaluation --window "
+                            f"{side} {side}") from error
 
     def _map(self, name: str, value: Tensor, size: tuple[int, int], padded: tuple[int, int]) -> Tensor:
         """One map in the form [B, C, h, w], cut to the image."""

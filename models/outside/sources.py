@@ -22,6 +22,8 @@ from utils.tensor_files import first_line
 
 #: entry of an architecture of smp, as its own files have it
 MODEL_CLASS = "_model_class"
+#: of torchvision and mmsegmentation
+BACKBONE: dict[str, Any] = {"backbone": ("backbone.",), "prefix": "backbone."}
 SMP_ERRORS = (OSError, KeyError, ValueError, TypeError, RuntimeError)
 
 
@@ -109,7 +111,8 @@ def _smp(name: str, net: nn.Module, architecture: Mapping[str, Any] | None) -> O
         raise UserError(f"smp:{name}: ends in {type(last).__name__}, expected class scores without an activation")
     if isinstance(net.segmentation_head, nn.Sequential):
         taps["head"] = "segmentation_head.0:in"
-    return Outside(net, taps, IMAGENET_RGB, net.encoder.output_stride, architecture=architecture)
+    return Outside(net, taps, IMAGENET_RGB, net.encoder.output_stride, architecture=architecture,
+                   backbone=("encoder.",), prefix="encoder.")
 
 
 def tv(name: str, num_class: int, aux: bool) -> Outside:
@@ -123,13 +126,13 @@ def tv(name: str, num_class: int, aux: bool) -> Outside:
     more = {} if name.startswith("lraspp") else {"aux_loss": aux}
     net = get_model(name, weights=None, weights_backbone=None, num_classes=num_class, **more)
     if name.startswith("lraspp"):
-        return Outside(net, {"c3": "backbone[0]", "c4": "backbone[1]", "head": "classifier.cbr"})
+        return Outside(net, {"c3": "backbone[0]", "c4": "backbone[1]", "head": "classifier.cbr"}, **BACKBONE)
     stages = [stage for stage in ("layer1", "layer2", "layer3", "layer4") if hasattr(net.backbone, stage)]
     taps = {f"c{i}": f"backbone.{stage}" for i, stage in enumerate(stages, start=1)} or {"c4": "backbone[0]"}
     taps["head"] = f"classifier.{len(net.classifier) - 1}:in"
     if aux:
         taps["aux"] = "aux_classifier"
-    return Outside(net, taps, optional=() if aux else ("aux_classifier.",))
+    return Outside(net, taps, optional=() if aux else ("aux_classifier.",), **BACKBONE)
 
 
 def module(name: str, num_class: int, aux: bool) -> Outside:
@@ -164,15 +167,12 @@ def call(build: Callable[..., Any], num_class: int, name: str) -> Any:
         raise UserError(f"module:{name}: {type(error).__name__}: {first_line(error)}") from error
 
 
-MMSEG_BACKBONE: dict[str, Any] = {"backbone": ("backbone.",), "prefix": "backbone."}
-
-
 def mmseg(name: str, num_class: int, aux: bool) -> Outside:
     """mmsegmentation's DeepLabV3, PSPNet and SegFormer, which need nothing installed."""
     if (size := segformer.size_of(name)) is not None:
-        return Outside(segformer.Segformer(size, num_class), segformer.TAPS, **MMSEG_BACKBONE)
+        return Outside(segformer.Segformer(size, num_class), segformer.TAPS, **BACKBONE)
     net = mmsegmentation.MMSegNet(mmsegmentation.parse(name), num_class, aux)
-    return Outside(net, mmsegmentation.taps(aux), optional=() if aux else ("auxiliary_head.",), **MMSEG_BACKBONE)
+    return Outside(net, mmsegmentation.taps(aux), optional=() if aux else ("auxiliary_head.",), **BACKBONE)
 
 
 def cirkd(name: str, num_class: int, aux: bool) -> Outside:

@@ -25,6 +25,7 @@ from models.outside.huggingface import class_scores
 from models.outside.net import Outside, first_tensor
 from models.outside.taps import Layout
 from models.prepare import PreparedTeacher
+from models.preprocess import IMAGENET_RGB
 from models.torchvision_compat import import_torchvision
 from utils.errors import UserError
 
@@ -56,6 +57,11 @@ class TestTaps:
         whole = net(nn.functional.pad(x, (0, 6, 0, 3)))
         assert out.logits.shape[2:] == (61, 90) and out.c4.shape[2:] == (8, 12)
         assert torch.equal(out.logits, whole.logits[:, :, :61, :90])
+
+    def test_what_fails_for_another_reason_than_the_size_is_not_blamed_on_it(self) -> None:
+        net = espnet().eval().double()
+        with pytest.raises(RuntimeError, match="(?i)double"):
+            net(torch.zeros(1, 3, 64, 96))
 
     def test_several_outputs_have_numbers(self) -> None:
         class Several(nn.Module):
@@ -128,6 +134,16 @@ class TestWeights:
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), net.parameters(), strict=True))
         assert torch.load(tmp_path / "a.pth", weights_only=True).keys() == net.net.state_dict().keys()
 
+    def test_an_imagenet_file_of_torchvision_starts_an_encoder_of_smp(self, tmp_path) -> None:
+        import_torchvision()
+        pytest.importorskip("segmentation_models_pytorch")
+        from torchvision.models import resnet18
+
+        whole = resnet18(weights=None)
+        torch.save(whole.state_dict(), tmp_path / "w.pth")
+        net = get_segmentation_model("smp:FPN:resnet18", "", CLASSES, pretrained_base=str(tmp_path / "w.pth"))
+        assert torch.equal(net.net.encoder.conv1.weight, whole.conv1.weight) and net.preprocess == IMAGENET_RGB
+
     def test_timm_reads_its_own_files(self, tmp_path) -> None:
         import_torchvision()
         timm = pytest.importorskip("timm")
@@ -177,6 +193,7 @@ class TestSources:
             get_segmentation_model("deeplab_mobile", "mobilenetv2_w0.25", CLASSES, taps="c4=head")
 
     def test_segmentation_models_pytorch(self) -> None:
+        import_torchvision()
         pytest.importorskip("segmentation_models_pytorch")
         net = get_segmentation_model("smp:FPN:resnet18", "", CLASSES).eval()
         assert net.strides == {"logits": 1, "c1": 4, "c2": 8, "c3": 16, "c4": 32, "head": 4}
@@ -185,6 +202,7 @@ class TestSources:
             get_segmentation_model("smp:Nothing:resnet18", "", CLASSES)
 
     def test_a_folder_of_segmentation_models_pytorch(self, tmp_path) -> None:
+        import_torchvision()
         package = pytest.importorskip("segmentation_models_pytorch")
         saved = package.create_model("FPN", "resnet18", encoder_weights=None, classes=CLASSES).eval()
         saved.save_pretrained(str(tmp_path / "left"))
@@ -195,9 +213,12 @@ class TestSources:
         with pytest.raises(UserError, match="or a folder of its save_pretrained"):
             get_segmentation_model(name, "", CLASSES)
 
-    def test_torchvision(self) -> None:
+    def test_torchvision(self, tmp_path) -> None:
         net = get_segmentation_model("tv:lraspp_mobilenet_v3_large", "", CLASSES)
         assert net.strides == {"logits": 1, "c3": 8, "c4": 16, "head": 16} and net.num_class == CLASSES
+        with pytest.raises(UserError, match="w.pth: matches only 0 of the"):
+            torch.save({"other": torch.zeros(1)}, tmp_path / "w.pth")
+            load_weights(net, tmp_path / "w.pth", "backbone")
 
     def test_transformers(self, tmp_path) -> None:
         import_torchvision()  # which transformers imports
@@ -220,6 +241,34 @@ class TestSources:
                   metadata={"format": "pt"})
         with pytest.raises(UserError, match=r"2 tensors of the network are not in its files.*decode_head.classifier"):
             get_segmentation_model(f"hf:{tmp_path}", "", CLASSES)
+
+    @pytest.mark.parametrize(("kind", "strides", "more"), [
+        ("UperNet", {"logits": 1, "c1": 4, "c2": 8, "c3": 16, "c4": 32, "head": 4},
+         {"hidden_size": 8, "pool_scales": [1, 2], "use_auxiliary_head": False}),
+        ("Mask2Former", {"logits": 4, "c1": 4, "c2": 8, "c3": 16, "c4": 32, "head": 32},
+         {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 16,
+          "dim_feedforward": 16, "encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2,
+          "num_queries": 6}),
+        ("Eomt", {"logits": 4, "c4": 16, "head": 4},
+         {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 128, "num_queries": 6,
+          "num_blocks": 1, "num_upscale_blocks": 2})])
+    def test_other_transformers(self, kind, strides, more, tmp_path) -> None:
+        """What a random one puts out are scores of pixels at the image's size over the stride."""
+        import_torchvision()
+        transformers = pytest.importorskip("transformers")
+        if kind != "Eomt":
+            more = more | {"backbone_config": transformers.SwinConfig(
+                embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=4,
+                out_features=["stage1", "stage2", "stage3", "stage4"])}
+        getattr(transformers, f"{kind}Config")(num_labels=CLASSES, **more).save_pretrained(tmp_path)
+        net = get_segmentation_model(f"hf:{tmp_path}", "", CLASSES).eval()
+        assert net.strides == strides
+        if kind == "Eomt":
+            with pytest.raises(UserError, match="runs on images of 128x128, not on 32x96 .*--crop-size 128 128"):
+                net(torch.zeros(2, 3, 32, 96))
+        else:
+            side = strides["logits"]
+            assert net(torch.randn(2, 3, 32, 96)).logits.shape == (2, CLASSES, 32 // side, 96 // side)
 
     def test_masks_with_classes_become_scores_of_pixels(self) -> None:
         classes, masks = torch.randn(2, 4, CLASSES + 1), torch.randn(2, 4, 3, 5)
