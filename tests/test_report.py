@@ -122,6 +122,7 @@ def test_a_new_result_makes_a_table_stale(page, tmp_path, capsys) -> None:
 @pytest.mark.parametrize(("line", "words"), [
     ("<!-- report: gains p-9 -->", ["page.md:6: no results of protocol 'p-9'"]),
     ("<!-- report: gains p-1 dataset=voc -->", ["page.md:6: no results", "dataset 'voc'"]),
+    ("<!-- report: gains p-1 teacher=swin -->", ["page.md:6: no results", "teacher 'swin'"]),
     ("<!-- report: gains p-1 rows=none,dist -->", ["page.md:6: no row dist", "afdcd, kd, none"]),
     ("<!-- report: gains p-1 split=train -->", ["page.md:6:", "no scores of split 'train'", "val, test"]),
     ("<!-- report: gain p-1 -->", ["page.md:6:", "KIND of gains, classes, scan, cost"]),

@@ -111,24 +111,27 @@ def check_unique(results: Sequence[Result]) -> None:
 
 
 def groups(results: Sequence[Result], protocol: str, *, dataset: str | None = None, student: str | None = None,
-           split: str | None = None, labels: Sequence[str] = ()) -> list[Group]:
+           teacher: str | None = None, split: str | None = None, labels: Sequence[str] = ()) -> list[Group]:
     """The groups of a protocol, of one data set or student only where one is named, in the order of their names.
 
-    split: None for one that did not choose the best models, where there is one. labels: the rows wanted, in this order
-    (default: all). Without a student, trainings of the teachers' networks are no group of their own.
+    teacher: that of the rows that have one. split: None for one that did not choose the best models, where there is
+    one. labels: the rows wanted, in this order (default: all). Without a student, trainings of the teachers' networks
+    are no group of their own.
     UserError: nothing there, or no score of the split.
     """
     found: dict[tuple[str, str], list[Result]] = {}
     for run in results:
         key = run["dataset"], network(run["student"])
-        if run["protocol"] == protocol and dataset in (None, key[0]) and student in (None, key[1]):
+        if run["protocol"] == protocol and dataset in (None, key[0]) and student in (None, key[1]) \
+                and (teacher is None or network(run["teacher"]) in (None, teacher)):
             found.setdefault(key, []).append(run)
     teachers = {(run["dataset"], network(run["teacher"])) for runs in found.values() for run in runs if run["teacher"]}
     kept = {key: runs for key, runs in sorted(found.items())
             if student or key not in teachers or any(run["method"] != PLAIN for run in runs)}
-    if not kept:
+    if not kept or teacher and not any(network(run["teacher"]) == teacher for runs in kept.values() for run in runs):
+        filters = {"dataset": dataset, "student": student, "teacher": teacher}
         raise UserError(" ".join([f"no results of protocol {protocol!r}", *(
-            f"with {name} {value!r}" for name, value in (("dataset", dataset), ("student", student)) if value)]))
+            f"with {name} {value!r}" for name, value in filters.items() if value)]))
     return [_group(results, runs, split, labels) for runs in kept.values()]
 
 

@@ -15,7 +15,7 @@ from tools.reporting.tables import classes, cost, gains
 from utils.errors import UserError
 
 KINDS: Mapping[str, Callable[[Group, bool], str]] = {"gains": gains, "classes": classes, "scan": scan, "cost": cost}
-FILTERS = ("dataset", "student", "split", "rows")
+FILTERS = ("dataset", "student", "teacher", "split", "rows")
 BEGIN, END = re.compile(r"<!-- report: (.*?) *-->"), "<!-- end of report -->"
 
 
