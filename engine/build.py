@@ -27,7 +27,7 @@ from losses.core.task import WeightedCrossEntropyLoss
 from models import check_classes
 from models.class_map import common_classes
 from models.prepare import check_precision, to_channels_last
-from utils.distributed import Distributed, send_in_bf16, synchronize_batch_norm
+from utils.distributed import Distributed, keep_strides, send_in_bf16, synchronize_batch_norm
 from utils.errors import UserError
 from utils.options import flag
 from utils.randomness import seed_everything
@@ -176,6 +176,7 @@ def wrap_for_processes(objective: Objective, distributed: Distributed, sync_bn: 
         synchronize_batch_norm(objective, distributed.device)
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         objective, objective.unsynchronized())
+    keep_strides(objective)
     gpu = [distributed.device.index] if distributed.device.type == "cuda" else None
     model = nn.parallel.DistributedDataParallel(objective, device_ids=gpu, gradient_as_bucket_view=True,
                                                 static_graph=fixed_graph)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import test_methods
 import torch
 from helpers import ROOT, distil_arguments, records, train_arguments, write_folder_dataset, write_teacher
 from method_cases import STUDENT, TEACHER, build, check_gradients, labels, outputs, run, smallest_crop
@@ -47,6 +48,9 @@ def test_the_example_gives_finite_losses_and_gradients(method) -> None:
     distiller = build(method, crop)
     student, teacher = outputs(STUDENT, crop), outputs(TEACHER, crop, seed=1)
     check_gradients(method, distiller, student, teacher, run(distiller, student, teacher, labels(crop)))
+    for of_teacher in (torch.bfloat16, torch.float32):
+        test_methods.TestPrecision().test_autocast_gives_finite_float32(method, crop, of_teacher)
+    test_methods.TestRefusals().test_maps_of_another_size_are_refused_or_do_not_matter(method, crop)
 
 
 def test_the_example_is_found_listed_and_trained(method, tmp_path, capsys) -> None:

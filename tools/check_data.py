@@ -226,10 +226,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if np.any(counts):
         print_histogram(spec, counts)
     problems = sorted((p for r in reports for p in r.problems), key=lambda problem: problem.level)  # errors first
-    print_problems(problems)
+    errors = [problem.message for problem in problems if problem.level == "error"]
+    print_problems(problems[len(errors) == 1:])  # a lone error is the last line, and stands nowhere else
     if settings.json is not None:
         write_json(settings.json, as_json(spec, settings, reports, problems))
-    errors = [problem.message for problem in problems if problem.level == "error"]
     if errors:
         raise UserError(errors[0] if len(errors) == 1 else f"{len(errors)} errors, the first: {errors[0]}")
     return 0

@@ -179,6 +179,14 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
             gradient.copy_(mean.view_as(gradient))
 
 
+def keep_strides(module: nn.Module) -> None:
+    """Have gradients come with the strides of their parameters, which DDP compares. Where a dimension has size 1 (1x1
+    and depthwise convolutions), oneDNN writes other ones for the same order in memory, and DDP would warn of them."""
+    for parameter in module.parameters():
+        if parameter.requires_grad and 1 in parameter.shape and parameter.is_contiguous():
+            parameter.register_hook(lambda gradient: gradient.reshape(-1).view(gradient.shape))
+
+
 def send_in_bf16(_, bucket):  # no annotations: DDP refuses them as text
     """Hook of DDP: from a ``GradBucket`` to a future of the mean over the processes, rounded to bfloat16 on the way.
     (torch's own works with NCCL only.)"""

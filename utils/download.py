@@ -42,8 +42,9 @@ def download(url: str, target: Path, page: str, digest: str = "") -> str:
         raise UserError(f"{url}: the server sends a page, not a file; {by_hand}") from error
     except (*CUT_OFF, URLError) as error:
         have = part.stat().st_size if part.is_file() else 0
-        raise UserError(f"{url}: the connection fails ({getattr(error, 'reason', error)}), {have} bytes are here: the "
-                        f"same command goes on behind them; or {by_hand}") from error
+        kept = f", which goes on behind the {have} bytes that are here" if have else ""
+        raise UserError(f"{url}: the connection fails ({getattr(error, 'reason', error)}): give the same command again"
+                        f"{kept}; or {by_hand}") from error
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error})") from error
     _validator(part).unlink(missing_ok=True)

@@ -17,6 +17,9 @@ from helpers import (
     write_folder_dataset,
     write_teacher,
 )
+from torch import nn
+
+from utils.distributed import keep_strides
 
 PROGRAM = str(ROOT / "tests" / "programs" / "train_in_float64.py")
 
@@ -89,6 +92,26 @@ def test_batch_norm_over_processes_equals_one_process() -> None:
     done = launch(str(program), [])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "FutureWarning" not in done.stderr
+
+
+class OtherStrides(torch.autograd.Function):
+    """A sum whose gradient, 0, 1, 2 ..., has the strides that oneDNN gives to that of a depthwise convolution."""
+
+    @staticmethod
+    def forward(ctx, weight: torch.Tensor) -> torch.Tensor:
+        return weight.sum()
+
+    @staticmethod
+    def backward(ctx, _: torch.Tensor) -> torch.Tensor:
+        return torch.arange(72.0).as_strided((8, 1, 3, 3), (9, 1, 3, 1))
+
+
+def test_gradients_have_the_strides_of_their_parameters() -> None:
+    conv = nn.Conv2d(8, 8, 3, groups=8, bias=False)
+    keep_strides(conv)
+    OtherStrides.apply(conv.weight).backward()
+    assert conv.weight.grad.stride() == conv.weight.stride() == (9, 9, 3, 1)
+    assert torch.equal(conv.weight.grad, torch.arange(72.0).view(8, 1, 3, 3))
 
 
 def test_the_program_runs_without_a_launcher() -> None:

@@ -104,7 +104,7 @@ def test_an_interrupted_download_goes_on(server, tmp_path):
 
 def test_a_later_call_goes_on(server, tmp_path):
     server.cuts = [3000, 0, 0, 0]  # nothing comes any more
-    with pytest.raises(UserError, match="3000 bytes are here: the same command goes on behind them; or see page"):
+    with pytest.raises(UserError, match="again, which goes on behind the 3000 bytes that are here; or see page"):
         download(server.url("a"), tmp_path / "a", "page")
     assert not (tmp_path / "a").exists() and (tmp_path / "a.part").stat().st_size == 3000
     server.asked.clear()
@@ -146,7 +146,7 @@ def test_what_cannot_be_fetched(table, name, message):
 
 def test_an_unreachable_server(server, tmp_path):
     url = server.url("a").replace("127.0.0.1", "no-such-host.invalid")
-    with pytest.raises(UserError, match="the connection fails .* or see page, and put the file to"):
+    with pytest.raises(UserError, match="the connection fails .* command again; or see page, and put the file to"):
         download(url, tmp_path / "a", "page")
 
 
