@@ -119,13 +119,13 @@ def groups(results: Sequence[Result], protocol: str, *, dataset: str | None = No
     are no group of their own.
     UserError: nothing there, or no score of the split.
     """
+    chosen = [run for run in results if run["protocol"] == protocol and dataset in (None, run["dataset"])
+              and student in (None, network(run["student"]))]
+    teachers = {(run["dataset"], network(run["teacher"])) for run in chosen if run["teacher"]}
     found: dict[tuple[str, str], list[Result]] = {}
-    for run in results:
-        key = run["dataset"], network(run["student"])
-        if run["protocol"] == protocol and dataset in (None, key[0]) and student in (None, key[1]) \
-                and (teacher is None or network(run["teacher"]) in (None, teacher)):
-            found.setdefault(key, []).append(run)
-    teachers = {(run["dataset"], network(run["teacher"])) for runs in found.values() for run in runs if run["teacher"]}
+    for run in chosen:
+        if teacher is None or network(run["teacher"]) in (None, teacher):
+            found.setdefault((run["dataset"], network(run["student"])), []).append(run)
     kept = {key: runs for key, runs in sorted(found.items())
             if student or key not in teachers or any(run["method"] != PLAIN for run in runs)}
     if not kept or teacher and not any(network(run["teacher"]) == teacher for runs in kept.values() for run in runs):
