@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # now: imported later, it would keep the group of that moment as a default
 from torch import Tensor, nn
 
 from utils.errors import UserError

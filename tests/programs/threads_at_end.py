@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import runpy
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
 def gloo_threads() -> list[str]:
     """Names of this process's threads of gloo (Linux)."""
-    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    names = []
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # it ended meanwhile
+            names.append(path.read_text().strip())
     return [name for name in names if "gloo" in name]
 
 
