@@ -107,8 +107,8 @@ def time_notes(group: Group, clock: Clock) -> list[str]:
     shared = [group.name(row) for row in rows if not all(map(had_machine, row.runs))]
     found = []
     if clock.cpu:
-        found.append("Times are CPU seconds of the training process, without its loading processes, since these shared "
-                     f"their machine: {', '.join(shared)}.")
+        found.append("Times are CPU seconds of the training process, without its loading processes, since the "
+                     f"runs of these rows shared their machine: {', '.join(shared)}.")
     elif shared:
         found.append(f"busy: other processes ran on the machine of {', '.join(shared)}, or nothing says that none did.")
     machines = differing(group, rows, lambda run: machine_text(machine_of(run)))
