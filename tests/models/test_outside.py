@@ -219,6 +219,10 @@ class TestSources:
         with pytest.raises(UserError, match="w.pth: matches only 0 of the"):
             torch.save({"other": torch.zeros(1)}, tmp_path / "w.pth")
             load_weights(net, tmp_path / "w.pth", "backbone")
+        torch.save({f"features.{k}": torch.full_like(v, 0.5) for k, v in net.net.backbone.state_dict().items()}
+                   | {"classifier.0.weight": torch.zeros(1)}, tmp_path / "imagenet.pth")
+        report = load_weights(net, tmp_path / "imagenet.pth", "backbone")
+        assert not report.missing and all((v == 0.5).all() for v in net.net.backbone.parameters())
 
     def test_transformers(self, tmp_path) -> None:
         import_torchvision()  # which transformers imports
