@@ -109,8 +109,8 @@ def _fit_backbone(net: nn.Module, file: WeightFile) -> Fit:
     given = {k.removeprefix(prefix): v for k, v in file.tensors.items()}
     if modern := any(NEW_MOBILENET.fullmatch(k) for k in given):
         given = flat_mobilenet_names(given)
-    if not any(k.startswith("features.") for k in own):  # torchvision's MobileNetV3 inside its segmentation networks
-        given = {k.removeprefix("features."): v for k, v in given.items()}
+    # MobileNets inside torchvision's segmentation networks drop the "features." of its ImageNet files
+    given = {short if (short := k.removeprefix("features.")) in own else k: v for k, v in given.items()}
     report, foreign = _compare(own, given, lambda k: bool(PROFILER.fullmatch(k) or BACKBONE_EXTRAS.fullmatch(k)))
     pairs = _pairs(net, file, own, given, report.matched)
     wanted, missing = _without_counters(own), _without_counters(report.missing)
