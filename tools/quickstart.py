@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""The main job in small: toy streets, the same student without and with Af-DCD, a table and pictures.
+"""The main job in small: toy streets, the same student plain, with Af-DCD and with DIST, a table and pictures.
 
     python tools/quickstart.py                  one seed, a few minutes on two CPU cores
     python tools/quickstart.py --train-teacher  first train the teacher anew, which takes an hour
 
 Safe to interrupt and to run again: finished parts are kept, an unfinished training goes on where it stopped. The
-teacher is a file of this repository; the trainings are the rows ``none`` and ``afdcd`` of the plan ``toy``.
+teacher is a file of this repository; the trainings are rows of the plan ``toy``.
 """
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from utils.errors import UserError
 from utils.options import OptionGroup, option
 from utils.visualize import comparison, save_rgb
 
-ROWS = {"none": "student, plain", "afdcd": "student, Af-DCD"}
+ROWS = {"none": "student, plain", "afdcd": "student, Af-DCD", "dist": "student, DIST"}
 VAL, TEST = 40, 100
 #: what --short changes in the plan, and its numbers of images to validate and test on
 SHORT = {"crop-size": [64, 96], "batch-size": 4, "max-iterations": 8, "val-per-iters": 4, "save-per-iters": 4}
@@ -49,7 +49,7 @@ SHORT_IMAGES = (4, 8)
 @dataclass(frozen=True)
 class Options(OptionGroup):
     """The command line."""
-    seeds: tuple[int, ...] = option((0,), "one plain and one distilled student per seed", at_least=0, metavar="N")
+    seeds: tuple[int, ...] = option((0,), "seeds of the students: one per row and seed", at_least=0, metavar="N")
     out: str | None = option(None, "folder of the runs (default: runs/quickstart)", metavar="DIR")
     train_teacher: bool = option(False, "train the teacher anew, on 2000 streets, and replace its file; an hour")
     short: bool = option(False, "a few iterations on a few images: shows that everything works")
@@ -104,7 +104,7 @@ def write_half(job: Job, target: Path) -> None:
 
 
 def toy_plan(short: bool) -> tuple[dict[str, Any], tuple[int, int]]:
-    """The plan of the students with the two rows of the quickstart, and how many images are not trained on."""
+    """The plan of the students with the rows of the quickstart, and how many images are not trained on."""
     plan = read_plan("toy")
     plan["runs"] = {label: plan["runs"][label] for label in ROWS}
     if not short:
@@ -123,7 +123,7 @@ def look(choice: NetworkChoice, split: SegmentationDataset, pictures: int) -> tu
 
 
 def picture(path: Path, jobs: Mapping[str, Job], images: int) -> dict[str, Any]:
-    """One row per test image: image, truth, teacher, plain student, distilled student. Returns the teacher's scores."""
+    """One row per test image: image, truth, teacher, and the student of each row. Returns the teacher's scores."""
     distilled = jobs["afdcd"].settings
     data = ROOT / distilled.data.data
     split = SegmentationDataset(get_dataset_spec("toy_streets", data), data, "test", train=False)
@@ -140,6 +140,14 @@ def picture(path: Path, jobs: Mapping[str, Job], images: int) -> dict[str, Any]:
         [f"{title}\nmIoU {100 * scores['mIoU']:.1f} %" for title, (scores, _) in looks.items()],
         palette=spec.palette, classes=spec.classes, heading=f"Toy streets, {len(split)} test images"))
     return looks["teacher"][0]
+
+
+def page(path: Path, plain: Job, distilled: Job) -> Path:
+    """Write the page that compares a distilled student with the plain one; returns its path."""
+    with contextlib.chdir(ROOT):  # where the runs were, which the teacher's path is relative to
+        compare.main(["--plain", str(plain.folder), "--distilled", str(distilled.folder), "--no-cuda",
+                      "--data", str(ROOT / distilled.settings.data.data), "--out", str(path)])
+    return path
 
 
 def table(rows: Mapping[str, list[dict[str, Any]]]) -> str:
@@ -166,15 +174,14 @@ def main(argv: list[str] | None = None) -> int:
     rows = {label: [job for job in jobs if job.settings.running.label == label] for label in ROWS}
     pictures = ROOT / places.results.parent / "pictures.png"
     teacher = picture(pictures, {label: same[0] for label, same in rows.items()}, min(4, test))
-    page = pictures.with_name("page.html")
-    with contextlib.chdir(ROOT):  # where the runs were, which the teacher's path is relative to
-        compare.main(["--plain", str(rows["none"][0].folder), "--distilled", str(rows["afdcd"][0].folder), "--no-cuda",
-                      "--data", str(ROOT / plan["data"]), "--out", str(page)])
+    pages = [page(pictures.with_name(f"{label}.html"), rows["none"][0], rows[label][0])
+             for label in ROWS if label != "none"]
     figures = {"teacher": [teacher], **{ROWS[label]: [read_result(job.result)["scores"]["test"] for job in same]
                                         for label, same in rows.items()}}
     minutes = (time.perf_counter() - start) / 60
     print(f"\nToy streets, {test} test images, seeds {', '.join(map(str, options.seeds))}\n\n{table(figures)}\n\n"
-          f"Pictures: {pictures}\nPage:     {page}\nRuns:     {ROOT / places.work}\nTime:     {minutes:.1f} min")
+          f"Pictures: {pictures}\nPages:    {', '.join(map(str, pages))}\nRuns:     {ROOT / places.work}\n"
+          f"Time:     {minutes:.1f} min")
     return 0
 
 
