@@ -18,6 +18,7 @@ from helpers import ROOT, STUDENT, TEACHER, write_folder_dataset, write_teacher
 from engine.results import read_results
 from engine.settings import parse_settings
 from tools import reproduce
+from tools.planning import painting
 from tools.planning import plan as plans
 from tools.planning.plan import Expansion, Places, as_flags, plan_names, read_plan
 from tools.planning.published import published_jobs, published_names
@@ -110,6 +111,7 @@ class TestMeaning:
 
     @pytest.mark.parametrize("old, new, message", [
         ("protocol = \"tiny-1\"", "", "protocol is missing"), ("gpus = 0", "gpu = 0", "has no gpu"),
+        ("gpus = 0", "paint = {}", "data is missing"), ("gpus = 0", "paint = {trains = 1}", r"\[paint\] has no trains"),
         ("of = \"fd\"", "", r"\[scan.lambda-fd\] of is missing"), ("[runs.none]", "[runs.none", "not a TOML file"),
         ("values = [1e-6, 1e-4]", "values = [1e-6, 1e-6]", "twice"),
         ("of = \"fd\"", "of = \"x\"", "no run 'x'"), ("[runs.fd]", "[runs.fd]\nmetod = \"fd\"", "has no metod"),
@@ -245,6 +247,23 @@ class TestRunning:
         assert f"{TEACHERS}/none/1" in capsys.readouterr().out
         with pytest.raises(UserError, match="--only nothing"):
             reproduce.main(arguments(place, "--only", "nothing"))
+
+
+def test_a_plan_paints_its_own_images(place, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(painting, "available_cpus", lambda: 1)
+    streets, path = place / "streets", place / "tiny.toml"
+    path.write_text(path.read_text().replace('dataset = "folder"', 'dataset = "toy_streets"').replace(
+        "gpus = 0", f'data = "{streets}"\npaint = {{train = 2, val = 1, test = 1, height = 32, width = 32}}'))
+    unasked = [arguments(place, "--slurm"), [str(path), "--work", str(place / "work"), "--dry-run"]]
+    for words in unasked:  # other images are named, nothing is to run
+        assert reproduce.main(words) == 0 and not streets.exists()
+    words = [str(path), "--work", str(place / "work"), "--slurm"]
+    assert reproduce.main(words) == 0 and f"painting toy streets into {streets}" in capsys.readouterr().out
+    assert len(list(streets.glob("*/*.png"))) == 8
+    assert reproduce.main(words) == 0 and "painting" not in capsys.readouterr().out
+    path.write_text(path.read_text().replace("train = 2", "train = 3"))
+    with pytest.raises(UserError, match="streets"):
+        reproduce.main(words)
 
 
 def test_slurm_lists_are_commands_that_an_array_runs(place, capsys) -> None:

@@ -10,7 +10,6 @@ teacher is a file of this repository; the trainings are rows of the plan ``toy``
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import time
 from collections.abc import Mapping
@@ -24,12 +23,12 @@ import numpy as np
 import torch
 
 from dataset import SegmentationDataset, get_dataset_spec
-from dataset.toy_streets import write_toy_streets
 from engine.evaluate import evaluate
 from engine.results import add_weights, read_result
 from models import NetworkChoice, save_state_dict
 from tools import compare
 from tools.markdown import spread
+from tools.planning.painting import paint
 from tools.planning.plan import ROOT, Expansion, Job, Places, read_plan
 from tools.planning.runner import Runner
 from tools.planning.status import DONE, status
@@ -40,10 +39,11 @@ from utils.options import OptionGroup, option
 from utils.visualize import comparison, save_rgb
 
 ROWS = {"none": "student, plain", "afdcd": "student, Af-DCD", "dist": "student, DIST"}
-VAL, TEST = 40, 100
-#: what --short changes in the plan, and its numbers of images to validate and test on
+#: test images that are shown
+PICTURES = 4
+#: what --short changes in the plan
 SHORT = {"crop-size": [64, 96], "batch-size": 4, "max-iterations": 8, "val-per-iters": 4, "save-per-iters": 4}
-SHORT_IMAGES = (4, 8)
+SHORT_IMAGES = {"train": 8, "val": 4, "test": 8, "points": 20}
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,6 @@ class Options(OptionGroup):
     out: str | None = option(None, "folder of the runs (default: runs/quickstart)", metavar="DIR")
     train_teacher: bool = option(False, "train the teacher anew, on 2000 streets, and replace its file; an hour")
     short: bool = option(False, "a few iterations on a few images: shows that everything works")
-
-
-def paint(name: str, val: int, test: int) -> None:
-    """Paint toy streets of 240 x 320 pixels unless they are there. name: of the folder, which ends in the number of
-    training images and, where they are labeled at some points only, in that number: ..._200_points5."""
-    match = re.fullmatch(r".*_240x320_(\d+)(?:_points(\d+))?", name)
-    if match is None:
-        raise UserError(f"{name}: expected a folder such as data/toy_streets_240x320_200_points5")
-    data, train, points = ROOT / name, int(match[1]), int(match[2] or 0)
-    if not data.is_dir():
-        print(f"painting {train + val + test} toy streets into {data} ...", flush=True)
-    write_toy_streets(str(data), train=train, val=val, test=test, height=240, width=320, points=points,
-                      workers=available_cpus())
 
 
 def run_jobs(jobs: list[Job], side_by_side: int) -> None:
@@ -84,7 +71,7 @@ def run_jobs(jobs: list[Job], side_by_side: int) -> None:
 def train_teacher(places: Places, target: Path) -> None:
     """Train the teacher by the plan ``toy-teacher`` and write its file."""
     plan = read_plan("toy-teacher")
-    paint(plan["data"], VAL, TEST)
+    paint(plan)
     job, = Expansion(plan, places).jobs()
     run_jobs([job], 1)
     write_half(job, target)
@@ -103,27 +90,27 @@ def write_half(job: Job, target: Path) -> None:
     add_weights(job.result, "half", target)
 
 
-def toy_plan(short: bool) -> tuple[dict[str, Any], tuple[int, int]]:
-    """The plan of the students with the rows of the quickstart, and how many images are not trained on."""
+def toy_plan(short: bool) -> dict[str, Any]:
+    """The plan of the students with the rows of the quickstart."""
     plan = read_plan("toy")
     plan["runs"] = {label: plan["runs"][label] for label in ROWS}
     if not short:
-        return plan, (VAL, TEST)
-    return {**plan, "protocol": "toy-short", "data": "data/toy_streets_240x320_8_points20",
-            "flags": {**plan["flags"], **SHORT}}, SHORT_IMAGES
+        return plan
+    return {**plan, "protocol": "toy-short", "data": "data/toy_streets_short",
+            "paint": {**plan["paint"], **SHORT_IMAGES}, "flags": {**plan["flags"], **SHORT}}
 
 
-def look(choice: NetworkChoice, split: SegmentationDataset, pictures: int) -> tuple[dict[str, Any], list[np.ndarray]]:
+def look(choice: NetworkChoice, split: SegmentationDataset) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Scores of a network on a split, and its predictions for the first images."""
     seen: list[np.ndarray] = []
     net = choice.build(split.spec.num_class)
     scores = evaluate(net, split, device=torch.device("cpu"), on_prediction=lambda x, _: seen.append(x.numpy()),
-                      prediction_limit=pictures)
+                      prediction_limit=PICTURES)
     return scores, seen
 
 
-def picture(path: Path, jobs: Mapping[str, Job], images: int) -> dict[str, Any]:
-    """One row per test image: image, truth, teacher, and the student of each row. Returns the teacher's scores."""
+def picture(path: Path, jobs: Mapping[str, Job]) -> dict[str, Any]:
+    """A line per test image: image, truth, teacher, and the student of each row. Returns the teacher's scores."""
     distilled = jobs["afdcd"].settings
     data = ROOT / distilled.data.data
     split = SegmentationDataset(get_dataset_spec("toy_streets", data), data, "test", train=False)
@@ -131,8 +118,8 @@ def picture(path: Path, jobs: Mapping[str, Job], images: int) -> dict[str, Any]:
     choices = {"teacher": replace(teacher, pretrained=str(ROOT / teacher.pretrained)), **{
         ROWS[label]: replace(job.settings.networks.student, pretrained=str(ROOT / job.best))
         for label, job in jobs.items()}}
-    looks = {title: look(choice, split, images) for title, choice in choices.items()}
-    items = [split[i] for i in range(images)]
+    looks = {title: look(choice, split) for title, choice in choices.items()}
+    items = [split[i] for i in range(PICTURES)]
     spec = split.spec
     save_rgb(path, comparison(
         [np.ascontiguousarray(item["image"].permute(1, 2, 0).numpy()[..., ::-1]) for item in items],
@@ -164,24 +151,24 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(Options, argv, prog="quickstart.py", description="Distil a small network on toy streets.")
     out = Path(options.out or ROOT / "runs" / ("quickstart_short" if options.short else "quickstart"))
     places = Places.of(results=str(out / "results"), work=str(out / "work"))
-    plan, (val, test) = toy_plan(options.short)
+    plan = toy_plan(options.short)
     start = time.perf_counter()
     if options.train_teacher:
         train_teacher(places, ROOT / plan["teachers"]["street"]["file"])
-    paint(plan["data"], val, test)
+    paint(plan)
     jobs = Expansion(plan, places, options.seeds).jobs()
     run_jobs(jobs, min(2, available_cpus()))
     rows = {label: [job for job in jobs if job.settings.running.label == label] for label in ROWS}
     pictures = ROOT / places.results.parent / "pictures.png"
-    teacher = picture(pictures, {label: same[0] for label, same in rows.items()}, min(4, test))
+    teacher = picture(pictures, {label: same[0] for label, same in rows.items()})
     pages = [page(pictures.with_name(f"{label}.html"), rows["none"][0], rows[label][0])
              for label in ROWS if label != "none"]
     figures = {"teacher": [teacher], **{ROWS[label]: [read_result(job.result)["scores"]["test"] for job in same]
                                         for label, same in rows.items()}}
     minutes = (time.perf_counter() - start) / 60
-    print(f"\nToy streets, {test} test images, seeds {', '.join(map(str, options.seeds))}\n\n{table(figures)}\n\n"
-          f"Pictures: {pictures}\nPages:    {', '.join(map(str, pages))}\nRuns:     {ROOT / places.work}\n"
-          f"Time:     {minutes:.1f} min")
+    test, seeds = plan["paint"]["test"], ", ".join(map(str, options.seeds))
+    print(f"\nToy streets, {test} test images, seeds {seeds}\n\n{table(figures)}\n\nPictures: {pictures}\nPages:    "
+          + "\n          ".join(map(str, pages)) + f"\nRuns:     {ROOT / places.work}\nTime:     {minutes:.1f} min")
     return 0
 
 

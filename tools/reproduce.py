@@ -12,11 +12,14 @@ result is skipped, what was interrupted goes on. Each run leaves one small file 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tools.planning.painting import paint
 from tools.planning.plan import ROOT, Expansion, Job, Places, plan_names, read_plan
 from tools.planning.published import published_jobs, published_names
 from tools.planning.runner import Runner, write_lists
@@ -58,16 +61,16 @@ def places_of(options: Options) -> Places:
     return Places.of(**{k: v for k, v in asdict(options).items() if k in ("results", "work", "data")})
 
 
-def find_jobs(plan: str, options: Options) -> list[Job]:
-    """The runs of a plan that are asked for, teachers first."""
+def find_jobs(name: str, plan: Mapping[str, Any] | None, options: Options) -> list[Job]:
+    """The runs that are asked for, teachers first. plan: None for a published table, which ``name`` names."""
     places = places_of(options)
-    if plan in published_names():
-        jobs = published_jobs(plan, places, options.seeds or (0,))
+    if plan is None:
+        jobs = published_jobs(name, places, options.seeds or (0,))
     else:
-        jobs = Expansion(read_plan(plan), places, options.seeds).jobs()
+        jobs = Expansion(plan, places, options.seeds).jobs()
     chosen = [job for job in jobs if not options.only or any(text in job.name for text in options.only)]
     if not chosen:
-        raise UserError(f"--only {' '.join(options.only)}: no run of plan {plan} has such a name; one is "
+        raise UserError(f"--only {' '.join(options.only)}: no run of plan {name} has such a name; one is "
                         f"{jobs[0].name}")
     needed = {name for job in chosen for name in job.needs}
     return [job for job in jobs if job in chosen or job.name in needed]
@@ -93,16 +96,19 @@ def to_run(jobs: list[Job], states: dict[str, Status]) -> list[Job]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing of a plan. Returns 1 when a run failed, 0 otherwise."""
-    plan, options = parse(argv)
-    jobs = find_jobs(plan, options)
+    name, options = parse(argv)
+    plan = None if name in published_names() else read_plan(name)
+    jobs = find_jobs(name, plan, options)
     states = {job.name: status(job) for job in jobs}
     missing = to_run(jobs, states)
     print(overview(jobs, states), flush=True)
     if options.dry_run:
         print("\n".join(["", *(job.shown for job in missing)]))
         return 0
+    if plan is not None and missing and options.data is None:
+        paint(plan)
     if options.slurm:
-        folder = ROOT / places_of(options).work / f"plan-{Path(plan).stem}"
+        folder = ROOT / places_of(options).work / f"plan-{Path(name).stem}"
         print("\n".join(["", "submit in the root of the repository:", *write_lists(missing, folder, options.jobs)]))
         return 0
     minutes = options.time_budget

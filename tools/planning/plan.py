@@ -4,6 +4,7 @@
     protocol = "camvid-cpu-1"           # a changed plan gets a new name: runs of one protocol are compared
     dataset = "camvid"
     data = "data/CamVid"                # default: what common.sh says, and DATA
+    paint = {train = 200, points = 5}   # these toy streets into data: parameters of write_toy_streets
     student = "deeplabv3 resnet18_w0.25"
     seeds = [0, 1, 2]
     gpus = 0                            # processes of a run; default: all GPUs of the machine
@@ -45,8 +46,9 @@ from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = ROOT / "train_scripts" / "plans"
-KEYS = {"": {"title", "protocol", "dataset", "data", "student", "seeds", "gpus", "flags", "student-flags",
-             "teachers", "runs", "scan"},
+KEYS = {"": {"title", "protocol", "dataset", "data", "student", "paint", "seeds", "gpus", "flags",
+             "student-flags", "teachers", "runs", "scan"},
+        "paint": {"train", "val", "test", "height", "width", "seed", "points"},
         "teachers": {"network", "file", "flags"}, "runs": {"method", "teacher", "flags", "seeds"},
         "scan": {"of", "values", "flags"}}
 
@@ -173,15 +175,17 @@ def read_plan(source: str | Path) -> dict[str, Any]:
 
 def check_keys(plan: Mapping[str, Any], path: Path) -> None:
     """UserError for a key that nobody reads, and for one that is missing."""
-    parts = [("", plan), *((f"{kind}.{name}", entry) for kind in ("teachers", "runs", "scan")
-                           for name, entry in plan.get(kind, {}).items())]
+    parts = [("", plan), ("paint", plan.get("paint", {})),
+             *((f"{kind}.{name}", entry) for kind in ("teachers", "runs", "scan")
+               for name, entry in plan.get(kind, {}).items())]
     for where, entry in parts:
         if where.startswith("scan.") and (missing := {"of", "values"} - entry.keys()):
             raise UserError(f"{path}: [{where}] {', '.join(sorted(missing))} is missing")
         if unknown := entry.keys() - KEYS[where.partition(".")[0]]:
             raise UserError(f"{path}: {f'[{where}] ' if where else ''}has no {', '.join(sorted(unknown))}; expected "
                             f"{', '.join(sorted(KEYS[where.partition('.')[0]]))}")
-    if missing := {"protocol", "dataset", "student", "seeds", "runs"} - plan.keys():
+    needed = {"protocol", "dataset", "student", "seeds", "runs", *(["data"] if "paint" in plan else [])}
+    if missing := needed - plan.keys():
         raise UserError(f"{path}: {', '.join(sorted(missing))} is missing")
 
 
