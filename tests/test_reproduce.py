@@ -112,6 +112,10 @@ class TestMeaning:
     @pytest.mark.parametrize("old, new, message", [
         ("protocol = \"tiny-1\"", "", "protocol is missing"), ("gpus = 0", "gpu = 0", "has no gpu"),
         ("gpus = 0", "paint = {}", "data is missing"), ("gpus = 0", "paint = {trains = 1}", r"\[paint\] has no trains"),
+        ("gpus = 0", "data = \"x\"\npaint = {train = 2}", "expected dataset = \"toy_streets\""),
+        ("dataset = \"folder\"", "dataset = \"toy_streets\"\ndata = \"x\"\npaint = {train = \"2\"}",
+         r"\[paint\] train: expected an integer"),
+        ("gpus = 0", "paint = true", r"\[paint\]: expected a table"),
         ("of = \"fd\"", "", r"\[scan.lambda-fd\] of is missing"), ("[runs.none]", "[runs.none", "not a TOML file"),
         ("values = [1e-6, 1e-4]", "values = [1e-6, 1e-6]", "twice"),
         ("of = \"fd\"", "of = \"x\"", "no run 'x'"), ("[runs.fd]", "[runs.fd]\nmetod = \"fd\"", "has no metod"),

@@ -120,12 +120,12 @@ def picture(path: Path, jobs: Mapping[str, Job]) -> dict[str, Any]:
         for label, job in jobs.items()}}
     looks = {title: look(choice, split) for title, choice in choices.items()}
     items = [split[i] for i in range(PICTURES)]
-    spec = split.spec
+    spec, heading = split.spec, f"Toy streets, {len(split)} test images, seed {distilled.optimization.seed}"
     save_rgb(path, comparison(
         [np.ascontiguousarray(item["image"].permute(1, 2, 0).numpy()[..., ::-1]) for item in items],
         [item["label"].numpy() for item in items], [seen for _, seen in looks.values()],
         [f"{title}\nmIoU {100 * scores['mIoU']:.1f} %" for title, (scores, _) in looks.items()],
-        palette=spec.palette, classes=spec.classes, heading=f"Toy streets, {len(split)} test images"))
+        palette=spec.palette, classes=spec.classes, heading=heading))
     return looks["teacher"][0]
 
 

@@ -4,7 +4,7 @@
     python tools/smoke_methods.py --no-cuda      from the quickstart's teacher, on the streets of the plan toy-full
 
 Prints a Markdown table. A smoke test, no comparison of methods: the runs are far too short and the published weights
-belong to larger maps. Finished methods are kept, so that an interrupted call can be repeated.
+belong to other networks. Finished methods are kept, so that an interrupted call can be repeated.
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from utils.cli import parse_options, run_main
 from utils.errors import UserError
 from utils.options import OptionGroup, option
 
-#: short stages, and for MGD a ninth of its weight, with which this teacher's features do not diverge at once
+#: short stages, and for MGD a lower weight: with its own, this teacher's features let a run diverge at once
 SMALL = {"maskd": ["--maskd-steps", "30", "--maskd-batch-size", "4"], "kt": ["--kt-switch", "30"],
          "freekd": ["--freekd-steps", "30", "--freekd-batch-size", "4"], "attnfd": ["--attnfd-connector-steps", "30"],
          "mgd": ["--lambda-mgd", "1e-3"]}
@@ -34,8 +34,8 @@ SMALL = {"maskd": ["--maskd-steps", "30", "--maskd-batch-size", "4"], "kt": ["--
 class Settings(OptionGroup):
     """The command line."""
     dataset: str = option("toy_streets", "data set")
-    data: str | None = option(None, "its folder (default: that of the plan toy-full, painted unless it is there)",
-                              metavar="DIR")
+    data: str | None = option(None, "its folder (default: the toy streets of the plan toy-full, painted unless they "
+                                    "are there)", metavar="DIR")
     teacher_model: str = option("deeplabv3", "architecture of the teacher")
     teacher_backbone: str = option("resnet18_w0.375", "backbone of the teacher")
     student_model: str = option("deeplabv3", "architecture of the student")
@@ -98,6 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the methods one after another and print the table."""
     settings = parse_options(Settings, argv, prog="smoke_methods.py", description="A short real run of every method.")
     if settings.data is None:
+        if settings.dataset != "toy_streets":
+            raise UserError(f"--data: expected the folder of --dataset {settings.dataset}")
         plan = read_plan("toy-full")
         paint(plan)
         settings = replace(settings, data=str(ROOT / plan["data"]))

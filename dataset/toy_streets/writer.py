@@ -108,8 +108,8 @@ def _write(root: Path, wanted: dict[str, int | str], overwrite: bool, workers: i
             return False
         if not overwrite:
             raise UserError(
-                f"{root}: holds toy streets made with other parameters ({_difference(root, wanted)}); "
-                f"give --overwrite to replace them, or another folder by --data"
+                f"{root}: holds toy streets made with other parameters ({_difference(root, wanted)}); remove the "
+                f"folder or name another one ('python -m dataset.toy_streets --overwrite' replaces them)"
             )
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}.", suffix=".tmp", dir=root.parent) as folder:

@@ -179,6 +179,8 @@ def check_keys(plan: Mapping[str, Any], path: Path) -> None:
              *((f"{kind}.{name}", entry) for kind in ("teachers", "runs", "scan")
                for name, entry in plan.get(kind, {}).items())]
     for where, entry in parts:
+        if not isinstance(entry, dict):
+            raise UserError(f"{path}: [{where}]: expected a table, got {entry!r}")
         if where.startswith("scan.") and (missing := {"of", "values"} - entry.keys()):
             raise UserError(f"{path}: [{where}] {', '.join(sorted(missing))} is missing")
         if unknown := entry.keys() - KEYS[where.partition(".")[0]]:
@@ -187,6 +189,18 @@ def check_keys(plan: Mapping[str, Any], path: Path) -> None:
     needed = {"protocol", "dataset", "student", "seeds", "runs", *(["data"] if "paint" in plan else [])}
     if missing := needed - plan.keys():
         raise UserError(f"{path}: {', '.join(sorted(missing))} is missing")
+    if "paint" in plan:
+        check_paint(plan, path)
+
+
+def check_paint(plan: Mapping[str, Any], path: Path) -> None:
+    """UserError for [paint] in a plan of other images, and for what is not a number."""
+    if plan["dataset"] != "toy_streets":
+        raise UserError(f"{path}: [paint] makes toy streets; expected dataset = \"toy_streets\", got "
+                        f"{plan['dataset']!r}")
+    for name, value in plan["paint"].items():
+        if type(value) is not int:
+            raise UserError(f"{path}: [paint] {name}: expected an integer, got {value!r}")
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:
