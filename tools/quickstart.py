@@ -49,7 +49,7 @@ SHORT_IMAGES = {"train": 8, "val": 4, "test": 8, "points": 20}
 @dataclass(frozen=True)
 class Options(OptionGroup):
     """The command line."""
-    seeds: tuple[int, ...] = option((0,), "seeds of the students: one per row and seed", at_least=0, metavar="N")
+    seeds: tuple[int, ...] = option((0,), "seeds: so many students of each row", at_least=0, metavar="N")
     out: str | None = option(None, "folder of the runs (default: runs/quickstart)", metavar="DIR")
     train_teacher: bool = option(False, "train the teacher anew, on 2000 streets, and replace its file; an hour")
     short: bool = option(False, "a few iterations on a few images: shows that everything works")
