@@ -83,7 +83,9 @@ def digest(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "peak_memory_mb": max((r["memory_mb"] for r in train), default=None),
         "load": statistics.median(loads) if loads else None,
         "curve": [{"step": r["step"], **{k: round(r[k], 6) for k in SCORES}} for r in val],
-        "losses": _losses(train), "best_step": best["step"] if best else None,
+        "losses": _losses(train),
+        "diagnoses": [{key: r[key] for key in ("step", "terms")} for r in records if r["kind"] == "diagnose"],
+        "best_step": best["step"] if best else None,
         "scores": {**chosen, **reported}, "last": _scores(val[-1]) if val else None}
 
 
@@ -92,7 +94,8 @@ def _scores(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _losses(train: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over at most POINTS spans of the run: of the loss, and of every term raw and weighted."""
+    """Means over at most POINTS spans of the run: of the loss, of every term raw and weighted, and of what else methods
+    log."""
     bounds = sorted({round(i * len(train) / POINTS) for i in range(POINTS + 1)})
     spans = [train[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
 
@@ -100,9 +103,12 @@ def _losses(train: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return [float(f"{statistics.fmean(span):.5g}") for span in values]
 
     terms = train[-1]["raw"] if train else {}
+    others = [name for name in (train[-1].get("diagnostics", {}) if train else {})
+              if all(r.get("diagnostics", {}).get(name) is not None for r in train)]
     return {"step": [span[-1]["step"] for span in spans], "loss": means([r["loss"] for r in s] for s in spans),
             "raw": {t: means([r["raw"][t] for r in s] for s in spans) for t in terms},
-            "weighted": {t: means([r["weighted"][t] for r in s] for s in spans) for t in terms}}
+            "weighted": {t: means([r["weighted"][t] for r in s] for s in spans) for t in terms},
+            "diagnostics": {d: means([r["diagnostics"][d] for r in s] for s in spans) for d in others}}
 
 
 def build_result(run: Run, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

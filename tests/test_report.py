@@ -34,9 +34,27 @@ def test_the_table_of_gains_says_all_of_it(results) -> None:
     assert brief["afdcd"]["at equal time"] == "-4.00 [-5.00, -3.00]"
 
 
-def test_unpaired_gains_say_both_numbers_of_seeds(results) -> None:
+def test_gains_of_common_seeds_only_say_their_number(results) -> None:
+    more = [*results, make_result("afdcd", 3, 50, 90)]  # no plain run has this seed
+    assert by_name(render("gains p-1", more))["afdcd"]["over `none`"] == "+5.00 [+5.00, +5.00] (n 3)"
     less = [run for run in results if (run["label"], run["seed"]) != ("afdcd", 2)]
-    assert by_name(render("gains p-1", less))["afdcd"]["over `none`"].endswith("(n 2, 3)")
+    assert by_name(render("gains p-1", less))["afdcd"]["over `none`"] == "+5.00"
+
+
+def test_gains_without_a_common_seed_say_both_numbers(results) -> None:
+    other = [run for run in results if run["label"] != "afdcd"] + [make_result("afdcd", 7, 50, 32)]
+    assert by_name(render("gains p-1", other))["afdcd"]["over `none`"] == "+10.00 (n 1, 3)"
+
+
+def test_intervals_of_few_seeds_have_a_note(results) -> None:
+    assert "three of four cases" in render("gains p-1", results)
+    assert "three of four cases" not in render("gains p-1 brief", results)
+    enough = [*runs("none", (20.0,) * 5), *runs("afdcd", (20.0, 21.0, 22.0, 23.0, 24.0))]
+    assert "three of four cases" not in render("gains p-1", enough)
+
+
+def test_a_title_says_how_large_the_training_was(results) -> None:
+    assert "crop 176 × 176, batch 8, 100 iterations" in " ".join(render("gains p-1", results).split())
 
 
 def test_the_table_of_costs_has_times_speeds_and_the_most_memory(results) -> None:
@@ -125,7 +143,7 @@ def test_a_new_result_makes_a_table_stale(page, tmp_path, capsys) -> None:
     ("<!-- report: gains p-1 teacher=swin -->", ["page.md:6: no results", "teacher 'swin'"]),
     ("<!-- report: gains p-1 rows=none,dist -->", ["page.md:6: no row dist", "afdcd, kd, none"]),
     ("<!-- report: gains p-1 split=train -->", ["page.md:6:", "no scores of split 'train'", "val, test"]),
-    ("<!-- report: gain p-1 -->", ["page.md:6:", "KIND of gains, classes, scan, cost"]),
+    ("<!-- report: gain p-1 -->", ["page.md:6:", "KIND of gains, classes, scan, cost, terms"]),
     ("<!-- report: gains -->", ["page.md:6:", "KIND PROTOCOL"]),
     ("<!-- report: gains p-1 short -->", ["page.md:6:", "brief"]),
     ("<!-- report: scan p-1 -->", ["page.md:6:", "ends in -scan"]),
@@ -206,13 +224,60 @@ def test_the_latex_table_has_the_same_cells_in_every_row(exported) -> None:
     rows = [line.removesuffix(r" \\").split(" & ") for line in body.strip().splitlines()]
     head = exported[1].split("\\toprule\n")[1].split(r" \\")[0].split(" & ")
     columns = re.search(r"\\begin\{tabular\}\{(\w+)\}", exported[1])[1]
-    assert {len(row) for row in (*rows, head, columns)} == {6}
+    assert {len(row) for row in (*rows, head, columns)} == {9}
     assert rows[-1] == ["afdcd", "$3$", r"$27.00 \pm 2.00$", "$+5.00$ $[+5.00, +5.00]$", "$+5.00$ $[+4.00, +6.00]$",
-                        "$-4.00$ $[-5.00, -3.00]$"]
-    assert rows[0][:3] == ["teacher", "$1$", "$60.00$"] and rows[0][3:] == ["--"] * 3
+                        "$-4.00$ $[-5.00, -3.00]$", r"none-long ($0.94\times$)", "$160$", "$502$"]
+    assert rows[0] == ["teacher", "$1$", "$60.00$", "--", "--", "--", "--", "$50$", "$500$"]
+
+
+def test_latex_says_the_published_figure_the_difference_and_the_seeds_that_count(tmp_path) -> None:
+    networks = {"student": ("deeplabv3", "resnet18"), "teacher": ("deeplabv3", "resnet101"), "protocol": "paper"}
+    ours = runs("afdcd", (69.0, 70.0, 70.0), **networks)
+    write_results(tmp_path / "r", [*runs("none", (66.0, 67.0), **networks), *ours])
+    report.main(["--results", str(tmp_path / "r"), "--protocol", "paper", "--latex", str(tmp_path / "t.tex")])
+    body = (tmp_path / "t.tex").read_text().split("\\midrule\n")[1].splitlines()
+    line = body[1].removesuffix(r" \\").split(" & ")
+    assert line[3] == "$+3.00$ (n 2)" and line[-2:] == ["$69.27$", "$+0.40$"]
 
 
 def test_names_are_escaped_in_latex(tmp_path) -> None:
     write_results(tmp_path / "r", [make_result("a_b", 0, 40, method="kd")])
     report.main(["--results", str(tmp_path / "r"), "--protocol", "p-1", "--latex", str(tmp_path / "t.tex")])
     assert r"a\_b & " in (tmp_path / "t.tex").read_text()
+
+
+# terms
+
+def with_terms(seed: int, fd: tuple[float, ...], **more) -> dict:
+    """A run of 12 iterations with these raw values of a term in iterations 2, 4, ..."""
+    run = make_result("afdcd", seed, 50, 40, iterations=12, weight=0.5)
+    steps = [2 * i + 2 for i in range(len(fd))]
+    run["losses"] = {"step": steps, "loss": [1.0] * len(fd), "raw": {"task": [1.0] * len(fd), "fd": list(fd)},
+                     "weighted": {}}
+    return run | more
+
+
+def test_the_table_of_terms_has_means_of_each_third() -> None:
+    results = [with_terms(0, (1, 3, 5, 7, 9, 11)), with_terms(1, (3, 5, 7, 9, 11, 13))]
+    task, fd = cells(render("terms p-1 student=deeplabv3_resnet18_w0.25", results))
+    assert fd == {"run": "afdcd", "term": "fd", "weight": "0.5", "value, first third": "3", "value, second third": "7",
+                  "value, last third": "11"}
+    assert (task["term"], task["weight"]) == ("task", "1")
+    assert [line["term"] for line in cells(render("terms p-1 brief", results))] == ["fd"]
+
+
+def test_the_table_of_terms_has_gradients_where_they_were_measured() -> None:
+    records = [{"step": step, "terms": {"fd": {"gradient": gradient, "cosine": 0.5}}}
+               for step, gradient in ((1, 4.0), (2, 2.0), (3, 3.0), (8, 9.0), (12, 0.25))]
+    run = with_terms(0, (1, 1, 1, 1, 1, 1), diagnoses=records)
+    run["losses"]["diagnostics"] = {"afdcd/positive_rank": [0.4, 0.4, 0.3, 0.3, 0.1, 0.1]}
+    _, fd, rank = cells(render("terms p-1", [run]))
+    assert [fd[name] for name in ("gradient, first", "gradient, last", "cosine, first", "cosine, last")] == [
+        "3.00", "0.25", "0.50", "0.50"]
+    assert (rank["term"], rank["weight"], rank["value, last third"], rank["gradient, last"]) == (
+        "positive_rank", "-", "0.1", "-")
+
+
+def test_terms_need_a_distilled_row() -> None:
+    with pytest.raises(UserError, match="no distilled row"):
+        render("terms p-1", runs("none", OURS))

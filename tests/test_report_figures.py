@@ -56,10 +56,14 @@ def test_more_seeds_have_the_percentiles_of_the_binomial() -> None:
     assert one.interval == (pytest.approx(3 / 12), pytest.approx(9 / 12))
 
 
-def test_other_seeds_are_not_paired() -> None:
-    one = gain({0: 10.0, 1: 12.0}, {5: 1.0, 6: 1.0, 7: 1.0})
-    assert not one.paired and one.seeds == (2, 3) and one.interval == (9, 11)
-    assert not gain({0: 10.0, 1: 12.0}, {1: 10.0, 2: 12.0}).paired
+def test_only_common_seeds_count() -> None:
+    one = gain({0: 10.0, 1: 12.0, 2: 14.0, 3: 99.0}, {2: 12.0, 1: 11.0, 0: 10.0, 4: 0.0})
+    assert one.paired and one.seeds == (3, 3) and one.mean == pytest.approx(1) and one.interval == (0, 2)
+
+
+def test_without_common_seeds_each_side_is_resampled_alone() -> None:
+    one = gain({0: 10.0, 1: 12.0, 2: 11.0}, {5: 1.0, 6: 1.0, 7: 1.0})
+    assert not one.paired and one.seeds == (3, 3) and one.mean == pytest.approx(10) and one.interval == (9, 11)
 
 
 def test_an_interval_is_the_same_every_time() -> None:
@@ -67,8 +71,9 @@ def test_an_interval_is_the_same_every_time() -> None:
     assert len({gain(ours, theirs).interval for _ in range(3)}) == 1
 
 
-def test_a_single_seed_has_no_interval() -> None:
-    assert gain({0: 3.0}, {0: 1.0}).interval is None and gain({0: 3.0}, {0: 1.0, 1: 1.0}).interval is None
+def test_below_three_seeds_there_is_no_interval() -> None:
+    assert gain({0: 3.0, 1: 4.0}, {0: 1.0, 1: 1.0, 2: 2.0}).interval is None
+    assert gain({0: 3.0, 1: 3.0, 2: 3.0}, {3: 1.0, 4: 1.0}).interval is None
 
 
 def test_the_plain_run_of_equal_time_is_the_closest_one(results) -> None:
@@ -214,6 +219,11 @@ def test_rows_of_one_protocol_have_nothing_to_warn_of(results) -> None:
     ("--crop-size 200", "`crop_size` differs: 176×176 in none; 200×200 in afdcd"),
     ("--batch-size 4", "`batch_size` differs: 8 in none; 4 in afdcd"),
     ("--weight-decay 5e-4", "`weight_decay` differs: 0.0001 in none; 0.0005 in afdcd"),
+    ("--optimizer adamw --lr 0.02 --weight-decay 1e-4", "`optimizer` differs: sgd in none; adamw in afdcd"),
+    ("--class-weights auto", "`class_weights` differs: none in none; auto in afdcd"),
+    ("--train-list /a/37.txt", "`train_list` differs: none in none; 37.txt in afdcd"),
+    ("--no-random-scale", "`random_scale` differs"), ("--aux-weight 0", "`aux_weight` differs"),
+    ("--val-per-iters 10", "`val_per_iters` differs"), ("--warmup 5", "`warmup` differs"),
     ("--lr 0.01", "`lr` differs"), ("--poly-power 1", "`poly_power` differs"), ("--amp bf16", "`amp` differs"),
     ("--selection-split test", "`selection_split` differs: none in none; test in afdcd"),
     ("--student-pretrained-base /a/b.pth", "`student_pretrained_base` differs: none in none; b.pth in afdcd")])

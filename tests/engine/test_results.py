@@ -133,6 +133,14 @@ def test_a_long_log_is_thinned_by_means() -> None:
     assert losses["loss"] == [0.5] * POINTS and losses["weighted"]["task"] == [1.0] * POINTS
 
 
+def test_diagnoses_and_what_methods_log_are_kept() -> None:
+    terms = {"task": {"raw": 1.0, "weighted": 1.0, "gradient": 1.0, "cosine": 1.0}}
+    got = digest([record(1, 1, diagnostics={"x/rank": 0.5}), {"kind": "diagnose", "step": 1, "terms": terms, "time": 3},
+                  record(2, 1, diagnostics={"x/rank": 0.25, "x/new": 1.0})])
+    assert got["diagnoses"] == [{"step": 1, "terms": terms}]
+    assert got["losses"]["diagnostics"] == {"x/rank": [0.5, 0.25]}  # the other one was not there from the beginning
+
+
 def test_seconds_add_up_and_memory_is_the_most() -> None:
     got = digest([record(1, 1), record(2, 1, memory_mb=30, load=None)])
     assert got["seconds"] == {"stages": 0, "stages_cpu": 0, "training": 4.0, "training_cpu": 2.0, "validation": 0}

@@ -7,15 +7,20 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from engine.options import Optimization
+from engine.options import Data, Networks, Optimization, Running, Speed
+from engine.recipe import Recipe
+from engine.results import UNIMPORTANT
 from tools.reporting.figures import Clock, had_machine, machine_of
 from tools.reporting.groups import PLAIN, Group, Result, Row
 
-#: settings that have to be equal for rows to be compared
-COMPARED = ("crop_size", "batch_size", "weight_decay", "lr", "min_lr", "poly_power", "momentum", "nesterov",
-            "head_lr_factor", "sampling", "selection_split", "student_pretrained", "student_pretrained_base", "amp")
-#: of settings that a result may be older than
-DEFAULTS = asdict(Optimization())
+#: settings of these groups that rows may differ in: what a table has a row or a sentence for, what belongs to methods
+OF_ROWS = frozenset(("seed", "max_iterations", "epochs", "scale_weights", "class_map", "stored_scores", "student_model",
+                     "student_backbone", "student_head_width", "dataset"))
+#: settings that have to be equal for rows to be compared, with the defaults for results that are older than they are
+COMPARED = {name: default for group in (Networks, Data, Optimization, Recipe, Speed)
+            for name, default in asdict(group()).items()
+            if name not in UNIMPORTANT | OF_ROWS and not name.startswith("teacher_")}
+COMPARED["val_per_iters"] = Running().val_per_iters  # more often means more models to choose from
 WIDTH = 120
 
 
@@ -37,7 +42,7 @@ def differing(group: Group, rows: Sequence[Row], read: Callable[[Result], Hashab
 
 def setting(run: Result, name: str) -> Any:
     """A setting of a result; the default of one that is newer than the result."""
-    return run["settings"][name] if name in run["settings"] else DEFAULTS[name]
+    return run["settings"].get(name, COMPARED[name])
 
 
 def sentence(what: str, values: Mapping[str, Sequence[str]]) -> str:

@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 
 from tools.reporting.cautions import commit, time_notes, warnings
 from tools.reporting.figures import Clock, Figures, Gain, figures, had_machine
 from tools.reporting.groups import KD, PLAIN, Group
+from tools.reporting.tables import few_seeds, gain_text, training_size
 
 #: characters that LaTeX takes for something else
 SPECIAL = {**{character: f"\\{character}" for character in "_%&#${}"}, "~": r"\textasciitilde{}",
@@ -63,29 +65,40 @@ def latex_text(groups: Sequence[Group]) -> str:
 
 
 def latex_table(group: Group) -> str:
-    """Mean and standard deviation, gains with their intervals, published figures where there are some."""
+    """Mean and standard deviation, gains with their intervals, the plain run of equal time and its time as a share,
+    time, memory; published figures and the differences to them where there are some."""
     clock = Clock.of(group)
     rows = figures(group, clock)
     has_published = any(one.published is not None for one in rows)
     head = ["run", "$n$", rf"mIoU {escape(group.split)} (\%)", f"over {PLAIN}", f"over {KD}", "at equal time",
-            *(["published"] if has_published else [])]
-    body = []
-    for one in rows:
-        score = f"${one.mean:.2f}$" if one.std is None else rf"${one.mean:.2f} \pm {one.std:.2f}$"
-        gains = (one.plain, one.kd, one.same_time and one.same_time.gain)
-        cells = [escape(one.name), f"${len(one.scores)}$", score, *map(latex_gain, gains)]
-        if has_published:
-            cells.append("--" if one.published is None else f"${one.published:.2f}$")
-        body.append(" & ".join(cells) + r" \\")
-    remarks = [text.replace("*", "") for text in (*warnings(group), *time_notes(group, clock))]
-    about = f"{group.protocol}: {group.dataset}, student {group.student}, mIoU on {group.split}"
+            "plain run", clock.unit, "memory (MB)", *(["published", "difference"] if has_published else [])]
+    body = [" & ".join(latex_cells(one, has_published)) + r" \\" for one in rows]
+    remarks = [text.replace("*", "") for text in (*warnings(group), *few_seeds(rows), *time_notes(group, clock))]
+    about = f"{group.protocol}: {group.dataset}, student {group.student}, mIoU on {group.split}; {training_size(group)}"
     return "\n".join([*(f"% {text}" for text in (about, *remarks)), rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
                       r"\toprule", " & ".join(head) + r" \\", r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def latex_gain(one: Gain | None) -> str:
-    """'$+1.20$ $[+0.40, +2.00]$'."""
+def latex_cells(one: Figures, has_published: bool) -> list[str]:
+    """A line of :func:`latex_table`."""
+    same, seeds = one.same_time, len(one.scores)
+    score = f"${one.mean:.2f}$" if one.std is None else rf"${one.mean:.2f} \pm {one.std:.2f}$"
+    cells = [escape(one.name), f"${seeds}$", score,
+             *(latex_gain(gain, seeds) for gain in (one.plain, one.kd, same and same.gain)),
+             rf"{escape(same.plain.label)} (${same.ratio:.2f}\times$)" if same else "--",
+             latex_number(one.seconds, ".0f"), latex_number(one.memory, ".0f")]
+    return cells + ([latex_number(one.published, ".2f"), latex_number(one.difference, "+.2f")] if has_published else [])
+
+
+def latex_number(value: float | None, form: str) -> str:
+    """A figure in math mode, or '--'."""
+    return "--" if value is None else f"${value:{form}}$"
+
+
+def latex_gain(one: Gain | None, seeds: int) -> str:
+    """'$+1.20$ $[+0.40, +2.00]$', with what :func:`tools.reporting.tables.gain_text` says of seeds."""
     if one is None:
         return "--"
-    interval = "" if one.interval is None else " $[{:+.2f}, {:+.2f}]$".format(*one.interval)
-    return f"${one.mean:+.2f}${interval}"
+    value, _, rest = gain_text(one, seeds).partition(" ")
+    math = re.sub(r"\[.*\]", lambda found: f"${found[0]}$", rest)
+    return f"${value}$ {math}".rstrip()

@@ -11,6 +11,8 @@ from tools.make_scripts import METHODS, NETWORKS, R101, TABLES, Network
 from tools.reporting.groups import PLAIN, Group, Result, Row
 
 RESAMPLES, CONFIDENCE = 20000, 0.95
+#: so many seeds have an interval: that of two holds the true gain in one of two cases
+INTERVAL_SEEDS = 3
 #: a plain run that took as long as a method: their times differ by no more than this share
 SAME_TIME = 0.15
 #: what other processes may add to the load of a machine that is still called a run's own
@@ -21,9 +23,10 @@ PAPER = "paper"
 
 @dataclass(frozen=True)
 class Gain:
-    """A difference of means in points, with the bootstrap interval of :data:`CONFIDENCE`, None with a single seed.
+    """A difference of means in points, with the bootstrap interval of :data:`CONFIDENCE`, None below
+    :data:`INTERVAL_SEEDS` seeds.
 
-    seeds: number of those of either side; paired: whether both sides have the same ones."""
+    seeds: number of those of either side that count; paired: whether they are the same ones."""
     mean: float
     interval: tuple[float, float] | None
     seeds: tuple[int, int]
@@ -33,22 +36,28 @@ class Gain:
 def gain(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Gain:
     """What ``ours`` is above ``theirs``, both {seed: percent}.
 
-    With the same seeds on both sides, their differences are resampled; else either side on its own. The percentiles of
-    a fixed generator: with three seeds the interval reaches from the smallest difference to the largest."""
-    paired, seeds = ours.keys() == theirs.keys(), (len(ours), len(theirs))
+    Of the seeds that both have, their differences are averaged and resampled; without a common seed, either side on its
+    own. The percentiles of a fixed generator: with three seeds the interval reaches from the smallest difference to the
+    largest."""
+    common = [seed for seed in ours if seed in theirs]
     generator = np.random.default_rng(0)
 
     def resampled(values: Sequence[float]) -> np.ndarray:
         """[RESAMPLES]: means of samples drawn with replacement."""
         return np.asarray(values)[generator.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
 
+    if common:
+        differences = [ours[seed] - theirs[seed] for seed in common]
+        mean, seeds = statistics.fmean(differences), (len(common), len(common))
+    else:
+        mean, seeds = statistics.fmean(ours.values()) - statistics.fmean(theirs.values()), (len(ours), len(theirs))
     interval = None
-    if min(seeds) > 1:
-        means = resampled([ours[s] - theirs[s] for s in ours]) if paired \
+    if min(seeds) >= INTERVAL_SEEDS:
+        means = resampled(differences) if common \
             else resampled(list(ours.values())) - resampled(list(theirs.values()))
         low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
         interval = float(low), float(high)
-    return Gain(statistics.fmean(ours.values()) - statistics.fmean(theirs.values()), interval, seeds, paired)
+    return Gain(mean, interval, seeds, bool(common))
 
 
 def had_machine(run: Result) -> bool:

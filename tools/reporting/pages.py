@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from tools.reporting.groups import Group, Result, groups
 from tools.reporting.scan import SUFFIX, scan
 from tools.reporting.tables import classes, cost, gains
+from tools.reporting.terms import terms
 from utils.errors import UserError
 
-KINDS: Mapping[str, Callable[[Group, bool], str]] = {"gains": gains, "classes": classes, "scan": scan, "cost": cost}
+KINDS: Mapping[str, Callable[[Group, bool], str]] = {"gains": gains, "classes": classes, "scan": scan, "cost": cost,
+                                                         "terms": terms}
 FILTERS = ("dataset", "student", "teacher", "split", "rows")
 BEGIN, END = re.compile(r"<!-- report: (.*?) *-->"), "<!-- end of report -->"
 

@@ -10,6 +10,8 @@ from tools.reporting.figures import Clock, Figures, Gain, figures
 from tools.reporting.groups import KD, PLAIN, Group
 
 NOTHING = "-"
+#: from so many seeds on an interval is taken for what it says
+ENOUGH_SEEDS = 5
 #: header, and the cell of a row
 Column = tuple[str, Callable[[Figures], str]]
 
@@ -19,23 +21,33 @@ def number(value: float | None, form: str, missing: str = NOTHING) -> str:
     return missing if value is None else format(value, form)
 
 
-def gain_text(one: Gain | None) -> str:
-    """'+1.20 [+0.40, +2.00]', with the number of seeds of both sides where they are not the same seeds."""
+def gain_text(one: Gain | None, seeds: int) -> str:
+    """'+1.20 [+0.40, +2.00]', of a row with so many seeds. The number of those that count where it is another one, and
+    of both sides where they have none in common."""
     if one is None:
         return NOTHING
     text = f"{one.mean:+.2f}"
     if one.interval is not None:
         text += " [{:+.2f}, {:+.2f}]".format(*one.interval)
-    return text if one.paired else f"{text} (n {one.seeds[0]}, {one.seeds[1]})"
+    if not one.paired:
+        return f"{text} (n {one.seeds[0]}, {one.seeds[1]})"
+    return text if one.seeds[0] == seeds else f"{text} (n {one.seeds[0]})"
 
 
 def title(group: Group, what: str, brief: bool) -> str:
-    """The lines above a table; brief: without the networks."""
+    """The lines above a table; brief: without the networks and the size of the training."""
     teachers = dict.fromkeys(row.teacher for row in group.shown if row.teacher)
     learned = f", teacher {', '.join(teachers)}" if teachers else ""
-    networks = "" if brief else f", student {group.student}{learned}"
-    return fill(f"`{group.protocol}` ({group.dataset}{networks}), {what}:", WIDTH, break_long_words=False,
+    more = "" if brief else f", student {group.student}{learned}; {training_size(group)}"
+    return fill(f"`{group.protocol}` ({group.dataset}{more}), {what}:", WIDTH, break_long_words=False,
                 break_on_hyphens=False)
+
+
+def training_size(group: Group) -> str:
+    """Crop, batch and iterations of the baseline, else of the first row that is shown."""
+    run = (group.plain or group.shown[0]).runs[0]
+    crop = " × ".join(map(str, run["settings"]["crop_size"]))
+    return f"crop {crop}, batch {run['settings']['batch_size']}, {run['iterations']} iterations"
 
 
 def parts(*texts: str) -> str:
@@ -57,10 +69,11 @@ def gains(group: Group, brief: bool = False) -> str:
     rows = figures(group, clock)
     columns: list[Column] = [
         ("run", lambda f: f.name), ("n", lambda f: str(len(f.scores))),
-        (f"mIoU {group.split} %", lambda f: spread(f.scores, ".2f")), (f"over `{PLAIN}`", lambda f: gain_text(f.plain))]
+        (f"mIoU {group.split} %", lambda f: spread(f.scores, ".2f")),
+        (f"over `{PLAIN}`", lambda f: gain_text(f.plain, len(f.scores)))]
     if not brief:
-        columns.append((f"over `{KD}`", lambda f: gain_text(f.kd)))
-    columns.append(("at equal time", lambda f: gain_text(f.same_time.gain) if f.same_time else NOTHING))
+        columns.append((f"over `{KD}`", lambda f: gain_text(f.kd, len(f.scores))))
+    columns.append(("at equal time", lambda f: gain_text(f.same_time and f.same_time.gain, len(f.scores))))
     if not brief:
         columns += [("plain run", lambda f: f.same_time.plain.label if f.same_time else NOTHING),
                     ("its time", lambda f: f"{f.same_time.ratio:.2f}×" if f.same_time else NOTHING),
@@ -68,9 +81,18 @@ def gains(group: Group, brief: bool = False) -> str:
     if not brief and any(f.published is not None for f in rows):
         columns += [("published", lambda f: number(f.published, ".2f")),
                     ("difference", lambda f: number(f.difference, "+.2f"))]
-    remarks = [*warnings(group), *([] if brief else [*notes(group), *time_notes(group, clock)])]
+    remarks = [*warnings(group), *([] if brief else [*few_seeds(rows), *notes(group), *time_notes(group, clock)])]
     what = "mean ± standard deviation over n seeds [95 % bootstrap interval]"
     return assemble(title(group, what, brief), columns, rows, remarks)
+
+
+def few_seeds(rows: Sequence[Figures]) -> list[str]:
+    """What an interval of few seeds is worth, where the table has one."""
+    gains = [one for f in rows for one in (f.plain, f.kd, f.same_time and f.same_time.gain) if one and one.interval]
+    if not any(min(one.seeds) < ENOUGH_SEEDS for one in gains):
+        return []
+    return [f"Intervals of fewer than {ENOUGH_SEEDS} seeds are too narrow. With three they reach from the smallest "
+            "difference to the largest, and such a range holds the true gain in three of four cases, not in 95 of 100."]
 
 
 def cost(group: Group, brief: bool = False) -> str:
