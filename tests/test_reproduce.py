@@ -162,6 +162,12 @@ class TestMeaning:
         assert afdcd.script == "train_scripts/ade20k/deeplabv3_r101_r18_afdcd.sh"
 
 
+def shell_job(folder: Path, name: str, script: str) -> SimpleNamespace:
+    """What a Runner reads of a job, for a line of shell that leaves no result."""
+    return SimpleNamespace(name=name, shown="", command=["sh", "-c", script], folder=folder, needs=(), environment={},
+                           result=folder / "none.json")
+
+
 class TestRunning:
     def test_an_interrupted_plan_goes_on_to_the_same_results(self, place) -> None:
         """Stopped in the middle of the second run, then run to the end: the first is skipped, the second goes on, and
@@ -211,10 +217,16 @@ class TestRunning:
         assert "1 failed, 1 left" in capsys.readouterr().out
 
     def test_a_run_that_was_stopped_from_outside_has_not_failed(self, tmp_path) -> None:
-        jobs = [SimpleNamespace(name=str(code), shown="", command=["sh", "-c", f"exit {code}"], folder=tmp_path,
-                                needs=(), environment={}, result=tmp_path / "none.json") for code in (2, 75, 130)]
+        jobs = [shell_job(tmp_path, str(code), f"exit {code}") for code in (2, 75, 130)]
         outcome = Runner(jobs, set(), side_by_side=3, say=lambda line: None).run()
         assert (outcome.failed, outcome.stopped, outcome.done) == (["2"], ["75", "130"], [])
+
+    def test_a_run_is_told_to_end_when_the_time_is_over(self, tmp_path) -> None:
+        jobs = [shell_job(tmp_path, "long", f"trap 'echo saved > {tmp_path}/state; exit 75' TERM; sleep 60 & wait"),
+                shell_job(tmp_path, "next", "exit 0")]
+        outcome = Runner(jobs, set(), seconds=1, say=lambda line: None).run()
+        assert (outcome.stopped, outcome.waiting) == (["long"], ["next"])
+        assert (tmp_path / "state").read_text() == "saved\n"
 
     def test_nothing_begins_after_the_time_is_over(self, place) -> None:
         outcome = Runner(expand(place), set(), seconds=0, say=lambda line: None).run()
