@@ -38,7 +38,7 @@ from utils.errors import UserError
 from utils.options import OptionGroup, option
 from utils.visualize import comparison, save_rgb
 
-ROWS = {"none": "student, plain", "afdcd": "student, Af-DCD", "dist": "student, DIST"}
+ROWS = {"none": "student, plain", "afdcd-tuned": "student, Af-DCD", "dist": "student, DIST"}
 #: test images that are shown
 PICTURES = 4
 #: what --short changes in the plan
@@ -111,7 +111,7 @@ def look(choice: NetworkChoice, split: SegmentationDataset) -> tuple[dict[str, A
 
 def picture(path: Path, jobs: Mapping[str, Job]) -> dict[str, Any]:
     """A line per test image: image, truth, teacher, and the student of each row. Returns the teacher's scores."""
-    distilled = jobs["afdcd"].settings
+    distilled = jobs["dist"].settings
     data = ROOT / distilled.data.data
     split = SegmentationDataset(get_dataset_spec("toy_streets", data), data, "test", train=False)
     teacher = distilled.networks.teacher
