@@ -267,8 +267,8 @@ def test_the_table_of_terms_has_means_of_each_third() -> None:
 
 
 def test_the_table_of_terms_has_gradients_where_they_were_measured() -> None:
-    records = [{"step": step, "terms": {"fd": {"gradient": gradient, "cosine": 0.5}}}
-               for step, gradient in ((1, 4.0), (2, 2.0), (3, 3.0), (8, 9.0), (12, 0.25))]
+    records = [{"step": step, "terms": {"fd": {"raw": 1, "weighted": 1, "gradient": gradient, "cosine": 0.5}}}
+               for step, gradient in ((2, 4.0), (4, 2.0), (6, 9.0), (8, 9.0), (10, 0.3), (12, 0.2))]
     run = with_terms(0, (1, 1, 1, 1, 1, 1), diagnoses=records)
     run["losses"]["diagnostics"] = {"afdcd/positive_rank": [0.4, 0.4, 0.3, 0.3, 0.1, 0.1]}
     _, fd, rank = cells(render("terms p-1", [run]))

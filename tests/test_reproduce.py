@@ -221,10 +221,11 @@ class TestRunning:
         outcome = Runner(jobs, set(), side_by_side=3, say=lambda line: None).run()
         assert (outcome.failed, outcome.stopped, outcome.done) == (["2"], ["75", "130"], [])
 
-    def test_a_run_is_told_to_end_when_the_time_is_over(self, tmp_path) -> None:
-        jobs = [shell_job(tmp_path, "long", f"trap 'echo saved > {tmp_path}/state; exit 75' TERM; sleep 60 & wait"),
-                shell_job(tmp_path, "next", "exit 0")]
-        outcome = Runner(jobs, set(), seconds=1, say=lambda line: None).run()
+    def test_a_run_is_told_to_end_when_the_time_is_over(self, tmp_path, monkeypatch) -> None:
+        script = f"trap 'echo saved > {tmp_path}/state; exit 75' TERM; touch {tmp_path}/ready; sleep 60 & wait"
+        monkeypatch.setattr(Runner, "_is_over", lambda self: (tmp_path / "ready").exists())
+        jobs = [shell_job(tmp_path, "long", script), shell_job(tmp_path, "next", "exit 0")]
+        outcome = Runner(jobs, set(), say=lambda line: None).run()
         assert (outcome.stopped, outcome.waiting) == (["long"], ["next"])
         assert (tmp_path / "state").read_text() == "saved\n"
 
@@ -255,7 +256,8 @@ class TestRunning:
 
     def test_a_dry_run_runs_nothing(self, place, capsys) -> None:
         assert reproduce.main(arguments(place, "--dry-run")) == 0
-        assert "8 runs: 0 done, 0 begun, 8 new" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert said.startswith("Tiny\n") and "8 runs: 0 done, 0 begun, 8 new" in said
         assert not (place / "work").exists() and {status(job).state for job in expand(place)} == {NEW}
 
     def test_only_takes_the_teacher_along(self, place, capsys) -> None:

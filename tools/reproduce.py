@@ -101,6 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     jobs = find_jobs(name, plan, options)
     states = {job.name: status(job) for job in jobs}
     missing = to_run(jobs, states)
+    if plan is not None and "title" in plan:
+        print(f"{plan['title']}\n")
     print(overview(jobs, states), flush=True)
     if options.dry_run:
         print("\n".join(["", *(job.shown for job in missing)]))

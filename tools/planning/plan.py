@@ -1,6 +1,6 @@
 """From a plan, a small TOML file in ``train_scripts/plans/``, to the runs that it means.
 
-    title = "CamVid on two cores"       # of tables
+    title = "CamVid on two cores"       # shown above the list of runs
     protocol = "camvid-cpu-1"           # a changed plan gets a new name: runs of one protocol are compared
     dataset = "camvid"
     data = "data/CamVid"                # default: what common.sh says, and DATA
