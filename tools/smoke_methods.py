@@ -4,7 +4,8 @@
     python tools/smoke_methods.py --no-cuda      from the quickstart's teacher, on the streets of the plan toy-full
 
 Prints a Markdown table. A smoke test, no comparison of methods: the runs are far too short and the published weights
-belong to other networks. Finished methods are kept, so that an interrupted call can be repeated.
+belong to other networks. Finished methods are kept, so that an interrupted call can be repeated; those of other
+settings, or of another teacher's file, are an error.
 """
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from tools.planning.painting import paint
 from tools.planning.plan import ROOT, read_plan
 from utils.cli import parse_options, run_main
 from utils.errors import UserError
+from utils.files import sha256, write_json
 from utils.options import OptionGroup, option
 
 #: short stages, and for MGD a lower weight: with its own, this teacher's features let a run diverge at once
@@ -72,9 +74,16 @@ def read(folder: Path) -> list[dict]:
 
 
 def result(name: str, settings: Settings) -> list[dict]:
-    """Records of the method's run, made now unless a complete one is there."""
+    """Records of the method's run, made now unless a complete one is there. UserError when that has other settings."""
     folder = Path(settings.out) / name
-    if not any(r["kind"] == "val" and r["step"] == settings.steps for r in read(folder)):
+    made_by = {"command": command(name, settings, folder)[2:], "teacher": sha256(Path(settings.teacher_pretrained))}
+    note = folder / "made_by.json"
+    if any(r["kind"] == "val" for r in read(folder)):
+        if not note.is_file() or json.loads(note.read_text("utf-8")) != made_by:
+            raise UserError(f"--out {settings.out}: {folder} holds a run of other settings or of another teacher; "
+                            f"delete it, or name another folder")
+    else:
+        write_json(note, made_by)
         done = subprocess.run(command(name, settings, folder), capture_output=True, text=True)
         if done.returncode:
             said = (done.stderr.strip() or done.stdout.strip())[-800:]
@@ -103,6 +112,8 @@ def main(argv: list[str] | None = None) -> int:
         plan = read_plan("toy-full")
         paint(plan)
         settings = replace(settings, data=str(ROOT / plan["data"]))
+    if not Path(settings.teacher_pretrained).is_file():
+        raise UserError(f"--teacher-pretrained {settings.teacher_pretrained}: no such file")
     print("| method | own terms, first tenth | last tenth | task loss, last tenth | val mIoU % |\n" + "|---" * 5 + "|")
     for name in settings.methods:
         print(row(name, result(name, settings)), flush=True)
