@@ -211,6 +211,24 @@ class TestRunning:
         assert jobs[0] in reproduce.to_run(jobs, states)
         assert jobs[0] not in reproduce.to_run(jobs[:3], states)
 
+    def test_a_trial_with_the_weight_of_its_row_is_not_run_again(self, place, capsys) -> None:
+        text = (place / "tiny.toml").read_text()
+        (place / "tiny.toml").write_text(text.replace("values = [1e-6, 1e-4]", "values = [1e-6, 1e-5]"))
+        words = arguments(place, "--only", "/fd/1", "fd+1e-05/1", "--jobs", "2")
+        row, trial = (job for job in expand(place) if job.name.endswith(("/fd/1", "/fd+1e-05/1")))
+        assert reproduce.main([*words, "--dry-run"]) == 0
+        said = capsys.readouterr().out
+        assert "1 of them take the result of a run" in said and row.shown in said and trial.shown not in said
+        assert reproduce.main(words) == 0
+        assert f"{trial.name}\n    takes the result of {row.name}" in capsys.readouterr().out
+        one, other = (json.loads(job.result.read_text()) for job in (row, trial))
+        changed = {key for key in other if other[key] != one.get(key)}
+        assert changed == {"protocol", "label", "taken_from"} and other["taken_from"] == row.name
+        assert (other["protocol"], other["label"]) == ("tiny-1-scan", "fd+1e-05") and not trial.folder.exists()
+        row.result.unlink()  # the other way round: the scan was there first
+        assert reproduce.main(arguments(place, "--only", "/fd/1")) == 0
+        assert json.loads(row.result.read_text()) == {**one, "taken_from": row.name}
+
     def test_a_failed_teacher_leaves_its_students_waiting(self, place, capsys) -> None:
         (place / "data" / "classes.txt").unlink()
         assert reproduce.main(arguments(place, "--only", "/fd/1")) == 1

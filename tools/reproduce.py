@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools.planning.painting import paint
 from tools.planning.plan import ROOT, Expansion, Job, Places, plan_names, read_plan
 from tools.planning.published import published_jobs, published_names
+from tools.planning.repeats import find_repeats, without_repeats
 from tools.planning.runner import Runner, write_lists
 from tools.planning.status import BEGUN, DONE, NEW, Status, status
 from utils.cli import ArgumentParser, read_options, run_main
@@ -61,13 +62,16 @@ def places_of(options: Options) -> Places:
     return Places.of(**{k: v for k, v in asdict(options).items() if k in ("results", "work", "data")})
 
 
-def find_jobs(name: str, plan: Mapping[str, Any] | None, options: Options) -> list[Job]:
-    """The runs that are asked for, teachers first. plan: None for a published table, which ``name`` names."""
+def all_jobs(name: str, plan: Mapping[str, Any] | None, options: Options) -> list[Job]:
+    """The runs of a plan, teachers first. plan: None for a published table, which ``name`` names."""
     places = places_of(options)
     if plan is None:
-        jobs = published_jobs(name, places, options.seeds or (0,))
-    else:
-        jobs = Expansion(plan, places, options.seeds).jobs()
+        return published_jobs(name, places, options.seeds or (0,))
+    return Expansion(plan, places, options.seeds).jobs()
+
+
+def find_jobs(name: str, jobs: list[Job], options: Options) -> list[Job]:
+    """Those of a plan's runs that are asked for, and the teachers that they need."""
     chosen = [job for job in jobs if not options.only or any(text in job.name for text in options.only)]
     if not chosen:
         raise UserError(f"--only {' '.join(options.only)}: no run of plan {name} has such a name; one is "
@@ -98,24 +102,29 @@ def main(argv: list[str] | None = None) -> int:
     """Run what is missing of a plan. Returns 1 when a run failed, 0 otherwise."""
     name, options = parse(argv)
     plan = None if name in published_names() else read_plan(name)
-    jobs = find_jobs(name, plan, options)
+    everything = all_jobs(name, plan, options)
+    jobs = find_jobs(name, everything, options)
+    repeats = find_repeats(everything)
     states = {job.name: status(job) for job in jobs}
     missing = to_run(jobs, states)
     if plan is not None and "title" in plan:
         print(f"{plan['title']}\n")
     print(overview(jobs, states), flush=True)
+    alone = without_repeats(missing, repeats)
+    if len(alone) < len(missing):
+        print(f"{len(missing) - len(alone)} of them take the result of a run with the same settings")
     if options.dry_run:
-        print("\n".join(["", *(job.shown for job in missing)]))
+        print("\n".join(["", *(job.shown for job in alone)]))
         return 0
     if plan is not None and missing and options.data is None:
         paint(plan)
     if options.slurm:
         folder = ROOT / places_of(options).work / f"plan-{Path(name).stem}"
-        print("\n".join(["", "submit in the root of the repository:", *write_lists(missing, folder, options.jobs)]))
+        print("\n".join(["", "submit in the root of the repository:", *write_lists(alone, folder, options.jobs)]))
         return 0
     minutes = options.time_budget
     outcome = Runner(missing, states.keys() - {job.name for job in missing}, options.jobs,
-                     minutes and 60 * minutes, lambda line: print(line, flush=True)).run()
+                     minutes and 60 * minutes, lambda line: print(line, flush=True), repeats).run()
     left = len(outcome.stopped) + len(outcome.waiting)
     print(f"\n{len(outcome.done)} runs done now, {len(outcome.failed)} failed, {left} left to do")
     return 1 if outcome.failed else 0

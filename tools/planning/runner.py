@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from engine.signals import CODES
 from tools.planning.plan import ROOT, Job
+from tools.planning.repeats import Repeats, find_finished, take_over
 from utils.distributed import available_cpus
 from utils.files import write_text
 
@@ -39,12 +41,14 @@ class Runner:
     """Runs jobs, ``side_by_side`` of them at a time.
 
     finished: names of jobs that are done. seconds: after them no run is begun, and those that run are told to end; each
-    saves its state and goes on from there when it is run again. say: gets a line per event.
+    saves its state and goes on from there when it is run again. say: gets a line per event. repeats: of
+    ``find_repeats``; a job takes the result of one that is the same, and waits while that runs.
     """
 
     def __init__(self, jobs: Sequence[Job], finished: set[str], side_by_side: int = 1, seconds: float | None = None,
-                 say: Callable[[str], object] = print) -> None:
+                 say: Callable[[str], object] = print, repeats: Repeats = MappingProxyType({})) -> None:
         self.left, self.finished, self.side_by_side = list(jobs), set(finished), side_by_side
+        self.repeats = repeats
         self.deadline = None if seconds is None else time.monotonic() + seconds
         self.say, self.count, self.begun = say, len(jobs), 0
         self.running: dict[str, tuple[Job, subprocess.Popen, float]] = {}
@@ -72,18 +76,32 @@ class Runner:
     def _is_over(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
+    def _can_begin(self, job: Job) -> bool:
+        same = (other.name for other in self.repeats.get(job.name, ()))
+        return self.finished.issuperset(job.needs) and not self.running.keys() & set(same)
+
     def _begin(self) -> bool:
         """Begin what can begin. Whether anything has begun."""
         before = self.begun
         while len(self.running) < self.side_by_side and not self._is_over():
-            job = next((job for job in self.left if self.finished.issuperset(job.needs)), None)
+            job = next((job for job in self.left if self._can_begin(job)), None)
             if job is None:
                 break
             self.left.remove(job)
             self.begun += 1
-            self.say(f"[{self.begun}/{self.count}] {job.name}\n    its output: {shown_path(job.folder / OUTPUT)}")
-            self.running[job.name] = (job, start(job, self.side_by_side), time.monotonic())
+            if (source := find_finished(self.repeats.get(job.name, ()))) is not None:
+                take_over(job, source)
+                self._is_done(job)
+                said = f"takes the result of {source.name}, whose settings are the same"
+            else:
+                self.running[job.name] = (job, start(job, self.side_by_side), time.monotonic())
+                said = f"its output: {shown_path(job.folder / OUTPUT)}"
+            self.say(f"[{self.begun}/{self.count}] {job.name}\n    {said}")
         return self.begun > before
+
+    def _is_done(self, job: Job) -> None:
+        self.finished.add(job.name)
+        self.outcome.done.append(job.name)
 
     def _collect(self) -> None:
         for name, (job, process, began) in list(self.running.items()):
@@ -93,8 +111,7 @@ class Runner:
             del self.running[name]
             minutes = (time.monotonic() - began) / 60
             if code == 0 and job.result.is_file():
-                self.finished.add(name)
-                self.outcome.done.append(name)
+                self._is_done(job)
                 self.say(f"done after {minutes:.1f} min: {name}")
             elif code in CODES.values():
                 self.outcome.stopped.append(name)
