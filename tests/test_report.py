@@ -143,7 +143,7 @@ def test_a_new_result_makes_a_table_stale(page, tmp_path, capsys) -> None:
     ("<!-- report: gains p-1 teacher=swin -->", ["page.md:6: no results", "teacher 'swin'"]),
     ("<!-- report: gains p-1 rows=none,dist -->", ["page.md:6: no row dist", "afdcd, kd, none"]),
     ("<!-- report: gains p-1 split=train -->", ["page.md:6:", "no scores of split 'train'", "val, test"]),
-    ("<!-- report: gain p-1 -->", ["page.md:6:", "KIND of gains, classes, scan, cost, terms"]),
+    ("<!-- report: gain p-1 -->", ["page.md:6:", "KIND of gains, classes, scan, cost, terms, curve"]),
     ("<!-- report: gains -->", ["page.md:6:", "KIND PROTOCOL"]),
     ("<!-- report: gains p-1 short -->", ["page.md:6:", "brief"]),
     ("<!-- report: scan p-1 -->", ["page.md:6:", "ends in -scan"]),
@@ -281,3 +281,24 @@ def test_the_table_of_terms_has_gradients_where_they_were_measured() -> None:
 def test_terms_need_a_distilled_row() -> None:
     with pytest.raises(UserError, match="no distilled row"):
         render("terms p-1", runs("none", OURS))
+
+
+# curves
+
+def with_curve(seed: int, scores: dict[int, float]) -> dict:
+    """A run of 8 iterations with these scores on val."""
+    run = make_result("none", seed, 50, 40, iterations=8)
+    return run | {"curve": [{"step": step, "mIoU": score} for step, score in scores.items()]}
+
+
+def test_the_table_of_curves_has_the_last_score_of_each_quarter() -> None:
+    results = [with_curve(0, {1: 0.1, 2: 0.2, 4: 0.3, 6: 0.38, 8: 0.4}),
+               with_curve(1, {2: 0.2, 4: 0.3, 6: 0.44, 8: 0.4})]
+    line, = cells(render("curve p-1", results))
+    assert list(line.values()) == ["none", "2", "8", "20.0 ± 0.0", "30.0 ± 0.0", "41.0 ± 4.2", "40.0 ± 0.0",
+                                   "-1.0 ± 4.2"]
+
+
+def test_a_quarter_without_validation_is_left_open() -> None:
+    line, = cells(render("curve p-1", [with_curve(0, {3: 0.3, 8: 0.4})]))
+    assert list(line.values())[2:] == ["8", "-", "30.0", "-", "40.0", "-"]

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from tools.reporting.curve import curve
 from tools.reporting.groups import Group, Result, groups
 from tools.reporting.scan import SUFFIX, scan
 from tools.reporting.tables import classes, cost, gains
@@ -16,7 +17,7 @@ from tools.reporting.terms import terms
 from utils.errors import UserError
 
 KINDS: Mapping[str, Callable[[Group, bool], str]] = {"gains": gains, "classes": classes, "scan": scan, "cost": cost,
-                                                         "terms": terms}
+                                                         "terms": terms, "curve": curve}
 FILTERS = ("dataset", "student", "teacher", "split", "rows")
 BEGIN, END = re.compile(r"<!-- report: (.*?) *-->"), "<!-- end of report -->"
 
