@@ -285,13 +285,13 @@ def test_terms_need_a_distilled_row() -> None:
 
 # curves
 
-def with_curve(seed: int, scores: dict[int, float]) -> dict:
-    """A run of 8 iterations with these scores on val."""
-    run = make_result("none", seed, 50, 40, iterations=8)
+def with_curve(seed: int, scores: dict[int, float], iterations: int = 8) -> dict:
+    """A run with these scores on val."""
+    run = make_result("none", seed, 50, 40, iterations=iterations)
     return run | {"curve": [{"step": step, "mIoU": score} for step, score in scores.items()]}
 
 
-def test_the_table_of_curves_has_the_last_score_of_each_quarter() -> None:
+def test_the_table_of_curves_has_the_score_at_each_quarter() -> None:
     results = [with_curve(0, {1: 0.1, 2: 0.2, 4: 0.3, 6: 0.38, 8: 0.4}),
                with_curve(1, {2: 0.2, 4: 0.3, 6: 0.44, 8: 0.4})]
     line, = cells(render("curve p-1", results))
@@ -299,6 +299,11 @@ def test_the_table_of_curves_has_the_last_score_of_each_quarter() -> None:
                                    "-1.0 ± 4.2"]
 
 
-def test_a_quarter_without_validation_is_left_open() -> None:
-    line, = cells(render("curve p-1", [with_curve(0, {3: 0.3, 8: 0.4})]))
-    assert list(line.values())[2:] == ["8", "-", "30.0", "-", "40.0", "-"]
+def test_a_quarter_between_two_validations_lies_on_their_line() -> None:
+    line, = cells(render("curve p-1", [with_curve(0, {3: 0.3, 7: 0.5, 10: 0.8}, 10)]))
+    assert list(line.values())[2:] == ["10", "-", "40.0", "55.0", "80.0", "25.0"]
+
+
+def test_curves_name_runs_of_other_lengths() -> None:
+    text = render("curve p-1", [with_curve(0, {8: 0.4}), with_curve(1, {16: 0.4}, 16)])
+    assert cells(text)[0]["iterations"] == "8, 16" and "**Warning**" in text

@@ -22,8 +22,9 @@ from tools.planning import painting
 from tools.planning import plan as plans
 from tools.planning.plan import Expansion, Places, as_flags, plan_names, read_plan
 from tools.planning.published import published_jobs, published_names
+from tools.planning.repeats import find_finished
 from tools.planning.runner import Runner
-from tools.planning.status import BEGUN, DONE, NEW, status
+from tools.planning.status import BEGUN, DONE, NEW, Status, status
 from utils.errors import UserError
 
 PLAN = """
@@ -212,22 +213,58 @@ class TestRunning:
         assert jobs[0] not in reproduce.to_run(jobs[:3], states)
 
     def test_a_trial_with_the_weight_of_its_row_is_not_run_again(self, place, capsys) -> None:
-        text = (place / "tiny.toml").read_text()
-        (place / "tiny.toml").write_text(text.replace("values = [1e-6, 1e-4]", "values = [1e-6, 1e-5]"))
-        words = arguments(place, "--only", "/fd/1", "fd+1e-05/1", "--jobs", "2")
-        row, trial = (job for job in expand(place) if job.name.endswith(("/fd/1", "/fd+1e-05/1")))
+        row, trial, words = self.the_same_twice(place)
         assert reproduce.main([*words, "--dry-run"]) == 0
         said = capsys.readouterr().out
-        assert "1 of them take the result of a run" in said and row.shown in said and trial.shown not in said
+        assert row.shown in said and trial.shown not in said
         assert reproduce.main(words) == 0
         assert f"{trial.name}\n    takes the result of {row.name}" in capsys.readouterr().out
         one, other = (json.loads(job.result.read_text()) for job in (row, trial))
         changed = {key for key in other if other[key] != one.get(key)}
         assert changed == {"protocol", "label", "taken_from"} and other["taken_from"] == row.name
         assert (other["protocol"], other["label"]) == ("tiny-1-scan", "fd+1e-05") and not trial.folder.exists()
-        row.result.unlink()  # the other way round: the scan was there first
+        row.result.unlink()  # the other way round, in a clone: nothing is run, nor the teacher trained again
+        for path in expand(place)[0].folder.glob("*.pth"):
+            path.unlink()
         assert reproduce.main(arguments(place, "--only", "/fd/1")) == 0
-        assert json.loads(row.result.read_text()) == {**one, "taken_from": row.name}
+        assert f"{row.name} takes the result of {trial.name}" in capsys.readouterr().out
+        assert json.loads(row.result.read_text()) == one
+        other["settings"]["batch_size"] = 2  # not the plan's: it is not taken
+        trial.result.write_text(json.dumps(other))
+        assert find_finished([trial]) is None and find_finished([trial, row]) is row
+
+    def test_a_run_is_not_begun_where_the_same_one_has_stopped(self, tmp_path) -> None:
+        for code in (75, 2):
+            jobs = [shell_job(tmp_path, name, f"exit {code}") for name in ("one", "same")]
+            repeats = {"one": [jobs[1]], "same": [jobs[0]]}
+            outcome = Runner(jobs, set(), say=lambda line: None, repeats=repeats).run()
+            assert (outcome.stopped + outcome.failed, outcome.waiting) == (["one"], ["same"])
+
+    def test_what_has_begun_comes_first(self, place) -> None:
+        jobs = expand(place)[1:3]
+        states = {jobs[0].name: Status(NEW), jobs[1].name: Status(BEGUN, 2)}
+        assert reproduce.to_run(jobs, states) == jobs[::-1]
+
+    def test_a_row_of_another_seed_knows_the_scan_of_the_first(self, place) -> None:
+        row, trial, _ = self.the_same_twice(place)
+        plan, options = read_plan(place / "tiny.toml"), reproduce.Options(seeds=(2,))
+        repeats = reproduce.repeats_of([], plan, options)
+        assert [job.name for job in repeats[trial.name]] == [row.name]
+
+    def test_slurm_lists_hold_the_same_run_once(self, place, capsys) -> None:
+        row, trial, words = self.the_same_twice(place)
+        assert reproduce.main([*words, "--slurm"]) == 0
+        assert "1 more have the settings of runs in these lists" in capsys.readouterr().out
+        text = "".join(path.read_text() for path in (place / "work").glob("**/slurm-*.txt"))
+        assert row.shown in text and trial.shown not in text
+
+    @staticmethod
+    def the_same_twice(place: Path) -> tuple[plans.Job, plans.Job, list[str]]:
+        """A row and the trial of a scan that has its weight; the words that ask for both."""
+        text = (place / "tiny.toml").read_text()
+        (place / "tiny.toml").write_text(text.replace("values = [1e-6, 1e-4]", "values = [1e-6, 1e-5]"))
+        row, trial = (job for job in expand(place) if job.name.endswith(("/fd/1", "/fd+1e-05/1")))
+        return row, trial, arguments(place, "--only", "/fd/1", "fd+1e-05/1", "--jobs", "2")
 
     def test_a_failed_teacher_leaves_its_students_waiting(self, place, capsys) -> None:
         (place / "data" / "classes.txt").unlink()

@@ -12,7 +12,7 @@ result is skipped, what was interrupted goes on. Each run leaves one small file 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools.planning.painting import paint
 from tools.planning.plan import ROOT, Expansion, Job, Places, plan_names, read_plan
 from tools.planning.published import published_jobs, published_names
-from tools.planning.repeats import find_repeats, without_repeats
+from tools.planning.repeats import Repeats, find_finished, find_repeats, take_over, without_repeats
 from tools.planning.runner import Runner, write_lists
 from tools.planning.status import BEGUN, DONE, NEW, Status, status
 from utils.cli import ArgumentParser, read_options, run_main
@@ -62,12 +62,10 @@ def places_of(options: Options) -> Places:
     return Places.of(**{k: v for k, v in asdict(options).items() if k in ("results", "work", "data")})
 
 
-def all_jobs(name: str, plan: Mapping[str, Any] | None, options: Options) -> list[Job]:
-    """The runs of a plan, teachers first. plan: None for a published table, which ``name`` names."""
-    places = places_of(options)
-    if plan is None:
-        return published_jobs(name, places, options.seeds or (0,))
-    return Expansion(plan, places, options.seeds).jobs()
+def all_jobs(name: str, plan: Mapping[str, Any] | None, places: Places, seeds: Sequence[int]) -> list[Job]:
+    """The runs of a plan, teachers first. plan: None for a published table, which ``name`` names; seeds: in place of
+    the plan's, if there are any."""
+    return published_jobs(name, places, seeds or (0,)) if plan is None else Expansion(plan, places, seeds).jobs()
 
 
 def find_jobs(name: str, jobs: list[Job], options: Options) -> list[Job]:
@@ -91,36 +89,58 @@ def overview(jobs: list[Job], states: dict[str, Status]) -> str:
 
 
 def to_run(jobs: list[Job], states: dict[str, Status]) -> list[Job]:
-    """The runs without a result, and teachers whose result is there but whose weights, which they need, are not."""
+    """The runs without a result, and teachers whose result is there but whose weights, which they need, are not. Those
+    that have begun come first."""
     missing = {job.name for job in jobs if states[job.name].state != DONE}
     needed = {name for job in jobs if job.name in missing for name in job.needs}
     gone = {job.name for job in jobs if job.name in needed and not (ROOT / job.best).is_file()}
-    return [job for job in jobs if job.name in missing | gone]
+    wanted = [job for job in jobs if job.name in missing | gone]
+    return sorted(wanted, key=lambda job: states[job.name].state != BEGUN)
+
+
+def repeats_of(jobs: list[Job], plan: Mapping[str, Any] | None, options: Options) -> Repeats:
+    """Runs that are the same, among all of a plan, since a scan keeps the plan's first seed under --seeds. jobs: those
+    of the given seeds."""
+    if plan is not None and options.seeds:
+        jobs = Expansion(plan, places_of(options), sorted({*plan["seeds"], *options.seeds})).jobs()
+    return find_repeats(jobs)
+
+
+def submit(name: str, jobs: list[Job], repeats: Repeats, options: Options) -> None:
+    """Write the lists for a Slurm cluster and print what submits them."""
+    alone = without_repeats(jobs, repeats)
+    folder = ROOT / places_of(options).work / f"plan-{Path(name).stem}"
+    if alone:
+        print("\n".join(["", "submit in the root of the repository:", *write_lists(alone, folder, options.jobs)]))
+    if len(alone) < len(jobs):
+        print(f"{len(jobs) - len(alone)} more have the settings of runs in these lists: the same command, given when "
+              "those have ended, takes their results")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing of a plan. Returns 1 when a run failed, 0 otherwise."""
     name, options = parse(argv)
     plan = None if name in published_names() else read_plan(name)
-    everything = all_jobs(name, plan, options)
-    jobs = find_jobs(name, everything, options)
-    repeats = find_repeats(everything)
+    everything = all_jobs(name, plan, places_of(options), options.seeds)
+    jobs, repeats = find_jobs(name, everything, options), repeats_of(everything, plan, options)
     states = {job.name: status(job) for job in jobs}
-    missing = to_run(jobs, states)
     if plan is not None and "title" in plan:
         print(f"{plan['title']}\n")
     print(overview(jobs, states), flush=True)
-    alone = without_repeats(missing, repeats)
-    if len(alone) < len(missing):
-        print(f"{len(missing) - len(alone)} of them take the result of a run with the same settings")
+    sources = {job.name: source for job in jobs if states[job.name].state != DONE
+               and (source := find_finished(repeats.get(job.name, ()))) is not None}
+    missing = to_run(jobs, {**states, **dict.fromkeys(sources, Status(DONE))})
+    for job in (job for job in jobs if job.name in sources):
+        print(f"{job.name} takes the result of {sources[job.name].name}, whose settings are the same")
+        if not options.dry_run:
+            take_over(job, sources[job.name])
     if options.dry_run:
-        print("\n".join(["", *(job.shown for job in alone)]))
+        print("\n".join(["", *(job.shown for job in without_repeats(missing, repeats))]))
         return 0
     if plan is not None and missing and options.data is None:
         paint(plan)
     if options.slurm:
-        folder = ROOT / places_of(options).work / f"plan-{Path(name).stem}"
-        print("\n".join(["", "submit in the root of the repository:", *write_lists(alone, folder, options.jobs)]))
+        submit(name, missing, repeats, options)
         return 0
     minutes = options.time_budget
     outcome = Runner(missing, states.keys() - {job.name for job in missing}, options.jobs,

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from losses.core import methods
+from models.published import local
 from tools.planning.painting import paint
 from tools.planning.plan import ROOT, read_plan
 from utils.cli import parse_options, run_main
@@ -69,19 +70,26 @@ def command(name: str, settings: Settings, folder: Path) -> list[str]:
 
 
 def read(folder: Path) -> list[dict]:
-    """The JSON lines that a run wrote."""
-    return [json.loads(line) for path in folder.glob("*.jsonl") for line in path.read_text("utf-8").splitlines()]
+    """The JSON lines of the newest run in a folder."""
+    log = max(folder.glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns, default=None)
+    return [] if log is None else [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+
+
+def origin(name: str, settings: Settings) -> dict:
+    """What a run depends on: its flags without its folders, and the teacher's file."""
+    teacher = Path(local(settings.teacher_pretrained)).expanduser()
+    return {"command": command(name, settings, Path(name))[2:],
+            "teacher": sha256(teacher) if name != "none" and teacher.is_file() else None}
 
 
 def result(name: str, settings: Settings) -> list[dict]:
     """Records of the method's run, made now unless a complete one is there. UserError when that has other settings."""
     folder = Path(settings.out) / name
-    made_by = {"command": command(name, settings, folder)[2:], "teacher": sha256(Path(settings.teacher_pretrained))}
-    note = folder / "made_by.json"
+    made_by, note = origin(name, settings), folder / "made_by.json"
     if any(r["kind"] == "val" for r in read(folder)):
         if not note.is_file() or json.loads(note.read_text("utf-8")) != made_by:
-            raise UserError(f"--out {settings.out}: {folder} holds a run of other settings or of another teacher; "
-                            f"delete it, or name another folder")
+            raise UserError(f"--out {settings.out}: {folder} holds a run of other settings, of another teacher, or one "
+                            f"that does not say what it was made with; delete it, or name another folder")
     else:
         write_json(note, made_by)
         done = subprocess.run(command(name, settings, folder), capture_output=True, text=True)
@@ -112,8 +120,6 @@ def main(argv: list[str] | None = None) -> int:
         plan = read_plan("toy-full")
         paint(plan)
         settings = replace(settings, data=str(ROOT / plan["data"]))
-    if not Path(settings.teacher_pretrained).is_file():
-        raise UserError(f"--teacher-pretrained {settings.teacher_pretrained}: no such file")
     print("| method | own terms, first tenth | last tenth | task loss, last tenth | val mIoU % |\n" + "|---" * 5 + "|")
     for name in settings.methods:
         print(row(name, result(name, settings)), flush=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from engine.results import read_result
 from engine.run_files import plain
 from tools.planning.plan import Job
-from tools.planning.status import DONE, status
+from tools.planning.status import status
 from utils.errors import UserError
 from utils.files import write_json
 
@@ -30,29 +30,30 @@ def find_repeats(jobs: Sequence[Job]) -> dict[str, list[Job]]:
 
 def find_finished(others: Sequence[Job]) -> Job | None:
     """The first of them that has its result, by settings and from a teacher that the plan still has."""
-    for job in others:
+    for job in (job for job in others if job.result.is_file()):
         try:
-            if job.result.is_file() and status(job).state == DONE:
-                return job
+            status(job)
         except UserError:
             continue
+        return job
     return None
 
 
 def take_over(job: Job, source: Job) -> None:
-    """Write the result of another run with the same settings as the job's, which then is done."""
+    """Write the result of another run with the same settings as the job's, which then is done. It says from where it
+    is, unless the other had taken it from this run."""
     result, running = read_result(source.result), job.settings.running
-    write_json(job.result, {**result, "protocol": running.protocol, "label": running.label,
-                            "taken_from": result.get("taken_from", source.name)}, indent=None)
+    origin = result.pop("taken_from", source.name)
+    said = {} if origin == job.name else {"taken_from": origin}
+    write_json(job.result, {**result, "protocol": running.protocol, "label": running.label, **said}, indent=None)
 
 
 def without_repeats(jobs: Sequence[Job], repeats: Repeats) -> list[Job]:
-    """Those that have to be run: none that has the settings of a finished one, or of one before it in the list."""
+    """Those without the settings of one before them in the list."""
     chosen: list[Job] = []
     names: set[str] = set()
     for job in jobs:
-        others = repeats.get(job.name, ())
-        if not names.intersection(other.name for other in others) and find_finished(others) is None:
+        if not names.intersection(other.name for other in repeats.get(job.name, ())):
             chosen.append(job)
             names.add(job.name)
     return chosen

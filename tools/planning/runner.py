@@ -41,8 +41,8 @@ class Runner:
     """Runs jobs, ``side_by_side`` of them at a time.
 
     finished: names of jobs that are done. seconds: after them no run is begun, and those that run are told to end; each
-    saves its state and goes on from there when it is run again. say: gets a line per event. repeats: of
-    ``find_repeats``; a job takes the result of one that is the same, and waits while that runs.
+    saves its state and goes on from there when it is run again. say: gets a line per event. repeats: what
+    ``find_repeats`` returns; a job waits for one with the same settings that has begun, and takes its result.
     """
 
     def __init__(self, jobs: Sequence[Job], finished: set[str], side_by_side: int = 1, seconds: float | None = None,
@@ -77,8 +77,9 @@ class Runner:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     def _can_begin(self, job: Job) -> bool:
-        same = (other.name for other in self.repeats.get(job.name, ()))
-        return self.finished.issuperset(job.needs) and not self.running.keys() & set(same)
+        begun = {*self.running, *self.outcome.stopped, *self.outcome.failed}
+        same = {other.name for other in self.repeats.get(job.name, ())}
+        return self.finished.issuperset(job.needs) and not begun & same
 
     def _begin(self) -> bool:
         """Begin what can begin. Whether anything has begun."""
@@ -91,7 +92,7 @@ class Runner:
             self.begun += 1
             if (source := find_finished(self.repeats.get(job.name, ()))) is not None:
                 take_over(job, source)
-                self._is_done(job)
+                self._note_done(job)
                 said = f"takes the result of {source.name}, whose settings are the same"
             else:
                 self.running[job.name] = (job, start(job, self.side_by_side), time.monotonic())
@@ -99,7 +100,7 @@ class Runner:
             self.say(f"[{self.begun}/{self.count}] {job.name}\n    {said}")
         return self.begun > before
 
-    def _is_done(self, job: Job) -> None:
+    def _note_done(self, job: Job) -> None:
         self.finished.add(job.name)
         self.outcome.done.append(job.name)
 
@@ -111,7 +112,7 @@ class Runner:
             del self.running[name]
             minutes = (time.monotonic() - began) / 60
             if code == 0 and job.result.is_file():
-                self._is_done(job)
+                self._note_done(job)
                 self.say(f"done after {minutes:.1f} min: {name}")
             elif code in CODES.values():
                 self.outcome.stopped.append(name)
