@@ -44,8 +44,13 @@ def test_an_earlier_state_goes_on_to_the_same_student(tmp_path, capsys) -> None:
     assert "at step 2" in said and "will differ" not in said
     student, expected = (read_state_dict(path) for path in (save / f"{STEM}.pth", FILES / "student.pth"))
     assert student.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(student[name], value, rtol=1e-4, atol=1e-6, msg=name)  # other CPUs round otherwise
+    began = torch.load(FILES / "state.pth", weights_only=True)["model"]
+    learned = [name for name, value in expected.items() if value.is_floating_point() and "running" not in name]
+
+    def distance(one: dict, other: dict) -> float:
+        return sum((one[name] - other[name]).double().square().sum().item() for name in learned) ** 0.5
+    # other CPUs round otherwise, which this narrow network makes 3 % of two steps; without the momentum it is 93 %
+    assert distance(student, expected) < 0.15 * distance(began, expected)
 
 
 def test_an_earlier_state_goes_on_with_the_faster_forms(tmp_path) -> None:
