@@ -216,8 +216,8 @@ def in_iterations(settings: Settings) -> Settings:
                         f"{settings.recipe.epochs}: {images} images, --batch-size {o.batch_size}")
     tenth = {name: min(getattr(r, name), -(-iterations // 10)) for name in ("val_per_iters", "save_per_iters")
              if name not in settings.given}
-    LOG.info("%d epochs of %d training images: %d iterations of %d images", settings.recipe.epochs, images, iterations,
-             o.batch_size)
+    LOG.info("--epochs %d of %d training images: --max-iterations %d at --batch-size %d", settings.recipe.epochs,
+             images, iterations, o.batch_size)
     return replace(settings, optimization=replace(o, max_iterations=iterations), running=replace(r, **tenth))
 
 
