@@ -103,10 +103,10 @@ class Journal:
         raw, weighted = (dict(zip(names, part.tolist(), strict=True)) for part in values[:-1].chunk(2))
         if self.logger is None:
             return
+        iterations = run.settings.optimization.max_iterations
+        left = self.clock.time_of(iterations - run.step)
         window = self.clock.read()
         speed = window["images_per_second"]
-        o = run.settings.optimization
-        left = timedelta(seconds=int((o.max_iterations - run.step) * o.batch_size / speed))
         flops, said = self._utilization(speed)
         diagnostics = {k: float(v) for k, v in run.objective.diagnostics().items()}
         if run.step_fn.scaler.is_enabled():
@@ -118,7 +118,7 @@ class Journal:
                            **{k: round(v, 4) for k, v in window.items()}, **flops)
         total, waiting = values[-1].item(), f"data {100 * window['waiting_for_data']:.0f}%"
         self.progress.set_postfix_str(f"loss {total:.3g} {speed:.1f} img/s", refresh=False)
-        LOG.info("%s", fold([f"step {run.step}/{o.max_iterations}", f"loss {total:.4g}:",
+        LOG.info("%s", fold([f"step {run.step}/{iterations}", f"loss {total:.4g}:",
                              *(f"{k} {weighted[k]:.4g}" for k in names), f"lr {result.lr:.4g}",
                              f"{speed:.1f} img/s", waiting, f"ETA {left}"]))
         LOG.debug("%s", fold([f"{INDENT}without weights:", *(f"{k} {raw[k]:.4g}" for k in names), *said]))
@@ -152,7 +152,7 @@ class Stopwatch:
         """Start a new window now."""
         self.start = self.mark = time.perf_counter()
         self.cpu_start = self.cpu_mark = time.process_time()
-        self.waited, self.images = 0.0, 0
+        self.waited, self.images, self.steps = 0.0, 0, 0
 
     def skip(self) -> None:
         """What passed since the last step, such as a validation, does not count."""
@@ -175,7 +175,12 @@ class Stopwatch:
     def count(self, images: int) -> None:
         """One step over that many images is done."""
         self.images += images
+        self.steps += 1
         self.mark, self.cpu_mark = time.perf_counter(), time.process_time()
+
+    def time_of(self, steps: int) -> timedelta:
+        """How long so many steps take at the speed since the last reading, in whole seconds."""
+        return timedelta(seconds=int(steps * (time.perf_counter() - self.start) / max(self.steps, 1)))
 
     def read(self) -> dict[str, float]:
         """The window, and start the next one: images per second of all processes, share of the time waiting for data,
