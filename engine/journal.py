@@ -179,8 +179,8 @@ class Stopwatch:
         self.mark, self.cpu_mark = time.perf_counter(), time.process_time()
 
     def time_of(self, steps: int) -> timedelta:
-        """How long so many steps take at the speed since the last reading, in whole seconds."""
-        return timedelta(seconds=int(steps * (time.perf_counter() - self.start) / max(self.steps, 1)))
+        """How long so many steps take at the speed since the last reading (of one step at least), in whole seconds."""
+        return timedelta(seconds=int(steps * (time.perf_counter() - self.start) / self.steps))
 
     def read(self) -> dict[str, float]:
         """The window, and start the next one: images per second of all processes, share of the time waiting for data,

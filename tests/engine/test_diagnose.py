@@ -164,8 +164,8 @@ def test_other_forms_of_the_step(place, flags) -> None:
     assert_same(dict(run.objective.state_dict()), before)
     assert all(p.grad is None for p in run.objective.parameters())
     expected = diagnose(reference, batch)
-    if "bf16" in flags:  # 8 bits in each of many layers; with --grad-accumulation it is another batch
-        assert gradients(found) == pytest.approx(gradients(expected), rel=0.5)
+    if "--grad-accumulation" not in flags:  # there it is another batch; bf16 keeps 8 bits in each of many layers
+        assert gradients(found) == pytest.approx(gradients(expected), rel=0.5 if "bf16" in flags else 0.05)
 
 
 def gradients(found: dict) -> dict[str, float]:
