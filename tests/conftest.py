@@ -18,3 +18,14 @@ def no_log_of_an_earlier_test():
     for handler in LOG.handlers[:]:
         LOG.removeHandler(handler)
         handler.close()
+
+
+#: The files that take longest. Begun first: at the end no worker waits for another one's long file.
+LONGEST = ("test_method_runs", "test_reproduce", "test_training_golden", "test_simulated_step", "test_distributed",
+           "test_benchmark", "test_methods", "test_lad", "test_speed", "test_signals", "test_shutdown",
+           "test_afdcd_golden", "test_eval_cli", "test_networks", "test_adversarial", "test_package")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
