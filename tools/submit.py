@@ -16,7 +16,7 @@ import os
 import sys
 import zipfile
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -57,7 +57,14 @@ class Submission(OptionGroup):
               "by the name of the folder)", choices=tuple(KINDS))
 
 
-GROUPS = (("submission", Submission), *(pair for pair in EVAL_GROUPS if pair[1] is not Output))
+@dataclass(frozen=True, kw_only=True)
+class ServerData(Data):
+    """What eval.py reads, but of the split whose labels only the server has."""
+    split: str = option("test", "train, val, test, ...")
+
+
+GROUPS = (("submission", Submission), *((title, ServerData if group is Data else group)
+                                        for title, group in EVAL_GROUPS if group is not Output))
 
 
 @dataclass(frozen=True)
@@ -187,7 +194,6 @@ def parse(argv: list[str] | None) -> tuple[Submission, EvalSettings]:
         raise UserError("--values: expected with --predictions, whose files it describes")
     check_target(Path(options.out), "--out", is_folder=False)
     output = Output(save_ids=True, save_dir=Path(options.out).with_suffix(""))
-    data = replace(data, split=data.split or "test")
     return options, EvalSettings(network, data, prediction, speed, output, running)
 
 

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -314,3 +315,8 @@ class TestSpeedInTheLog:
             assert peak_flops(cuda, torch.bfloat16) == peak
         assert math.isfinite(peak_flops(torch.device("cpu"), torch.float32)) and peak_flops(
             torch.device("cpu"), torch.float32) > 1e8
+
+    def test_peak_of_a_cpu_does_not_count_the_time_of_other_processes(self, monkeypatch) -> None:
+        monkeypatch.setattr("utils.flops.time", SimpleNamespace(
+            perf_counter=iter((0.0, 0.0, 1.0)).__next__, thread_time=iter((5.0, 5.25)).__next__))
+        assert peak_flops(torch.device("cpu"), torch.float32) == 2 * 9 * (256 * 64) ** 2 / 0.25
