@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -36,3 +38,19 @@ def test_a_fitting_torchvision_is_left_alone():
                   "assert compat.import_torchvision() is fitting\n"
                   "assert compat._declared == []")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("message", ["operator torchvision::nms does not exist", "something else"])
+def test_torchvision_that_does_not_import_at_all(message):
+    done = python("import importlib\n"
+                  "from models.torchvision_compat import import_torchvision\n"
+                  "from utils.errors import UserError\n"
+                  "def broken(name):\n"
+                  f"    raise RuntimeError({message!r})\n"
+                  "importlib.import_module = broken\n"
+                  "try:\n"
+                  "    import_torchvision()\n"
+                  "except UserError as error:\n"
+                  "    print(error)")
+    assert done.returncode == 0, done.stderr
+    assert "torchvision does not" in done.stdout and message in done.stdout
