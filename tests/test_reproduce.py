@@ -322,7 +322,7 @@ class TestRunning:
         text = (place / "tiny.toml").read_text()
         file = "pretrained_ckpt/of_nobody/resnet18-imagenet.pth"
         (place / "tiny.toml").write_text(text.replace("[teachers.net]", f"[teachers.net]\nfile = '{file}'"))
-        missed = f"{file}: no such weights file, from which runs learn (4 of those left); python tools/get_weights.py "
+        missed = f"{file}: no such weights file, which 4 of the runs left need; python tools/get_weights.py "
         for words in (["--dry-run"], ["--slurm"]):
             assert reproduce.main(arguments(place, *words)) == 0
             assert f"missing: {missed}" in capsys.readouterr().out

@@ -110,7 +110,7 @@ def absent_teachers(missing: list[Job], everything: list[Job]) -> list[str]:
     """A line for every teacher's file that runs need, that is not there and that no run of the plan makes."""
     made = {str(job.best) for job in everything}
     needed = Counter(str(job.settings.networks.teacher_pretrained) for job in missing if job.settings.needs_teacher)
-    return [f"{file}: no such weights file, from which runs learn ({count} of those left){how_to_get(Path(file))}"
+    return [f"{file}: no such weights file, which {count} of the runs left need{how_to_get(Path(file))}"
             for file, count in needed.items() if is_given(file) and not file.startswith(TORCHVISION)
             and file not in made and not (ROOT / Path(file).expanduser()).is_file()]
 
