@@ -48,11 +48,11 @@ def find_samples(spec: DatasetSpec, root: str | os.PathLike, split: str, list_fi
         source = f"{os.path.join(root, part.image_dir)}: no images ({endings})"
     if not pairs:
         raise UserError(f"{source}; expected those of split '{split}' of {spec.title}")
-    absent = {path for what, paths in (("image", [image for image, _ in pairs]),
-                                       ("label", [label for _, label in pairs if label]))
-              for path in _absent(paths, what, report)}
-    return [Sample(image, label, os.path.splitext(os.path.basename(label or image))[0], spec.upright_labels)
-            for image, label in pairs if image not in absent and label not in absent]
+    images = _present([image for image, _ in pairs], "image", report)
+    labels = _present([label for _, label in pairs if label], "label", report)
+    return [Sample(images[image], label and labels[label], os.path.splitext(os.path.basename(label or image))[0],
+                   spec.upright_labels)
+            for image, label in pairs if image in images and (label is None or label in labels)]
 
 
 def labels_without_image(spec: DatasetSpec, root: str | os.PathLike, split: str) -> list[str]:
@@ -171,18 +171,30 @@ def _from_list(part: SplitSpec, root: str, path: str, report: Report) -> list[tu
     return pairs
 
 
-def _absent(paths: Iterable[str], what: str, report: Report) -> Iterator[str]:
-    """The paths that are no files; asks once per folder, not per file."""
-    present: dict[str, dict[str, bool]] = {}
+def _present(paths: Iterable[str], what: str, report: Report) -> dict[str, str]:
+    """path -> file, of the paths that are files; their endings count in any case. Asks once per folder, not per file.
+    """
+    found: dict[str, str] = {}
+    folders: dict[str, dict[str, dict[str, bool]]] = {}
     for path in paths:
         folder, name = os.path.split(path)
-        if folder not in present:
-            entries = os.scandir(folder) if os.path.isdir(folder) else ()
-            present[folder] = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
-        if name not in present[folder]:
-            report(path, f"{what} not found; expected one for every entry of the split")
-        elif present[folder][name]:
+        if folder not in folders:
+            folders[folder] = _entries(folder)
+        near = folders[folder].get(os.path.splitext(name)[0], {})
+        actual = name if name in near else next((other for other in near if other.lower() == name.lower()), None)
+        if actual is None:
+            there = f" (there is {min(near)}{'; labels are PNG files' if what == 'label' else ''})" if near else ""
+            report(path, f"{what} not found; expected one for every entry of the split{there}")
+        elif near[actual]:
             report(path, f"a folder; expected the {what}")
         else:
-            continue
-        yield path
+            found[path] = os.path.join(folder, actual)
+    return found
+
+
+def _entries(folder: str) -> dict[str, dict[str, bool]]:
+    """stem -> {name: whether it is a folder} of all that is in a folder; none when there is no such folder."""
+    stems: dict[str, dict[str, bool]] = {}
+    for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+        stems.setdefault(os.path.splitext(entry.name)[0], {})[entry.name] = entry.is_dir(follow_symlinks=False)
+    return stems

@@ -138,5 +138,5 @@ def folder_spec(root: str | os.PathLike | None) -> DatasetSpec:
     return DatasetSpec(
         name="folder", title=f"folder {root}", classes=tuple(entry.name for entry in entries), splits=splits,
         palette=[entry.color or color for entry, color in zip(entries, generated, strict=True)], train_crop=crop,
-        report_splits=("test",) if "test" in splits and splits["test"].label_dir else (),
+        report_splits=("test",) if "test" in splits and splits["test"].label_dir else (), values_from_file=True,
         **id_tables(mapping, ignore))

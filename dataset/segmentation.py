@@ -127,7 +127,7 @@ class SegmentationDataset(Dataset):
             return
         values = self.cache.values(index) if self.cache else label
         if cv2.LUT(values, self._unknown).any():
-            raise self.spec.unknown_value(self.samples[index].label, int(label[~self.spec.known_ids[label]][0]))
+            raise self.spec.unknown_value(self.samples[index].label, label)
 
     def require_labels(self) -> None:
         """UserError when not one pixel of the split has a class; mostly the first image tells."""

@@ -11,6 +11,8 @@ from dataset.palette import bit_palette, read_only
 from utils.errors import UserError
 
 IGNORE = -1
+#: for messages on label values of a set whose class file says which is which
+HOW_TO_SAY_VALUES = 'give each class its value as "id" in classes.json (data/README.md)'
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,13 @@ class SplitSpec:
     """Where one split lies under the root.
 
     An image ``<image_dir>/<key><image suffix>`` belongs to the label ``<label_dir>/<key><label_suffix>``.
-    label_dir: None where a split has no (public) labels. image_suffix: accepted endings, in any case. nested: the key
-    may contain folders (Cityscapes: one per city). lists: list files that are used, in this order, when they exist
-    under the root and none is given. id_list: they hold one key per line; otherwise "image label", relative to the
-    root. by_label: without a list, the files of the label folder decide which images belong to the split.
-    published: number of images of the published split, None when there is no such number. same_names: names of images
-    may differ in the ending alone, because nothing belongs to an image or is written under its name.
+    label_dir: None where a split has no (public) labels. image_suffix: accepted endings; case counts neither in them
+    nor in label_suffix. nested: the key may contain folders (Cityscapes: one per city). lists: list files that are
+    used, in this order, when they exist under the root and none is given. id_list: they hold one key per line;
+    otherwise "image label", relative to the root. by_label: without a list, the files of the label folder decide which
+    images belong to the split. published: number of images of the published split, None when there is no such number.
+    same_names: names of images may differ in the ending alone, because nothing belongs to an image or is written under
+    its name.
     """
 
     image_dir: str
@@ -55,6 +58,7 @@ class DatasetSpec:
     report_splits: tuple[str, ...] = ()  # evaluated at the end
     reference_selection_split: str = "val"  # on which the reference implementation selects
     absent_classes: tuple[int, ...] = ()  # train ids that never occur in the published labels (still count in mIoU)
+    values_from_file: bool = False  # whoever made the labels says in a class file which value is which class
     upright_labels: bool = False  # labels fit images as EXIF data turn them; if not known, such images are refused
 
     def __post_init__(self) -> None:
@@ -100,9 +104,13 @@ class DatasetSpec:
         runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
         return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)
 
-    def unknown_value(self, path: str, value: int) -> UserError:
-        """The error for a label file with a stored value that may not occur."""
-        return UserError(f"{path}: label value {value}; {self.title} expects {self.allowed_ids()}")
+    def unknown_value(self, path: str, stored: np.ndarray) -> UserError:
+        """The error for a label file with these stored values, of which some may not occur."""
+        wrong = stored[~self.known_ids[stored]][0]
+        values = np.unique(stored[(self.id_to_train[stored] >= 0) | ~self.known_ids[stored]])
+        from_one = values[0] == 1 and values[-1] == self.num_class and (self.train_to_id == range(self.num_class)).all()
+        hint = f"; if the labels begin at 1, {HOW_TO_SAY_VALUES}" if from_one and self.values_from_file else ""
+        return UserError(f"{path}: label value {wrong}; {self.title} expects {self.allowed_ids()}{hint}")
 
 
 def id_tables(mapping: Mapping[int, int], ignore: Iterable[int] = ()) -> dict[str, np.ndarray]:

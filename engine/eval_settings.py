@@ -99,7 +99,7 @@ class Output(OptionGroup):
     json: Path | None = option(None, "write all figures, as fractions", metavar="FILE")
     reference_metric: bool = option(False, "also what the reference prints as pixel accuracy: the arg max of logits "
                                            "truncated to integers (takes more time and memory)")
-    save_dir: Path = option(Path("runs"), "pictures go to DIR/<model>_<backbone>_<dataset>_<split>/",
+    save_dir: Path = option(Path("runs"), "pictures go to DIR/<path of the weights>/<dataset>_<split>/",
                             metavar="DIR")
     save_pred: bool = option(False, "write predictions: colour/ (palette PNG) and index/ (grey PNG)")
     save_ids: bool = option(False, "write predictions as the data set's own label values: ids/, for submission")

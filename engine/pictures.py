@@ -10,6 +10,7 @@ from torch import Tensor
 from dataset import SegmentationDataset
 from engine.eval_settings import EvalSettings, Output
 from models import network_name
+from models.weight_files import is_given
 from utils.visualize import color_mask, overlay, save_index, save_rgb
 
 
@@ -36,9 +37,15 @@ class PredictionWriter:
 
 
 def pictures_folder(settings: EvalSettings, split: str) -> Path:
-    """Where the pictures of a split go."""
-    network = settings.network
-    return settings.output.save_dir / f"{network_name(network.model, network.backbone)}_{settings.data.dataset}_{split}"
+    """Where the pictures of a split go. No two files of weights share a folder: below ``--save-dir`` it has the path of
+    the weights, from there or else from the present folder."""
+    top, network = settings.output.save_dir, settings.network
+    source = Path(network_name(network.model, network.backbone))
+    if is_given(network.pretrained):
+        weights = Path(os.path.abspath(Path(network.pretrained).expanduser())).with_suffix("")
+        bases = (Path(os.path.abspath(top)), Path.cwd(), Path(weights.anchor))
+        source = next(weights.relative_to(base) for base in bases if weights.is_relative_to(base))
+    return top / source / f"{settings.data.dataset}_{split}"
 
 
 def output_names(images: list[str]) -> list[str]:

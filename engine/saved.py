@@ -27,7 +27,9 @@ def config_of(folder: Path, flag: str = "", instead: str = "") -> Path:
     messages. UserError when there is not exactly one."""
     found = sorted(folder.glob("*_config.json"))
     if len(found) != 1:
-        held = ", ".join(path.name for path in found) or "none" if folder.is_dir() else "no such folder"
+        held = ", ".join(path.name for path in found) or "none"
+        if not folder.is_dir():
+            held = "no folder, but a file" if folder.exists() else "no such folder"
         raise UserError(f"{flag} {folder}: expected the --save-dir of one run, with its kd_..._config.json"
                         f"{instead} ({held})".strip())
     return found[0]

@@ -19,6 +19,7 @@ from engine.saved import config_of
 from models import NetworkChoice, read_info
 from models.hub import CONFIG, WEIGHTS, fetch, from_pretrained, read_config
 from models.outside import check_said
+from models.published import how_to_get
 from utils.errors import UserError
 from utils.options import OptionGroup, option
 
@@ -79,7 +80,7 @@ def open_trained(source: str | os.PathLike, known: Known | None = None) -> Train
     if path.is_dir() and not (path / CONFIG).is_file():
         return _of_file(os.fspath(source), _weights_of_run(path, known.weights), known, is_run=True)
     if not path.exists() and path.suffix in ENDINGS:
-        raise UserError(f"{source}: no such weights file")
+        raise UserError(f"{source}: no such weights file{how_to_get(path)}")
     return _of_folder(os.fspath(source), fetch(path.parent if path.is_file() else source), known)
 
 

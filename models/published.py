@@ -66,6 +66,17 @@ def find(name: str) -> Published:
     return known[name]
 
 
+def how_to_get(path: Path) -> str:
+    """The end of a message on a file that is not there: how it gets there, if it is called like one of the table."""
+    one = next((one for one in published().values() if one.file == path.name), None)
+    if one is None:
+        return ""
+    if one.url is None:
+        return f"; only a browser gets it, from {one.page}"
+    to = "" if path.parent == one.folder.expanduser() else f" --to {path.parent}"
+    return f"; python tools/get_weights.py {one.name}{to} downloads it"
+
+
 def fetch(name: str, folder: Path | None = None) -> Path:
     """The file of a name, downloaded when it is not there. Of several processes of a machine one downloads and the
     others wait. A SHA-256 that nobody has published is written beside it.

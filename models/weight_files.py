@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models.preprocess import Preprocess
-from models.published import local
+from models.published import how_to_get, local
 from models.torchvision_compat import import_torchvision
 from utils.errors import UserError
 from utils.extras import need
@@ -64,6 +64,8 @@ def open_weights(source: str | os.PathLike) -> WeightFile:
     if name.startswith(TORCHVISION):
         return WeightFile(name, _tensors(name, _download(name)))
     path = Path(name).expanduser()
+    if not path.exists():
+        raise UserError(f"{path}: no such weights file{how_to_get(path)}")
     content = read_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path, "weights file")
     info = read_info(path)
     nested = content.get(INFO_KEY) if isinstance(content, Mapping) else None

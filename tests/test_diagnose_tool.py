@@ -123,6 +123,9 @@ def test_what_is_refused(place, capsys, tmp_path) -> None:
     assert_refused(capsys, diagnose.main, [], "required: RUN")
     assert_refused(capsys, diagnose.main, [str(tmp_path)], str(tmp_path), "expected the --save-dir of one run",
                    "(none)")
+    weights = next((place / "logged").glob("*_best_model.pth"))
+    assert_refused(capsys, diagnose.main, [str(weights)], "expected the --save-dir of one run",
+                   "(no folder, but a file)")
     assert_refused(capsys, diagnose.main, [str(place / "logged"), "--batches", "0"], "--batches", "at least 1")
     (tmp_path / "kd_config.json").write_text('{"config": {"lambda_kd": "much"}}')
     assert_refused(capsys, diagnose.main, [str(tmp_path)], "kd_config.json", "not a configuration of a run")

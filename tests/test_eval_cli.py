@@ -140,7 +140,7 @@ def test_an_error_that_one_of_two_processes_finds_is_told(place: Path, tmp_path:
 def test_pictures(place: Path, tmp_path: Path) -> None:
     argv = arguments(place, "--save-pred", "--blend", "--save_ids", "--save_dir", str(tmp_path), "--limit", "2")
     assert run_main(program.main, argv) == 0
-    folder = tmp_path / "deeplab_mobile_mobilenetv2_w0.25_camvid_val"
+    folder = tmp_path / (place / "camvid").relative_to("/") / "camvid_val"
     names = {str(p.relative_to(folder)) for p in tmp_path.rglob("*.png")}
     assert names == {f"{kind}/{key}.png" for kind in ("colour", "index", "ids", "overlay") for key in "ab"}
     with torch.no_grad():
@@ -155,11 +155,21 @@ def test_pictures(place: Path, tmp_path: Path) -> None:
     assert np.abs(mixed - (image / 2 + colours / 2)).max() <= 1
 
 
+def test_pictures_of_two_runs_are_kept_apart(place: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/plain/net.pth", "runs/student/net.pth", "files/net.pth"):
+        Path(name).parent.mkdir(parents=True)
+        shutil.copy(place / "camvid.pth", name)
+        assert run_main(program.main, arguments(place, "--save-pred", "--limit", "1", "--pretrained", name)) == 0
+        folder = f"runs/{name.removeprefix('runs/').removesuffix('.pth')}/camvid_val"
+        assert capsys.readouterr().out.endswith(f"\npictures: {folder}\n") and Path(folder, "colour/a.png").is_file()
+
+
 def test_cityscapes_ids_and_names_are_those_of_a_submission(place: Path, tmp_path: Path) -> None:
     argv = arguments(place, "--save-ids", "--save-pred", "--save-dir", str(tmp_path), "--json",
                      str(tmp_path / "r.json"), dataset="citys")
     assert run_main(program.main, argv) == 0
-    folder = tmp_path / "deeplab_mobile_mobilenetv2_w0.25_citys_val"
+    folder = tmp_path / (place / "citys").relative_to("/") / "citys_val"
     name = "town_00000a_000019_leftImg8bit.png"
     ids, trained = (np.asarray(Image.open(folder / kind / name)) for kind in ("ids", "index"))
     spec = get_dataset_spec("citys")

@@ -50,7 +50,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def pictures(place: Path, name: str, kind: str) -> Path:
-    return place / "pictures" / f"deeplab_mobile_mobilenetv2_w0.25_{name}_test" / kind
+    return place / "pictures" / (place / name).relative_to("/") / f"{name}_test" / kind
 
 
 def arguments(place: Path, name: str, out: Path, *more: str) -> list[str]:

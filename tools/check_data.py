@@ -25,6 +25,7 @@ from tqdm import tqdm
 from dataset import DatasetSpec, get_dataset_spec, list_datasets
 from dataset.discovery import Sample, find_samples, labels_without_image
 from dataset.io import decode_pair, read_files
+from dataset.spec import HOW_TO_SAY_VALUES, IGNORE
 from dataset.unlabelled import SPLIT, unlabeled_spec
 from utils.cli import parse_options, run_main
 from utils.distributed import available_cpus
@@ -62,7 +63,8 @@ class Problem(NamedTuple):
 
 @dataclass
 class SplitReport:
-    """What was found in one split. pixels: int64 [K + 1], per class over what was decoded, ignored ones last."""
+    """What was found in one split. pixels: int64 [K + 1], per class over what was decoded, ignored ones last; stored:
+    int64 [256], per stored label value."""
 
     name: str
     labeled: bool
@@ -71,6 +73,7 @@ class SplitReport:
     images: int = 0
     decoded: int = 0
     all_ignored: int = 0
+    stored: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     problems: list[Problem] = field(default_factory=list)
 
     def add(self, level: str, file: str | None, message: str) -> None:
@@ -126,24 +129,23 @@ def decode(spec: DatasetSpec, samples: Sequence[Sample], report: SplitReport, th
                     wrong = sample.label if sample.label and found.startswith(sample.label) else sample.image
                     report.add("error", wrong, found)
                 else:
-                    report.pixels += found
-                    report.all_ignored += int(report.labeled and not found[:-1].any())
+                    report.stored += found
+                    report.all_ignored += int(report.labeled and not found[spec.id_to_train >= 0].any())
         finally:
             pool.shutdown(cancel_futures=True)
+    np.add.at(report.pixels, spec.id_to_train, report.stored)  # ignored ones are -1, the last
 
 
 def look_at(spec: DatasetSpec, sample: Sample) -> np.ndarray | str:
-    """int64 [K + 1], the pixels of a sample per class and ignored; or what is wrong with it."""
+    """int64 [256], the pixels of a sample per stored label value; or what is wrong with it."""
     try:
         label = decode_pair(sample, *read_files(sample))[1]
         stored = np.zeros(256, np.int64) if label is None else np.bincount(label.ravel(), minlength=256)
-        if unknown := np.flatnonzero((stored > 0) & ~spec.known_ids).tolist():
-            raise spec.unknown_value(sample.label, unknown[0])
+        if (stored[~spec.known_ids] > 0).any():
+            raise spec.unknown_value(sample.label, np.flatnonzero(stored))
     except UserError as error:
         return str(error)
-    pixels = np.zeros(spec.num_class + 1, np.int64)
-    np.add.at(pixels, spec.id_to_train, stored)  # ignored ones are -1, the last
-    return pixels
+    return stored
 
 
 def judge_labels(spec: DatasetSpec, report: SplitReport) -> None:
@@ -158,8 +160,21 @@ def judge_labels(spec: DatasetSpec, report: SplitReport) -> None:
         report.add("warning", None, f"{report.name}: {report.all_ignored} of {report.decoded} labels ({folder}) are "
                                     "ignored as a whole")
     absent = absent_classes({"label_pixels": report.pixels[:-1].tolist()}, spec.classes)
-    if absent and complete and report.pixels[:-1].any():
+    present = np.count_nonzero(report.pixels[:-1])
+    if absent and present and complete:
         report.add("warning", None, f"{report.name}: {absent}")
+    if absent and spec.values_from_file and (present == 1 or present and complete):
+        judge_ignored(spec, report)
+
+
+def judge_ignored(spec: DatasetSpec, report: SplitReport) -> None:
+    """Note down the ignored values of a split that lacks classes, which may be one of them, as 255 in masks of 0 and
+    255."""
+    values = np.flatnonzero((report.stored > 0) & (spec.id_to_train == IGNORE))
+    if len(values):
+        share = 100 * report.pixels[-1] / report.pixels.sum()
+        report.add("warning", None, f"{report.name}: label value {', '.join(map(str, values))} ({share:.3g} % of the "
+                                    f"pixels) is ignored; if it is a class, {HOW_TO_SAY_VALUES}")
 
 
 def print_split(report: SplitReport) -> None:
@@ -198,11 +213,16 @@ def as_json(spec: DatasetSpec, settings: Settings, reports: Sequence[SplitReport
 
 
 def wanted_splits(spec: DatasetSpec, settings: Settings, lists: dict[str, str]) -> Iterator[str]:
-    """The splits that were asked for, or all; one that no training needs may be absent."""
+    """The splits that were asked for, or all; one that a training can do without may be absent."""
     for split in settings.split or spec.splits:
-        needed = bool(settings.split) or split in lists or split in (spec.train_split, spec.selection_split)
-        if needed or os.path.isdir(os.path.join(settings.data, spec.split(split).image_dir)):
+        part = spec.split(split)
+        needed = bool(settings.split) or split in lists or split == spec.train_split or (
+            split == spec.selection_split and part.published is not None)
+        folders = [os.path.join(settings.data, folder) for folder in (part.image_dir, part.label_dir) if folder]
+        if needed or any(map(os.path.isdir, folders)):
             yield split
+        elif split == spec.selection_split:
+            print(f"{split}: absent; train_kd.py needs --selection-split {spec.train_split} or --skip-val")
         else:
             print(f"{split}: absent")
 

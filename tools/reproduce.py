@@ -12,6 +12,7 @@ result is skipped, what was interrupted goes on. Each run leaves one small file 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,13 +20,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from models.published import how_to_get
+from models.weight_files import TORCHVISION, is_given
 from tools.planning.painting import paint
 from tools.planning.plan import ROOT, Expansion, Job, Places, plan_names, read_plan
 from tools.planning.published import published_jobs, published_names
 from tools.planning.repeats import Repeats, find_finished, find_repeats, take_over, without_repeats
 from tools.planning.runner import Runner, write_lists
 from tools.planning.status import BEGUN, DONE, NEW, Status, status
-from utils.cli import ArgumentParser, read_options, run_main
+from utils.cli import ArgumentParser, describe_error, read_options, run_main
 from utils.errors import UserError
 from utils.options import OptionGroup, option
 
@@ -64,8 +67,13 @@ def places_of(options: Options) -> Places:
 
 def all_jobs(name: str, plan: Mapping[str, Any] | None, places: Places, seeds: Sequence[int]) -> list[Job]:
     """The runs of a plan, teachers first. plan: None for a published table, which ``name`` names; seeds: in place of
-    the plan's, if there are any."""
-    return published_jobs(name, places, seeds or (0,)) if plan is None else Expansion(plan, places, seeds).jobs()
+    the plan's, if there are any. UserError that names the plan."""
+    if plan is None:
+        return published_jobs(name, places, seeds or (0,))
+    try:
+        return Expansion(plan, places, seeds).jobs()
+    except UserError as error:
+        raise UserError(f"{name}: {describe_error(error)}") from error
 
 
 def find_jobs(name: str, jobs: list[Job], options: Options) -> list[Job]:
@@ -98,6 +106,15 @@ def to_run(jobs: list[Job], states: dict[str, Status]) -> list[Job]:
     return sorted(wanted, key=lambda job: states[job.name].state != BEGUN)
 
 
+def absent_teachers(missing: list[Job], everything: list[Job]) -> list[str]:
+    """A line for every teacher's file that runs need, that is not there and that no run of the plan makes."""
+    made = {str(job.best) for job in everything}
+    needed = Counter(str(job.settings.networks.teacher_pretrained) for job in missing if job.settings.needs_teacher)
+    return [f"{file}: no such weights file, which {count} of the runs left need{how_to_get(Path(file))}"
+            for file, count in needed.items() if is_given(file) and not file.startswith(TORCHVISION)
+            and file not in made and not (ROOT / Path(file).expanduser()).is_file()]
+
+
 def repeats_of(jobs: list[Job], plan: Mapping[str, Any] | None, options: Options) -> Repeats:
     """Runs that are the same, among all of a plan, since a scan keeps the plan's first seed under --seeds. jobs: those
     of the given seeds."""
@@ -120,7 +137,7 @@ def submit(name: str, jobs: list[Job], repeats: Repeats, options: Options) -> No
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing of a plan. Returns 1 when a run failed, 0 otherwise."""
     name, options = parse(argv)
-    plan = None if name in published_names() else read_plan(name)
+    plan = None if name in published_names() else read_plan(name, published_names())
     everything = all_jobs(name, plan, places_of(options), options.seeds)
     jobs, repeats = find_jobs(name, everything, options), repeats_of(everything, plan, options)
     states = {job.name: status(job) for job in jobs}
@@ -130,6 +147,9 @@ def main(argv: list[str] | None = None) -> int:
     sources = {job.name: source for job in jobs if states[job.name].state != DONE
                and (source := find_finished(repeats.get(job.name, ()))) is not None}
     missing = to_run(jobs, {**states, **dict.fromkeys(sources, Status(DONE))})
+    absent = absent_teachers(missing, everything)
+    for line in absent if options.dry_run or options.slurm else ():
+        print(f"missing: {line}")
     for job in (job for job in jobs if job.name in sources):
         print(f"{job.name} takes the result of {sources[job.name].name}, whose settings are the same")
         if not options.dry_run:
@@ -137,14 +157,21 @@ def main(argv: list[str] | None = None) -> int:
     if options.dry_run:
         print("\n".join(["", *(job.shown for job in without_repeats(missing, repeats))]))
         return 0
+    if absent and not options.slurm:
+        raise UserError(absent[0])
     if plan is not None and missing and options.data is None:
         paint(plan)
     if options.slurm:
         submit(name, missing, repeats, options)
         return 0
     minutes = options.time_budget
-    outcome = Runner(missing, states.keys() - {job.name for job in missing}, options.jobs,
-                     minutes and 60 * minutes, lambda line: print(line, flush=True), repeats).run()
+    runner = Runner(missing, states.keys() - {job.name for job in missing}, options.jobs,
+                    minutes and 60 * minutes, lambda line: print(line, flush=True), repeats)
+    try:
+        outcome = runner.run()
+    except KeyboardInterrupt:
+        print("the same command goes on where these runs stopped", flush=True)
+        raise
     left = len(outcome.stopped) + len(outcome.waiting)
     print(f"\n{len(outcome.done)} runs done now, {len(outcome.failed)} failed, {left} left to do")
     return 1 if outcome.failed else 0

@@ -34,7 +34,8 @@ def _whole_numbers(x: Tensor) -> Tensor:
 
 
 def absent_classes(result: Mapping[str, Any], classes: Sequence[str], most: int = 8) -> str | None:
-    """One line that names the classes that labels never show, which count 0 in mIoU; None when all occur.
+    """One line that names the classes that labels never show, which count 0 in mIoU, and the only one that they show,
+    if it is one; None when all occur.
 
     result: of `SegmentationMetric.result`. most: so many names, then their number."""
     absent = [name for name, pixels in zip(classes, result["label_pixels"], strict=True) if not pixels]
@@ -42,7 +43,9 @@ def absent_classes(result: Mapping[str, Any], classes: Sequence[str], most: int 
         return None
     more = f" and {len(absent) - most} more" if len(absent) > most else ""
     noun = "class that does" if len(absent) == 1 else "classes that do"
-    return f"mIoU counts {len(absent)} {noun} not occur: {', '.join(absent[:most])}{more}"
+    present = [name for name in classes if name not in absent]
+    alone = f"; every labeled pixel is {present[0]}" if len(present) == 1 else ""
+    return f"mIoU counts {len(absent)} {noun} not occur: {', '.join(absent[:most])}{more}{alone}"
 
 
 class SegmentationMetric:

@@ -63,6 +63,62 @@ def test_damage(check, camvid_root, damage, expected):
     assert got.returncode == 2 and expected in got.stderr and got.stderr.count("\n") == 1
 
 
+def write_masks(root: Path, *masks: list[int], classes: str = "background\nvessel\n", split: str = "train") -> Path:
+    """A `folder` data set of images of 4 pixels with these label values."""
+    for kind in ("images", "labels"):
+        (root / kind / split).mkdir(parents=True)
+    for number, values in enumerate(masks):
+        Image.new("RGB", (2, 2)).save(root / f"images/{split}/{number}.png")
+        Image.fromarray(np.array(values, np.uint8).reshape(2, 2)).save(root / f"labels/{split}/{number}.png")
+    (root / "classes.txt").write_text(classes)
+    return root
+
+
+@pytest.mark.parametrize("more", [(), ("--sample", 1)])
+def test_binary_masks_of_0_and_255(check, tmp_path, more):
+    got = check("--dataset", "folder", "--data", write_masks(tmp_path, [0, 0, 0, 255], [0, 255, 0, 0]), *more)
+    assert got.returncode == 0 and (
+        'warning: train: label value 255 (25 % of the pixels) is ignored; if it is a class, give each class its value '
+        'as "id" in classes.json (data/README.md)') in got.stdout
+    (tmp_path / "classes.json").write_text('{"classes": ["background", {"name": "vessel", "id": 255}]}')
+    got = check("--dataset", "folder", "--data", tmp_path, *more)
+    assert got.returncode == 0 and "25.000 %" in got.stdout and "warning" not in got.stdout
+
+
+def test_ignored_values_are_no_riddle_where_every_class_occurs(check, tmp_path, camvid_root):
+    got = check("--dataset", "folder", "--data", write_masks(tmp_path / "mine", [0, 1, 255, 255]))
+    assert got.returncode == 0 and "is ignored" not in got.stdout
+    for path in (camvid_root / "trainannot").iterdir():
+        label = tiny_data.label("camvid", "train", path.stem)
+        Image.fromarray(np.where(label == 11, 11, 3).astype(np.uint8)).save(path)
+    got = check("--dataset", "camvid", "--data", camvid_root, "--all")
+    assert "not occur" in got.stdout and "is ignored" not in got.stdout, "its values are published"
+
+
+def test_labels_that_begin_at_1(check, tmp_path):
+    root = write_masks(tmp_path, [1, 2, 255, 2])
+    got = check("--dataset", "folder", "--data", root)
+    assert got.returncode == 2 and got.stderr.endswith(
+        f"label value 2; folder {root} expects 0..1, 255; if the labels begin at 1, give each class its value as "
+        '"id" in classes.json (data/README.md)\n')
+    for other in ([0, 1, 2, 2], [1, 1, 3, 2], [2, 2, 2, 2]):
+        Image.fromarray(np.array(other, np.uint8).reshape(2, 2)).save(root / "labels/train/0.png")
+        got = check("--dataset", "folder", "--data", root)
+        assert got.returncode == 2 and "begin at 1" not in got.stderr
+
+
+def test_a_set_without_val(check, tmp_path):
+    root = write_masks(tmp_path, [0, 1, 1, 0])
+    got = check("--dataset", "folder", "--data", root)
+    assert got.returncode == 0
+    assert "val: absent; train_kd.py needs --selection-split train or --skip-val" in got.stdout
+    got = check("--dataset", "folder", "--data", root, "--split", "val")
+    assert got.returncode == 2 and "images/val: folder not found" in got.stderr
+    (root / "labels/val").mkdir()
+    got = check("--dataset", "folder", "--data", root)
+    assert got.returncode == 2 and "images/val: folder not found" in got.stderr
+
+
 def test_nothing_need_be_decoded(check, camvid_root):
     (camvid_root / "val/b.png").write_bytes(b"no")
     got = check("--dataset", "camvid", "--data", camvid_root, "--sample", 0)

@@ -48,6 +48,18 @@ def test_items(root):
     assert len(val) == 1 and val[0]["name"] == "y" and sorted(val[0]["label"].unique().tolist()) == [-1, 0]
 
 
+def test_a_label_with_its_ending_in_capitals(root):
+    (root / "labels/train/x.png").rename(root / "labels/train/x.PNG")
+    train = SegmentationDataset(get_dataset_spec("folder", root), root, "train", train=False)
+    assert train.samples[1].label == str(root / "labels/train/x.PNG") and train[1]["label"][0, :3].tolist() == [0, 1, 2]
+
+
+def test_a_label_of_another_format(root):
+    (root / "labels/train/x.png").rename(root / "labels/train/x.bmp")
+    with pytest.raises(UserError, match=r"train/x.png: label not found; .* \(there is x.bmp; labels are PNG files\)$"):
+        SegmentationDataset(get_dataset_spec("folder", root), root, "train", train=False)
+
+
 def test_mask_value_that_is_no_class(root):
     write_pair(root, "train", "x", [3], ".JPG")
     with pytest.raises(UserError, match=r"labels/train/x.png: label value 3; folder .* expects 0\.\.2, 255"):

@@ -144,6 +144,16 @@ def test_what_cannot_be_fetched(table, name, message):
         fetch(name)
 
 
+@pytest.mark.parametrize(("path", "end"), [
+    ("{ckpt}/open.pth", "; python tools/get_weights.py open downloads it"),
+    ("{ckpt}/below/open.pth", "; python tools/get_weights.py open --to {ckpt}/below downloads it"),
+    ("{ckpt}/manual.pth", "; only a browser gets it, from https://example.org/page"), ("{ckpt}/mine.pth", "")])
+def test_a_file_of_the_table_that_is_not_there(table, tmp_path, path, end):
+    path, end = (text.format(ckpt=tmp_path) for text in (path, end))
+    with pytest.raises(UserError, match=f"^{re.escape(f'{path}: no such weights file{end}')}$"):
+        read_state_dict(path)
+
+
 def test_an_unreachable_server(server, tmp_path):
     url = server.url("a").replace("127.0.0.1", "no-such-host.invalid")
     with pytest.raises(UserError, match="the connection fails .* command again; or see page, and put the file to"):

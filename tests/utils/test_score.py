@@ -162,5 +162,7 @@ def test_classes_that_do_not_occur_are_named() -> None:
     assert absent_classes(result, names) == "mIoU counts 2 classes that do not occur: car, sky"
     assert absent_classes(result, names, most=1) == "mIoU counts 2 classes that do not occur: car and 1 more"
     assert table(result, names).endswith("do not occur: car, sky")
+    alone = absent_classes({"label_pixels": [5, 0]}, names[:2])
+    assert alone == "mIoU counts 1 class that does not occur: car; every labeled pixel is road"
     metric.update(torch.tensor([[0, 1]]), torch.tensor([[1, 3]]))
     assert absent_classes(metric.result(), names) is None and "occur" not in table(metric.result(), names)

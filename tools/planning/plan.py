@@ -42,7 +42,9 @@ from engine.results import result_path
 from engine.run_files import RunFiles
 from engine.settings import Settings, parse_settings
 from models import is_outside, network_name, split_backbone
-from utils.errors import UserError
+from tools.bench.jobs import read
+from utils.cli import describe_error
+from utils.errors import UserError, did_you_mean
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = ROOT / "train_scripts" / "plans"
@@ -159,14 +161,16 @@ def plan_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
-def read_plan(source: str | Path) -> dict[str, Any]:
-    """The content of a plan, by name or by file. UserError when it is none, or holds what nobody reads."""
+def read_plan(source: str | Path, others: Sequence[str] = ()) -> dict[str, Any]:
+    """The content of a plan, by name or by file. UserError when it is none, or holds what nobody reads. others: names
+    that the caller takes too, for the message."""
     path = Path(source).expanduser() if str(source).endswith(".toml") else FOLDER / f"{source}.toml"
     try:
         plan = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"plan {source}: no such plan; expected a .toml file or one of "
-                        f"{', '.join(plan_names())}") from error
+        names = [*plan_names(), *others]
+        raise UserError(f"plan {source}: no such plan; expected a .toml file or one of {', '.join(names)}"
+                        f"{did_you_mean(str(source), names)}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a TOML file ({error})") from error
     check_keys(plan, path)
@@ -183,9 +187,10 @@ def check_keys(plan: Mapping[str, Any], path: Path) -> None:
             raise UserError(f"{path}: [{where}]: expected a table, got {entry!r}")
         if where.startswith("scan.") and (missing := {"of", "values"} - entry.keys()):
             raise UserError(f"{path}: [{where}] {', '.join(sorted(missing))} is missing")
-        if unknown := entry.keys() - KEYS[where.partition(".")[0]]:
-            raise UserError(f"{path}: {f'[{where}] ' if where else ''}has no {', '.join(sorted(unknown))}; expected "
-                            f"{', '.join(sorted(KEYS[where.partition('.')[0]]))}")
+        known = sorted(KEYS[where.partition(".")[0]])
+        if unknown := sorted(entry.keys() - set(known)):
+            raise UserError(f"{path}: {f'[{where}] ' if where else ''}unknown key {unknown[0]!r}; expected some of "
+                            f"{', '.join(known)}{did_you_mean(unknown[0], known)}")
     needed = {"protocol", "dataset", "student", "seeds", "runs", *(["data"] if "paint" in plan else [])}
     if missing := needed - plan.keys():
         raise UserError(f"{path}: {', '.join(sorted(missing))} is missing")
@@ -221,7 +226,7 @@ class Expansion:
         self.plan, self.places = plan, places
         self.seeds = list(seeds or plan["seeds"])
         self.student = Network.read(plan["student"], "student")
-        self.teachers = {name: Network.read(entry.get("network"), f"teachers.{name}")
+        self.teachers = {name: Network.read(entry.get("network"), f"[teachers.{name}]")
                          for name, entry in plan.get("teachers", {}).items()}
 
     def jobs(self) -> list[Job]:
@@ -240,30 +245,30 @@ class Expansion:
     def _runs(self) -> Iterator[Job]:
         for label, entry in self.plan["runs"].items():
             for seed in entry.get("seeds", self.seeds):
-                yield self._run(label, entry, seed)
+                yield self._run(label, entry, seed, f"[runs.{label}]")
 
     def _scans(self) -> Iterator[Job]:
         for setting, entry in self.plan.get("scan", {}).items():
             for label in [entry["of"]] if isinstance(entry["of"], str) else entry["of"]:
                 if label not in self.plan["runs"]:
-                    raise UserError(f"scan.{setting}: no run {label!r} in the plan; expected one of "
+                    raise UserError(f"[scan.{setting}]: no run {label!r} in the plan; expected one of "
                                     f"{', '.join(self.plan['runs'])}")
                 run = self.plan["runs"][label]
                 for value in entry["values"]:
                     changed = {**run, "flags": {**run.get("flags", {}), **entry.get("flags", {}),
                                                setting: value}}
-                    yield self._run(label, changed, self.plan["seeds"][0], scanned=f"{value:g}")
+                    yield self._run(label, changed, self.plan["seeds"][0], f"[scan.{setting}]", f"{value:g}")
 
-    def _run(self, label: str, entry: Mapping[str, Any], seed: int, scanned: str | None = None) -> Job:
+    def _run(self, label: str, entry: Mapping[str, Any], seed: int, where: str, scanned: str | None = None) -> Job:
         method = entry.get("method", label)
         teacher = entry.get("teacher", next(iter(self.teachers)) if method != "none" and self.teachers else None)
         if teacher is not None and teacher not in self.teachers:
-            raise UserError(f"runs.{label}: no teacher {teacher!r} in the plan; expected one of "
+            raise UserError(f"[runs.{label}]: no teacher {teacher!r} in the plan; expected one of "
                             f"{', '.join(self.teachers)}")
         flags = {**self.plan.get("student-flags", {}), **entry.get("flags", {})}
-        return self._job(self.student, label, method, seed, flags, teacher, scanned)
+        return self._job(where, self.student, label, method, seed, flags, teacher, scanned)
 
-    def _job(self, net: Network, label: str, method: str, seed: int, flags: Mapping[str, Any],
+    def _job(self, where: str, net: Network, label: str, method: str, seed: int, flags: Mapping[str, Any],
              teacher: str | None = None, scanned: str | None = None) -> Job:
         plan = self.plan
         protocol = plan["protocol"] + ("-scan" if scanned else "")
@@ -279,7 +284,10 @@ class Expansion:
             words += [*self.teachers[teacher].flags("teacher"), "--teacher-pretrained", str(weights)]
         words += own_flags(self.places, protocol, name, label, seed)
         environment = {"PYTHON": sys.executable, **({"GPUS": str(plan["gpus"])} if "gpus" in plan else {})}
-        settings = parse_settings(["--dataset", plan["dataset"], *words])
+        try:
+            settings = read(parse_settings, ["--dataset", plan["dataset"], *words])
+        except UserError as error:
+            raise UserError(f"{where}: {describe_error(error)}") from error
         return Job(name, "train_scripts/train.sh", (plan["dataset"], *words), settings, needs, environment)
 
     def _teacher_weights(self, name: str) -> tuple[Path, tuple[str, ...]]:
@@ -291,4 +299,5 @@ class Expansion:
 
     def _teacher_job(self, name: str) -> Job:
         entry = self.plan["teachers"][name]
-        return self._job(self.teachers[name], "none", "none", self.plan["seeds"][0], entry.get("flags", {}))
+        return self._job(f"[teachers.{name}]", self.teachers[name], "none", "none", self.plan["seeds"][0],
+                         entry.get("flags", {}))
