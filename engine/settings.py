@@ -20,7 +20,7 @@ from engine.options import (
 )
 from engine.presets import preset
 from engine.recipe import Recipe, check_recipe, recipe_defaults
-from engine.saved import CONFIG_HELP, repeated
+from engine.saved import CONFIG_HELP, check_registered, repeated
 from engine.unlabelled import check_readers
 from losses.core import methods
 from losses.core.distiller import Distiller
@@ -182,10 +182,11 @@ def from_flat(values: Mapping[str, object]) -> Settings:
 
 def from_saved(saved: Mapping[str, object], where: object) -> Settings:
     """Settings from those that a run has written; those that are newer than it have their defaults. where: names their
-    file in the UserError for settings of another version."""
+    file in the UserError for settings of another version, or of a method that is not registered here."""
     try:
+        check_registered(saved, where)
         return from_flat({**vars(build_parser().parse_args([])), **saved})
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: not a configuration of a run of this version ({error})") from error
 
 
