@@ -3,6 +3,7 @@ goes on is a :class:`Settings`.
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -169,6 +170,18 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
             settings = replace(settings, networks=replace(settings.networks, **known))
             check_described(settings.networks.teacher, said, "teacher_")
     return settings.with_folders()
+
+
+def check_one_method(argv: list[str] | None) -> None:
+    """UserError for a command line that names several methods, as ``--method kd --method cwd`` or ``kd+cwd``."""
+    reader = ArgumentParser(prog="train_kd.py", add_help=False)
+    reader.add_argument("--method", action="append", default=[])
+    words = reader.parse_known_args(argv)[0].method
+    names = dict.fromkeys(name for word in words for name in re.split(r"[+,\s]+", word))
+    if len(names) > 1 and all(name in ("none", *methods()) for name in names):
+        weights = [flag(term.setting) for name in names if name in methods() for term in methods()[name].terms]
+        raise UserError(f"--method {' --method '.join(words)}: expected one; what else is to count gets a weight: "
+                        f"{', '.join(weights)}")
 
 
 def from_flat(values: Mapping[str, object]) -> Settings:
