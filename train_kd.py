@@ -34,7 +34,7 @@ from utils.watchdog import MARGIN, Watchdog, no_step, time_limit
 def train(run: Run, signals: StopSignals) -> bool:
     """Train from the current iteration to the last, saving and validating on the way; then report. Whether a signal has
     ended it earlier, after a step that is saved."""
-    resumed = resume(run)
+    resumed = resume(run, trains=True)
     with signals.deferred():  # the files of an earlier run move together
         journal = Journal(run, resumed)
         signals.begun = True

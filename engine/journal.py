@@ -50,7 +50,8 @@ class Journal:
                                     run.validated, self._tracker())
             write_json(run.files.config, {
                 "config": plain(run.settings), "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-                "processes": distributed.world_size, "versions": versions(), "revision": revision()})
+                "processes": distributed.world_size, "versions": versions(), "revision": revision(),
+                **({"changed": run.changed} if run.changed else {})})
             self._introduce()
         # a bar on a terminal; elsewhere the log lines carry the same numbers
         self.progress = tqdm(total=run.settings.optimization.max_iterations, initial=run.step, unit="it",
