@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.presets import preset
 from engine.recipe import ADAMW, without_recipe
+from engine.run_folder import config_of
 from losses.core import methods
 from utils.cli import ArgumentParser
 from utils.errors import UserError, did_you_mean
@@ -20,17 +21,6 @@ CONFIG_HELP = ("the settings of an earlier run, from its …_config.json or its 
 OWN = ("name", "save_dir", "log_dir", "results", "resume", "local_rank")
 #: how a setting of text spells "nothing"
 NOTHING = (None, "None")
-
-
-def config_of(folder: Path, flag: str = "", instead: str = "") -> Path:
-    """The configuration in the folder of a run. flag: what named it, instead: what else it might have been, for
-    messages. UserError when there is not exactly one."""
-    found = sorted(folder.glob("*_config.json"))
-    if len(found) != 1:
-        held = ", ".join(path.name for path in found) or "none" if folder.is_dir() else "no such folder"
-        raise UserError(f"{flag} {folder}: expected the --save-dir of one run, with its kd_..._config.json"
-                        f"{instead} ({held})".strip())
-    return found[0]
 
 
 def check_registered(saved: Mapping[str, Any], where: object) -> None:

@@ -42,6 +42,23 @@ def test_the_teacher(weights):
     assert plain.networks.teacher_model == "deeplabv3", "nothing reads that teacher"
 
 
+def test_the_folder_of_a_run(tmp_path):
+    """It stands for its best weights."""
+    run, teach = tmp_path / "run", [*TEACHER, str(tmp_path / "run")]
+    run.mkdir()
+    with pytest.raises(UserError, match="--teacher-pretrained .*run: expected the --save-dir of one run, .* or a weig"):
+        parse_settings(teach)
+    (run / "kd_a_config.json").write_text("{}")
+    with pytest.raises(UserError, match="no kd_a_best_model.pth; .* a run without validation has only kd_a.pth"):
+        eval_settings.parse_settings(["--pretrained", str(run)])
+    path = run / "kd_a_best_model.pth"
+    path.touch()
+    (run / f"{path.name}.json").write_text(json.dumps({"model": "psp", "backbone": "resnet18_w0.5"}))
+    networks, network = parse_settings(teach).networks, eval_settings.parse_settings(["--pretrained", str(run)]).network
+    assert networks.teacher_pretrained == network.pretrained == str(path)
+    assert (networks.teacher_backbone, network.backbone) == ("resnet18_w0.5", "resnet18_w0.5")
+
+
 def test_flags_that_agree(weights):
     assert parse_settings([*TEACHER, weights, "--teacher-model", "psp"]).networks.teacher_backbone == "resnet18_w0.5"
 
