@@ -4,7 +4,7 @@ goes on is a :class:`Settings`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -161,15 +161,23 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     if "teacher_classes" in given:  # else what an earlier run has read
         path = settings.networks.teacher_classes
         settings = replace(settings, networks=replace(settings.networks, class_map=path and read_class_map(path)))
-    if not (settings.list_methods or settings.list_taps):
+    lists = settings.list_methods or settings.list_taps
+    if not lists:
         check_settings(settings)
-        settings = replace(settings, networks=settings.networks.with_files())
-        n = settings.networks
-        if settings.needs_teacher and (said := described_network(n.teacher_pretrained, n.teacher_model, "teacher_")):
-            known = {f"teacher_{key}": value for key, value in said.items() if f"teacher_{key}" not in given}
-            settings = replace(settings, networks=replace(settings.networks, **known))
-            check_described(settings.networks.teacher, said, "teacher_")
-    return settings.with_folders()
+    networks = settings.networks.with_files(fetch=not lists)
+    if settings.needs_teacher or lists:
+        networks = with_described_teacher(networks, given)
+    return replace(settings, networks=networks).with_folders()
+
+
+def with_described_teacher(networks: Networks, given: Collection[str]) -> Networks:
+    """The same with the teacher that the JSON file beside its weights names. given: the settings of the command line;
+    UserError where they name another one."""
+    said = described_network(networks.teacher_pretrained, networks.teacher_model, "teacher_")
+    known = {f"teacher_{key}": value for key, value in said.items() if f"teacher_{key}" not in given}
+    networks = replace(networks, **known)
+    check_described(networks.teacher, said, "teacher_")
+    return networks
 
 
 def check_one_method(argv: list[str] | None) -> None:
