@@ -19,7 +19,7 @@ from engine.nonfinite import check_finite
 from engine.options import DEAD_OPTIONS
 from engine.run import Run
 from engine.run_files import plain
-from engine.settings import given_teacher_flags
+from engine.settings import given_teacher_flags, ineffective_backbones
 from engine.step import StepResult
 from engine.tracker import Tracker
 from utils.distributed import reduce_mean
@@ -73,6 +73,8 @@ class Journal:
         unread = given_teacher_flags(run.settings)
         if run.teacher is None and run.settings.distillation.method != "none" and unread:
             LOG.warning("not used, since no method of this run reads that teacher: %s", ", ".join(unread))
+        for line in ineffective_backbones(run.settings):
+            LOG.warning("%s", line)
         if run.teacher is None and run.settings.speed.teacher_precision:
             LOG.warning("--teacher-precision has no effect: no method of this run reads that teacher")
         introduce(run)

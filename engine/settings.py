@@ -30,6 +30,7 @@ from models import (
     brings_weights,
     check_described,
     described_network,
+    is_outside,
     network_name,
 )
 from utils.cli import ArgumentParser, read_options
@@ -216,6 +217,14 @@ def given_teacher_flags(settings: Settings) -> list[str]:
     default, given = asdict(Networks()), asdict(settings.networks)
     return [flag(name) for name, value in given.items()
             if name.startswith("teacher_") and value not in (None, default[name])]
+
+
+def ineffective_backbones(settings: Settings) -> list[str]:
+    """What to say of a backbone that was asked for beside a network from elsewhere, which has its own."""
+    default, now = asdict(Networks()), asdict(settings.networks)
+    return [f"{flag(f'{role}_backbone')} {backbone} has no effect on the network: {model} brings its own"
+            for role in ("student", "teacher") if is_outside(model := now[f"{role}_model"])
+            and (backbone := now[f"{role}_backbone"]) not in ("", default[f"{role}_backbone"])]
 
 
 def check_settings(settings: Settings) -> None:
