@@ -23,6 +23,7 @@ from models.weight_files import is_given
 from utils.allocator import keep_freed_memory
 from utils.cli import run_main
 from utils.distributed import Distributed, cleanup, init_distributed
+from utils.errors import UserError
 from utils.files import sha256, write_json
 from utils.score import SegmentationMetric, table
 from utils.watchdog import MARGIN, Watchdog, no_step, time_limit
@@ -32,8 +33,13 @@ def build(settings: EvalSettings, distributed: Distributed) -> tuple[data.Segmen
     """The split and the network, on its device."""
     d, n = settings.data, settings.network
     spec = data.get_dataset_spec(d.dataset, d.data)
-    dataset = data.SegmentationDataset(spec, d.data, d.split or spec.selection_split, train=False,
-                                       ignore_label=d.ignore_label, list_file=d.data_list, limit=d.limit)
+    try:
+        dataset = data.SegmentationDataset(spec, d.data, d.split or spec.selection_split, train=False,
+                                           ignore_label=d.ignore_label, list_file=d.data_list, limit=d.limit)
+    except UserError as error:
+        if d.split is not None or not Path(d.data).is_dir():
+            raise
+        raise UserError(f"{error} (--split: another split)", settings=error.settings) from error
     if d.cache is not None:
         data.use_cache([dataset], d.cache, LOG.info)
     net = n.choice.build(spec.num_class)

@@ -21,7 +21,7 @@ from engine.ready import get_ready
 from engine.results import check_result_target, write_result
 from engine.run import Run, run_stages, train_batch, training_batches
 from engine.run_files import RunFiles
-from engine.settings import parse_settings
+from engine.settings import check_one_method, parse_settings
 from engine.signals import StopSignals
 from engine.tap_list import tap_table
 from engine.validation import report, validate
@@ -34,7 +34,7 @@ from utils.watchdog import MARGIN, Watchdog, no_step, time_limit
 def train(run: Run, signals: StopSignals) -> bool:
     """Train from the current iteration to the last, saving and validating on the way; then report. Whether a signal has
     ended it earlier, after a step that is saved."""
-    resumed = resume(run)
+    resumed = resume(run, trains=True)
     with signals.deferred():  # the files of an earlier run move together
         journal = Journal(run, resumed)
         signals.begun = True
@@ -97,6 +97,7 @@ def validate_saved(run: Run, journal: Journal, signals: StopSignals) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, build the run, train. Returns the exit code."""
+    check_one_method(argv)
     settings = parse_settings(argv)
     if settings.list_methods:
         print(method_table(settings))

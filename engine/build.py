@@ -106,9 +106,12 @@ def wants_plain_maps(settings: Settings, device_type: str) -> bool:
 
 
 def build_student(settings: Settings, spec: data.DatasetSpec) -> nn.Module:
-    """The student in train mode. Its random weights depend on the seed only, not on the method."""
+    """The student in train mode. Its random weights depend on the seed only, not on the method. UserError when it lacks
+    an auxiliary head that was asked for."""
     seed_everything(settings.optimization.seed, "student")
     student = settings.networks.student.build(spec.num_class).train()
+    if settings.networks.aux and not student.aux:
+        raise UserError(f"--aux: {student.name} has no auxiliary head")
     try:
         note = check_classes(student, settings.networks.student_pretrained, spec.classes)
     except UserError as error:  # it learns the new order

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,10 @@ FREE_TO_CHANGE = frozenset((
     "val_per_iters", "diagnose_every", "skip_nonfinite", "timeout", "skip_val", "results", "protocol", "label", "name",
     "tensorboard", "tracker", "tracker_project", "panels", "local_rank", "no_cuda", "teacher_pretrained",
     "teacher_pretrained_base", "student_pretrained", "student_pretrained_base", "teacher_classes"))
+
+
+#: settings that say where a run ends: it may end where it is
+LENGTH = frozenset(("max_iterations", "epochs"))
 
 
 def versions() -> dict[str, str]:
@@ -68,7 +72,8 @@ def save_state(run: Run, keep: Path | None = None) -> None:
         "scaler": run.step_fn.scaler.state_dict(), "step": run.step, "best": run.best,
         # without a validation set, none is missing
         "validated": run.step if run.val_set is None else run.validated, "config": plain(run.settings),
-        "processes": run.distributed.world_size, "skipped": run.step_fn.skipped}), keep)
+        "processes": run.distributed.world_size, "skipped": run.step_fn.skipped,
+        "changed": run.changed}), keep)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -100,8 +105,11 @@ def newest_state(paths: Sequence[Path]) -> tuple[Path, dict[str, Any], bool]:
         f"{faults[0]}; nor can the one before it be read: {faults[1]}; without --resume the run starts anew")
 
 
-def resume(run: Run) -> bool:
-    """Take up the training state that ``--resume`` means; False when there is none to take up."""
+def resume(run: Run, *, trains: bool = False) -> bool:
+    """Take up the training state that ``--resume`` means; False when there is none to take up.
+
+    trains: the run goes on and is written down. UserError then for other settings where no step is left to be made with
+    them: they would stand in the files of a run that has not used them."""
     if not run.files.resume_from:
         return False
     path, state, damaged = newest_state(run.files.resume_from)
@@ -118,21 +126,28 @@ def resume(run: Run) -> bool:
         run.validated = int(state.get("validated", run.step))  # earlier programs validated first
         stage_options = {name for d in run.objective.distillers.values() for name in d.stage_options}
         changes = changed_settings(state["config"], run.settings, stage_options)
-        changes += changed_data(state["net_info"].get("trained_on"), run.student.trained_on)
+        other_data = changed_data(state["net_info"].get("trained_on"), run.student.trained_on)
+        earlier = list(state.get("changed", ()))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--resume {path}: the state is of another model or method than the one asked for "
                         f"({first_line(error)})") from error
-    if state.get("processes") != run.distributed.world_size:
-        changes.append(f"processes: {state.get('processes')} -> {run.distributed.world_size}")
     if not same_everywhere(run.step, run.distributed.device):
         raise UserError(f"--resume {path}: the processes found different states; --save-dir has to be one folder "
                         "that all machines share")
+    if trains:
+        check_finished(run, path, changes)
+    if state.get("processes") != run.distributed.world_size:
+        changes["processes"] = state.get("processes"), run.distributed.world_size
+    run.changed = earlier + [{"step": run.step, "setting": name, "before": before, "after": after}
+                             for name, (before, after) in changes.items()]
     if damaged and run.lock is not None:  # not while others may be writing
         run.files.set_damaged_aside()
     if path.parent.resolve() != run.files.directory.resolve() or not run.files.best.is_file():
         run.best = -1.0  # the best model so far is not in this folder
-    for change in changes:
-        LOG.warning("--resume: %s (the continuation will differ from an uninterrupted run)", change)
+    why = "no step is left to be made with it" if is_finished(run) else \
+        "the continuation will differ from an uninterrupted run"
+    for change in [*(changed(name, *values) for name, values in changes.items()), *other_data]:
+        LOG.warning("--resume: %s (%s)", change, why)
     best = f", best mIoU {100 * run.best:.2f}" if run.best >= 0 else ""
     LOG.info("resumed from %s at step %d%s", path, run.step, best)
     return True
@@ -148,6 +163,19 @@ def check_state(run: Run, path: Path, state: dict[str, Any]) -> None:
         check_values(f"--resume {path}", name, state["model"][name], own[name])
 
 
+def is_finished(run: Run) -> bool:
+    """Whether no step is left to be made."""
+    return run.step == run.settings.optimization.max_iterations
+
+
+def check_finished(run: Run, path: Path, changes: Mapping[str, tuple[object, object]]) -> None:
+    """UserError for other settings than those of the state, {name: (old, new)}, when no step is left."""
+    if is_finished(run) and not changes.keys() <= LENGTH:
+        raise UserError(f"--resume {path}: the run is finished, at step {run.step}, with other settings: "
+                        f"{'; '.join(changed(name, *values) for name, values in changes.items())}; expected the same, "
+                        "or a new run: without --resume, in another --save-dir")
+
+
 def changed_data(before: dict[str, Any] | None, now: dict[str, Any] | None) -> list[str]:
     """What differs between the data of a saved run and those of now, as one text; before: None in older states, now:
     None on processes that do not tell it."""
@@ -155,12 +183,13 @@ def changed_data(before: dict[str, Any] | None, now: dict[str, Any] | None) -> l
     return [f"other data: {'; '.join(found)}"] if found else []
 
 
-def changed_settings(saved: dict, settings: Settings, finished: Collection[str] = ()) -> list[str]:
-    """'name: old -> new' for every setting that matters and differs from the saved run.
+def changed_settings(saved: dict, settings: Settings,
+                     finished: Collection[str] = ()) -> dict[str, tuple[object, object]]:
+    """{name: (old, new)} of every setting that matters and differs from the saved run.
 
     finished: settings of a stage that a resumed run does not repeat.
     """
     now, saved = plain(settings), {**without_recipe(), **saved}
     free = FREE_TO_CHANGE - {k for k in OF_PRESENCE if (saved[k] is None) != (now[k] is None)}
-    return [changed(k, saved[k], now[k]) for k in now
-            if k in saved and saved[k] != now[k] and k not in free and k not in finished]
+    return {k: (saved[k], now[k]) for k in now
+            if k in saved and saved[k] != now[k] and k not in free and k not in finished}

@@ -4,12 +4,14 @@ from __future__ import annotations
 import shlex
 from datetime import timedelta
 
+from engine.build import build_dataset
 from engine.journal import Journal
 from engine.layout import INDENT, WIDTH, fold
 from engine.log import LOG
 from engine.results import read_log
 from engine.run import Run
 from models import is_outside
+from utils.errors import UserError
 
 
 def summarize(run: Run, journal: Journal) -> None:
@@ -35,12 +37,12 @@ def summarize(run: Run, journal: Journal) -> None:
 
 
 def evaluation(run: Run) -> list[str]:
-    """The lines of the command that evaluates the best weights, or the last ones, on the split that the run was
-    validated on."""
+    """The lines of the command that evaluates the best weights, or the last ones."""
     networks, data = run.settings.networks, run.settings.data
     weights = run.files.best if run.files.best.is_file() else run.files.student
-    more = [["--split", run.val_set.split]] if run.val_set and run.val_set.split != run.spec.selection_split else []
-    more += [["--data-list", data.val_list]] if data.val_list is not None else []
+    split, list_file = split_to_evaluate(run)
+    more = [["--split", split]] if split != run.spec.selection_split else []
+    more += [["--data-list", list_file]] if list_file is not None else []
     more += [["--ignore-label", str(data.ignore_label)]] if data.ignore_label != -1 else []
     more += [["--no-cuda"]] if run.settings.running.no_cuda else []
     own = [] if is_outside(networks.student_model) else [["--backbone", networks.student_backbone]]
@@ -48,3 +50,16 @@ def evaluation(run: Run) -> list[str]:
              ["--dataset", data.dataset], ["--data", data.data], ["--pretrained", str(weights)], *more]
     return [INDENT + line for line in fold(
         [shlex.join(part) for part in parts], " \\", " ", WIDTH - len(INDENT)).splitlines()]
+
+
+def split_to_evaluate(run: Run) -> tuple[str, str | None]:
+    """(split, its list file): the one that the run was validated on, else the one for that if it is there, else the
+    training images."""
+    data, spec = run.settings.data, run.spec
+    if run.val_set is not None:
+        return run.val_set.split, data.val_list
+    try:
+        build_dataset(run.settings, spec, spec.selection_split, train=False, list_file=data.val_list)
+    except UserError:
+        return spec.train_split, data.train_list
+    return spec.selection_split, data.val_list

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import dataset as data
 from engine.predict import check_options
+from engine.run_folder import weights_file
 from models import (
     NetworkChoice,
     backbone_help,
@@ -35,8 +36,8 @@ class Network(OptionGroup):
                                              "deeplabv3)")
     backbone: str = option("resnet18", lambda: f"{backbone_help()} (default: what the weights' JSON file says, else "
                                                "resnet18)")
-    pretrained: str | None = option(None, "weights of the whole network, a .pth or .safetensors file, or get:NAME "
-                                          "(required)", metavar="FILE")
+    pretrained: str | None = option(None, "weights of the whole network, a .pth or .safetensors file, get:NAME, or the "
+                                          "folder of a run for its best ones (required)", metavar="FILE")
     head_width: int | None = option(None, "channels of its main head (default: as in the weights)", at_least=1,
                                     metavar="N")
     aux: bool = option(False, "load the auxiliary head too; it takes no part in the prediction")
@@ -150,12 +151,13 @@ def parse_settings(argv: Sequence[str] | None) -> EvalSettings:
     UserError when flag and file name different networks, or the file alone names one whose code would be run."""
     parser = build_parser()
     first = parser.parse_args(argv)
-    said = described_network(first.pretrained, first.model)
+    file = weights_file(first.pretrained, "--pretrained")
+    said = described_network(file, first.model)
     parser.set_defaults(**said)
     parsed = vars(parser.parse_args(argv))
-    settings = EvalSettings(*(read_options(parsed, group) for _, group in GROUPS))
+    settings = EvalSettings(*(read_options({**parsed, "pretrained": file}, group) for _, group in GROUPS))
     check_described(settings.network.choice, said)
-    return replace(settings, network=replace(settings.network, pretrained=local(settings.network.pretrained)))
+    return replace(settings, network=replace(settings.network, pretrained=local(file)))
 
 
 def check(settings: EvalSettings) -> int:

@@ -19,7 +19,7 @@ from engine.nonfinite import check_finite
 from engine.options import DEAD_OPTIONS
 from engine.run import Run
 from engine.run_files import plain
-from engine.settings import given_teacher_flags
+from engine.settings import given_teacher_flags, ineffective_backbones
 from engine.step import StepResult
 from engine.tracker import Tracker
 from utils.distributed import reduce_mean
@@ -50,7 +50,8 @@ class Journal:
                                     run.validated, self._tracker())
             write_json(run.files.config, {
                 "config": plain(run.settings), "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-                "processes": distributed.world_size, "versions": versions(), "revision": revision()})
+                "processes": distributed.world_size, "versions": versions(), "revision": revision(),
+                **({"changed": run.changed} if run.changed else {})})
             self._introduce()
         # a bar on a terminal; elsewhere the log lines carry the same numbers
         self.progress = tqdm(total=run.settings.optimization.max_iterations, initial=run.step, unit="it",
@@ -72,6 +73,8 @@ class Journal:
         unread = given_teacher_flags(run.settings)
         if run.teacher is None and run.settings.distillation.method != "none" and unread:
             LOG.warning("not used, since no method of this run reads that teacher: %s", ", ".join(unread))
+        for line in ineffective_backbones(run.settings):
+            LOG.warning("%s", line)
         if run.teacher is None and run.settings.speed.teacher_precision:
             LOG.warning("--teacher-precision has no effect: no method of this run reads that teacher")
         introduce(run)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -45,7 +45,7 @@ class MethodFacts:
 def unallocated_network(choice: NetworkChoice, num_class: int) -> NetInfo:
     """Channels of a network that is never allocated, and whose weights are not read."""
     with torch.device("meta"):
-        return NetInfo.of(replace(choice, pretrained=None, pretrained_base=None).build(num_class))
+        return NetInfo.of(choice.build_bare(num_class))
 
 
 def method_facts(name: str, settings: Settings, student: NetInfo, teacher: NetInfo,

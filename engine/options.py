@@ -11,6 +11,7 @@ import torch
 
 from dataset.spec import list_datasets
 from engine.recipe import Recipe
+from engine.run_folder import weights_file
 from engine.tracker import TRACKERS
 from losses.core import methods
 from models import NetworkChoice, backbone_help, model_help
@@ -39,8 +40,8 @@ def without_teacher() -> list[str]:
 
 
 def _teacher_help() -> str:
-    return (f"trained teacher (every method but {', '.join(without_teacher())} needs one): a file, or get:NAME as in "
-            "tools/get_weights.py --list")
+    return (f"trained teacher (every method but {', '.join(without_teacher())} needs one): a file, get:NAME as in "
+            "tools/get_weights.py --list, or the folder of a run for its best weights")
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,11 @@ class Networks(OptionGroup):
             if getattr(self, name) in ("", "None", "none"):  # the reference's spelling of nothing
                 object.__setattr__(self, name, None)
 
-    def with_files(self) -> Networks:
-        """The same with a path in place of every ``get:NAME``, which is downloaded when it is not there yet."""
-        return replace(self, **{name: local(getattr(self, name)) for name in WEIGHT_FILES})
+    def with_files(self, fetch: bool = True) -> Networks:
+        """The same with the best weights in place of the folder of a run, and a path in place of every ``get:NAME``,
+        which is downloaded when it is not there yet. fetch: whether it is."""
+        files = {name: weights_file(getattr(self, name), flag(name)) for name in WEIGHT_FILES}
+        return replace(self, **{name: local(file) if fetch else file for name, file in files.items()})
 
     @property
     def teacher(self) -> NetworkChoice:

@@ -129,7 +129,7 @@ def build_result(run: Run, records: Sequence[Mapping[str, Any]]) -> dict[str, An
         "settings": plain(settings), "revision": config["revision"], "versions": config["versions"],
         "hardware": machine(run.distributed.device.type) | {
             "processes": run.distributed.world_size, "threads": torch.get_num_threads()},
-        "weights": _hashes(files)}
+        "weights": _hashes(files), **({"changed": run.changed} if run.changed else {})}
 
 
 def _network(networks: Networks, role: str) -> dict[str, str]:

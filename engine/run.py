@@ -28,7 +28,8 @@ class Run:
     """Everything that ``engine.build.build_run`` made, and the state of training: iterations done, best validation
     mIoU (below 0: none yet), iterations done at the last validation. val_set: None without validation. teacher: None
     when no method reads one. unlabeled: images without labels that join every batch. lock: on the folders, while the
-    main process trains. teacher_predictions: {index: int64 [H, W]} of the validation images that are drawn."""
+    main process trains. changed: settings that a resumed run has changed on its way, each with the step after which it
+    did. teacher_predictions: {index: int64 [H, W]} of the validation images that are drawn."""
 
     settings: Settings
     distributed: Distributed
@@ -48,6 +49,7 @@ class Run:
     best: float = -1.0
     validated: int = 0
     lock: RunLock | None = None
+    changed: list[dict[str, object]] = field(default_factory=list)
     teacher_predictions: dict[int, Tensor] = field(default_factory=dict)
 
     @property

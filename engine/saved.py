@@ -1,7 +1,6 @@
 """A run repeats from its own file: ``--config`` and the ``…_config.json`` that every run leaves in its folder."""
 from __future__ import annotations
 
-import difflib
 import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -10,8 +9,10 @@ from typing import Any
 
 from engine.presets import preset
 from engine.recipe import ADAMW, without_recipe
+from engine.run_folder import config_of
+from losses.core import methods
 from utils.cli import ArgumentParser
-from utils.errors import UserError
+from utils.errors import UserError, did_you_mean
 from utils.options import Option
 
 CONFIG_HELP = ("the settings of an earlier run, from its …_config.json or its folder; flags override them. Folders, "
@@ -22,17 +23,18 @@ OWN = ("name", "save_dir", "log_dir", "results", "resume", "local_rank")
 NOTHING = (None, "None")
 
 
-def config_of(folder: Path, flag: str = "", instead: str = "") -> Path:
-    """The configuration in the folder of a run. flag: what named it, instead: what else it might have been, for
-    messages. UserError when there is not exactly one."""
-    found = sorted(folder.glob("*_config.json"))
-    if len(found) != 1:
-        held = ", ".join(path.name for path in found) or "none"
-        if not folder.is_dir():
-            held = "no folder, but a file" if folder.exists() else "no such folder"
-        raise UserError(f"{flag} {folder}: expected the --save-dir of one run, with its kd_..._config.json"
-                        f"{instead} ({held})".strip())
-    return found[0]
+def check_registered(saved: Mapping[str, Any], where: object) -> None:
+    """UserError when the settings of a run name a method, or weigh a term, that no file here has registered.
+
+    where: names them in the message."""
+    weights = [term.setting for cls in methods().values() for term in cls.terms]
+    terms = [name for name, value in saved.items() if name.startswith("lambda_") and value and name not in weights]
+    what = f"the method of its term {terms[0].removeprefix('lambda_')!r}" if terms else ""
+    if saved.get("method") not in (None, "none", *methods()):
+        what = f"method {saved['method']!r}"
+    if what:
+        raise UserError(f"{where}: {what} is not registered here: start the program from a file that imports it "
+                        "(docs/package.md, Own code)")
 
 
 def repeated(parser: ArgumentParser, argv: Sequence[str] | None, path: Path) -> tuple[Namespace, frozenset[str]]:
@@ -74,23 +76,22 @@ def _default(one: Option) -> Any:
 def _read(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:
     """{setting: value} of a file, without those in OWN."""
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))["config"].items()
+        saved = dict(json.loads(path.read_text(encoding="utf-8"))["config"])
     except FileNotFoundError:
         raise UserError(f"--config {path}: not found; expected the kd_..._config.json of a run, or its folder"
                         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"no entry {error}" if isinstance(error, KeyError) else error
         raise UserError(f"--config {path}: not a configuration that a run has written ({reason})") from error
-    for name, value in saved:
+    check_registered(saved, f"--config {path}")
+    for name, value in saved.items():
         if name in OWN:
             continue
         if name not in options:
-            close = difflib.get_close_matches(name, options, n=1)
-            raise UserError(f"--config {path}: there is no setting '{name}'"
-                            f"{f'; did you mean {close[0]}?' if close else ''}")
+            raise UserError(f"--config {path}: there is no setting '{name}'{did_you_mean(name, options)}")
         if not _fits(options[name], value):
             raise UserError(f"--config {path}: {name} is {json.dumps(value)}; expected {_expected(options[name])}")
-    return {name: value for name, value in saved if name not in OWN}
+    return {name: value for name, value in saved.items() if name not in OWN}
 
 
 def _fits(one: Option, value: Any) -> bool:

@@ -3,7 +3,8 @@ goes on is a :class:`Settings`.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from engine.options import (
 )
 from engine.presets import preset
 from engine.recipe import Recipe, check_recipe, recipe_defaults
-from engine.saved import CONFIG_HELP, repeated
+from engine.saved import CONFIG_HELP, check_registered, repeated
 from engine.unlabelled import check_readers
 from losses.core import methods
 from losses.core.distiller import Distiller
@@ -29,6 +30,7 @@ from models import (
     brings_weights,
     check_described,
     described_network,
+    is_outside,
     network_name,
 )
 from utils.cli import ArgumentParser, read_options
@@ -160,15 +162,35 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     if "teacher_classes" in given:  # else what an earlier run has read
         path = settings.networks.teacher_classes
         settings = replace(settings, networks=replace(settings.networks, class_map=path and read_class_map(path)))
-    if not (settings.list_methods or settings.list_taps):
+    lists = settings.list_methods or settings.list_taps
+    if not lists:
         check_settings(settings)
-        settings = replace(settings, networks=settings.networks.with_files())
-        n = settings.networks
-        if settings.needs_teacher and (said := described_network(n.teacher_pretrained, n.teacher_model, "teacher_")):
-            known = {f"teacher_{key}": value for key, value in said.items() if f"teacher_{key}" not in given}
-            settings = replace(settings, networks=replace(settings.networks, **known))
-            check_described(settings.networks.teacher, said, "teacher_")
-    return settings.with_folders()
+    networks = settings.networks.with_files(fetch=not lists)
+    if settings.needs_teacher or lists:
+        networks = with_described_teacher(networks, given)
+    return replace(settings, networks=networks).with_folders()
+
+
+def with_described_teacher(networks: Networks, given: Collection[str]) -> Networks:
+    """The same with the teacher that the JSON file beside its weights names. given: the settings of the command line;
+    UserError where they name another one."""
+    said = described_network(networks.teacher_pretrained, networks.teacher_model, "teacher_")
+    known = {f"teacher_{key}": value for key, value in said.items() if f"teacher_{key}" not in given}
+    networks = replace(networks, **known)
+    check_described(networks.teacher, said, "teacher_")
+    return networks
+
+
+def check_one_method(argv: list[str] | None) -> None:
+    """UserError for a command line that names several methods, as ``--method kd --method cwd`` or ``kd+cwd``."""
+    reader = ArgumentParser(prog="train_kd.py", add_help=False)
+    reader.add_argument("--method", action="append", default=[])
+    words = reader.parse_known_args(argv)[0].method
+    names = dict.fromkeys(name for word in words for name in re.split(r"[+,\s]+", word))
+    if len(names) > 1 and all(name in ("none", *methods()) for name in names):
+        weights = [flag(term.setting) for name in names if name in methods() for term in methods()[name].terms]
+        raise UserError(f"--method {' --method '.join(words)}: expected one; what else is to count gets a weight: "
+                        f"{', '.join(weights)}")
 
 
 def from_flat(values: Mapping[str, object]) -> Settings:
@@ -182,10 +204,11 @@ def from_flat(values: Mapping[str, object]) -> Settings:
 
 def from_saved(saved: Mapping[str, object], where: object) -> Settings:
     """Settings from those that a run has written; those that are newer than it have their defaults. where: names their
-    file in the UserError for settings of another version."""
+    file in the UserError for settings of another version, or of a method that is not registered here."""
     try:
+        check_registered(saved, where)
         return from_flat({**vars(build_parser().parse_args([])), **saved})
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: not a configuration of a run of this version ({error})") from error
 
 
@@ -194,6 +217,14 @@ def given_teacher_flags(settings: Settings) -> list[str]:
     default, given = asdict(Networks()), asdict(settings.networks)
     return [flag(name) for name, value in given.items()
             if name.startswith("teacher_") and value not in (None, default[name])]
+
+
+def ineffective_backbones(settings: Settings) -> list[str]:
+    """What to say of a backbone that was asked for beside a network from elsewhere, which has its own."""
+    default, now = asdict(Networks()), asdict(settings.networks)
+    return [f"{flag(f'{role}_backbone')} {backbone} has no effect on the network: {model} brings its own"
+            for role in ("student", "teacher") if is_outside(model := now[f"{role}_model"])
+            and (backbone := now[f"{role}_backbone"]) not in ("", default[f"{role}_backbone"])]
 
 
 def check_settings(settings: Settings) -> None:

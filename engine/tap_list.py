@@ -1,8 +1,6 @@
 """The table that ``train_kd.py --list-taps`` prints: the maps of both networks, and what else could be one."""
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import nn
 
 from dataset import get_dataset_spec
@@ -25,7 +23,7 @@ def tap_table(settings: Settings) -> str:
 
 def described(role: str, choice: NetworkChoice, num_class: int) -> str:
     """The part of one network."""
-    net = replace(choice, pretrained=None, pretrained_base=None).build(num_class)
+    net = choice.build_bare(num_class)
     lines = [f"{role}: {net.name}, {num_class} classes",
              *(f"    {tap:<7} {net.channels[tap]:>5} channels, stride {net.strides[tap]:<3}{tapped(net, tap)}".rstrip()
                for tap in SegOutput._fields if tap in net.channels)]

@@ -15,7 +15,7 @@ from torch import nn
 from dataset import get_dataset_spec, list_datasets
 from dataset.palette import bit_palette
 from engine.log import LOG
-from engine.saved import config_of
+from engine.run_folder import config_of, weights_of
 from models import NetworkChoice, read_info
 from models.hub import CONFIG, WEIGHTS, fetch, from_pretrained, read_config
 from models.outside import check_said
@@ -78,21 +78,11 @@ def open_trained(source: str | os.PathLike, known: Known | None = None) -> Train
     if path.is_file() and not (path.name == WEIGHTS and (path.parent / CONFIG).is_file()):
         return _of_file(os.fspath(source), path, known)
     if path.is_dir() and not (path / CONFIG).is_file():
-        return _of_file(os.fspath(source), _weights_of_run(path, known.weights), known, is_run=True)
+        config = config_of(path, instead=f", or a folder of tools/export.py, with its {CONFIG}")
+        return _of_file(os.fspath(source), weights_of(config, known.weights), known, is_run=True)
     if not path.exists() and path.suffix in ENDINGS:
         raise UserError(f"{source}: no such weights file{how_to_get(path)}")
     return _of_folder(os.fspath(source), fetch(path.parent if path.is_file() else source), known)
-
-
-def _weights_of_run(folder: Path, which: str) -> Path:
-    """The best or the last weights of the one run in a folder."""
-    config = config_of(folder, instead=f", or a folder of tools/export.py, with its {CONFIG}")
-    stem = config.name.removesuffix("_config.json")
-    path = folder / f"{stem}{'_best_model' if which == 'best' else ''}.pth"
-    if not path.is_file():
-        other = "; a run without validation has only --weights last" if which == "best" else ""
-        raise UserError(f"{folder}: no {path.name}; expected the weights of a finished run{other}")
-    return path
 
 
 def _of_folder(source: str, folder: Path, known: Known) -> Trained:

@@ -116,6 +116,14 @@ def check(one: Published, path: Path) -> None:
         raise UserError(f"{path}: has the SHA-256 {got}, expected {one.digest}: remove it, and fetch it again")
 
 
+def place(source: str | os.PathLike) -> str | os.PathLike:
+    """Where the file of a ``get:NAME`` is or would go; any other source as it is."""
+    if isinstance(source, str) and source.startswith(PREFIX):
+        one = find(source.removeprefix(PREFIX))
+        return str(one.folder.expanduser() / one.file)
+    return source
+
+
 def local(source: str | os.PathLike | None) -> str | os.PathLike | None:
     """The path of a ``get:NAME``, fetched first if need be; any other source as it is."""
     if isinstance(source, str) and source.startswith(PREFIX):

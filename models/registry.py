@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -84,6 +84,15 @@ class NetworkChoice:
         return get_segmentation_model(self.model, self.backbone, num_class, self.aux, self.pretrained,
                                       self.pretrained_base, preprocess=self.preprocess, taps=self.taps,
                                       head_width=self.head_width, **more)
+
+
+    def build_bare(self, num_class: int) -> nn.Module:
+        """The network without its weights, which are not read: what it is like, their JSON file says where it does."""
+        info = (read_info(self.pretrained) if is_given(self.pretrained) else None) or {}
+        said = info if info.get("model") == self.model else {}
+        bare = replace(self, pretrained=None, pretrained_base=None,
+                       head_width=self.head_width or said.get("head_width"))
+        return bare.build(num_class, architecture=said.get("architecture"))
 
 
 def network_name(model: str, backbone: str, between: str = "_") -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models.preprocess import Preprocess
-from models.published import how_to_get, local
+from models.published import how_to_get, local, place
 from models.torchvision_compat import import_torchvision
 from utils.errors import UserError
 from utils.extras import need
@@ -88,8 +88,9 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def read_info(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The JSON file beside ``path`` (see :func:`describe`), or None. Raises UserError when it is not readable."""
-    beside = _info_path(Path(local(path)).expanduser())
+    """The JSON file beside ``path`` (see :func:`describe`), or None. A ``get:NAME`` is not fetched for it. Raises
+    UserError when it is not readable."""
+    beside = _info_path(Path(place(path)).expanduser())
     if not beside.is_file():
         return None
     try:

@@ -129,6 +129,11 @@ def test_what_is_refused(place, capsys, tmp_path) -> None:
     assert_refused(capsys, diagnose.main, [str(place / "logged"), "--batches", "0"], "--batches", "at least 1")
     (tmp_path / "kd_config.json").write_text('{"config": {"lambda_kd": "much"}}')
     assert_refused(capsys, diagnose.main, [str(tmp_path)], "kd_config.json", "not a configuration of a run")
+    (tmp_path / "kd_config.json").write_text('{"config": {"method": "outtap", "lambda_outtap": 1.0}}')
+    assert_refused(capsys, diagnose.main, [str(tmp_path)], "kd_config.json: method 'outtap' is not registered here",
+                   "docs/package.md")
+    (tmp_path / "kd_config.json").write_text('{"config": {"method": "kd", "lambda_outtap": 1.0}}')
+    assert_refused(capsys, diagnose.main, [str(tmp_path)], "the method of its term 'outtap' is not registered here")
     (tmp_path / "other_config.json").write_text("{}")
     assert_refused(capsys, diagnose.main, [str(tmp_path)], "kd_config.json, other_config.json")
     empty = tmp_path / "started"

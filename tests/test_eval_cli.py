@@ -239,6 +239,7 @@ WRONG = {
     "unknown data set": (["--dataset", "kitti"], "unknown data set 'kitti'"),
     "missing data": (["--data", "{place}/x"], "folder not found"),
     "empty data": (["--data", "{place}/nothing"], "folder not found"),
+    "data without the default split": (["--data", "{place}/nothing"], "(--split: another split)"),
     "unknown split": (["--split", "holiday"], "no split 'holiday'"),
     "missing list": (["--data-list", "{place}/x.lst"], "x.lst"),
     "ignore label is a class": (["--ignore-label", "3"], "ignore label 3"),

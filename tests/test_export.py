@@ -254,6 +254,9 @@ def test_bad_input_is_named(run, tmp_path, capsys, monkeypatch) -> None:
                         ([str(run), "--out", str(tmp_path / "file")], ["--out", "expected a folder"]),
                         ([str(run), "--to", "tflite"], ["--to", "invalid choice"])):
         assert_refused(capsys, program.main, argv, *words)
+    (config,) = shutil.copytree(run, tmp_path / "own").glob("*_config.json")
+    config.write_text(config.read_text().replace('"method": "kd"', '"method": "outtap"'))
+    assert_refused(capsys, program.main, [str(tmp_path / "own")], "method 'outtap' is not registered here")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert_refused(capsys, program.main, [str(run), "--to", "onnx"], "onnxscript cannot be imported",
                    "pip install -e '.[export]'")

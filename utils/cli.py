@@ -7,7 +7,6 @@ traceback; when all processes under ``torchrun`` find the same fault, one of the
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 import select
@@ -17,7 +16,7 @@ from dataclasses import MISSING
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
-from utils.errors import UserError
+from utils.errors import UserError, did_you_mean, nearest
 from utils.faults import allow_open_files, explained
 from utils.options import Option, OptionGroup, flag, options_of
 
@@ -163,6 +162,13 @@ class ArgumentParser(argparse.ArgumentParser):
         say(f"{self.prog}: error: {' '.join(message.split())}\n")
         self.exit(2)
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = did_you_mean(str(value), map(str, action.choices or ()))
+            raise argparse.ArgumentError(action, f"{error.message}{near}") from None
+
     def _normalize(self, args: list[str]) -> list[str]:
         end = args.index("--") if "--" in args else len(args)
         return [self._dashed(arg) for arg in args[:end]] + args[end:]
@@ -177,7 +183,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def _suggestion(self, unknown: list[str]) -> str:
         names = [arg.partition("=")[0].replace("_", "-") for arg in unknown if arg.startswith("--")]
         known = list(self._option_string_actions)
-        close = [match for name in names for match in difflib.get_close_matches(name, known, n=1, cutoff=0.7)]
+        close = [match for name in names if (match := nearest(name, known))]
         return f" (did you mean {', '.join(dict.fromkeys(close))}?)" if close else ""
 
 

@@ -64,6 +64,18 @@ def test_the_end_names_the_weights_and_a_command_that_evaluates_them(run_with_pa
     assert "mIoU" in capsys.readouterr().out
 
 
+def test_the_command_at_the_end_fits_a_set_without_validation_images(tmp_path, capsys) -> None:
+    data = write_folder_dataset(tmp_path / "set", train=4, val=1)
+    for kind in ("images", "labels"):
+        (data / kind / "val").rename(tmp_path / kind)
+    argv = train_arguments(data, tmp_path / "run", "--method", "none", "--max-iterations", "1", "--skip-val")
+    assert train_kd.main(argv) == 0
+    said = capsys.readouterr().out
+    words = shlex.split(said[said.index("python eval.py"):].replace("\\\n", ""))
+    assert words[words.index("--split") + 1] == "train" and evaluation.main([*words[2:], "--workers", "0"]) == 0
+    assert "train: 4 images" in capsys.readouterr().out
+
+
 def test_panels_show_the_teacher_although_the_method_needs_no_prediction_of_it(run_with_panels) -> None:
     _, (picture,), _ = run_with_panels
     tiles = 4 * 360

@@ -85,7 +85,10 @@ def test_settings_that_are_newer_than_the_file_have_their_defaults(tmp_path) -> 
     ({"lr": True}, "lr is true; expected a number"), ({"batch_size": 1.5}, "batch_size is 1.5; expected a whole"),
     ({"batch_size": None}, "batch_size is null; expected"), ({"crop_size": 64}, "crop_size is 64; expected a list"),
     ({"fast": 1}, "fast is 1; expected true or false"), ({"amp": "bf17"}, 'amp is "bf17"; expected one of off, bf16'),
-    ({"method": "kdd"}, 'method is "kdd"; expected one of none, '), ({"aux": "yes"}, "expected true or false, or null"),
+    ({"method": "kdd"}, "method 'kdd' is not registered here: start the program from a file that imports it (docs/"),
+    ({"lambda_kdd": 0.5}, "the method of its term 'kdd' is not registered here"),
+    ({"lambda_kdd": 0.0}, "there is no setting 'lambda_kdd'; did you mean lambda_kd?"),
+    ({"aux": "yes"}, "expected true or false, or null"),
 ])
 def test_what_does_not_fit_is_named(changes, expected, tmp_path, capsys) -> None:
     path = saved(tmp_path, **changes)

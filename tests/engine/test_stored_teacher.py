@@ -47,7 +47,7 @@ def arguments(material: tuple[Path, Path], save: Path, *more: str) -> list[str]:
     return train_arguments(
         material[0], save, "--teacher-model", "deeplab_mobile", "--teacher-backbone", TEACHER, "--teacher-pretrained",
         str(material[1]), "--max-iterations", "2", "--batch-size", "2", "--skip-val", "--sampling", "epoch",
-        *DIST, *WHOLE, "--unlabelled", str(material[0] / "images/val"), *more)
+        *(() if "--method" in more else DIST), *WHOLE, "--unlabelled", str(material[0] / "images/val"), *more)
 
 
 def scored(folder: Path) -> tuple[str, str]:

@@ -106,6 +106,14 @@ class TestPresets:
         assert published("kd", dataset, backbone) == dict(zip(("lambda_kd", "aux_weight"), weights, strict=True))
         assert preset("kd", dataset, backbone)["lambda_fd"] == 0.0
 
+    @pytest.mark.parametrize("attribute", ["preset", "rows"])
+    def test_a_setting_that_does_not_exist_is_named(self, monkeypatch, attribute) -> None:
+        monkeypatch.setattr(methods()["kd"], attribute, {"*": {"lambda_kd": 1.0}, "voc": {"lambda_kt_logt": 1.0}})
+        with pytest.raises(UserError, match=f"method 'kd': its {attribute} has under 'voc' the setting "
+                                            "'lambda_kt_logt', which does not exist; did you mean lambda_kt_logit?"):
+            parse("--method", "kd")
+        assert parse("--method", "cwd").method == "cwd"
+
     @pytest.mark.parametrize(("dataset", "backbone", "rand_mask", "enhance_projector"), [
         ("citys", "resnet18", False, True), ("citys", "mobilenetv2", True, False), ("voc", "resnet18", True, False)])
     def test_afdcd_masks_and_projects_as_the_script_of_the_row(self, dataset, backbone, rand_mask,
@@ -140,6 +148,9 @@ WRONG = [
     (["--no-such-flag"], ["--no-such-flag"]),
     (["--lamda-kd", "1"], ["--lambda-kd"]),
     (["--method", "nonsense"], ["nonsense", "afdcd"]),
+    (["--method", "afcd"], ["--method: invalid choice: 'afcd'", "; did you mean afdcd?"]),
+    (["--method", "kd", "--method", "cwd"], ["--method kd --method cwd: expected one", "--lambda-cwd-feat"]),
+    (["--method", "kd+cwd"], ["--method kd+cwd: expected one", "--lambda-kd, --lambda-cwd-feat"]),
     (["--dataset", "nonsense"], ["nonsense", "citys"]),
     (["--data", "{base}/missing"], ["missing"]),
     (["--student-model", "nonsense"], ["nonsense", "deeplabv3"]),

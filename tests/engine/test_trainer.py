@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import (
     STEM,
+    assert_refused,
     distil_arguments,
     records,
     train_arguments,
@@ -131,6 +132,39 @@ class TestResume:
         before = weights(tmp_path)
         assert train_kd.main([*argv, "--resume", "auto"]) == 0
         assert same(before, weights(tmp_path))
+
+    def test_a_finished_run_takes_no_other_settings(self, data, tmp_path, capsys) -> None:
+        """Of what no step has used, nothing is written; where results go and what they are called may change."""
+        argv = train_arguments(data, tmp_path / "run", "--method", "none", "--max-iterations", "1", "--skip-val")
+        again = [*argv, "--resume", "auto", "--results", str(tmp_path / "results"), "--label", "x"]
+        train_kd.main(argv)
+        before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+        assert_refused(capsys, train_kd.main, [*again, "--lr", "0.5"], "_state.pth: the run is finished, at step 1",
+                       "lr: 0.02 -> 0.5")
+        assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+        assert not (tmp_path / "results").exists()
+        assert train_kd.main(again) == 0
+        (path,) = (tmp_path / "results").rglob("0.json")
+        assert "changed" not in json.loads(path.read_text())
+
+    def test_settings_that_change_on_the_way_are_written_down(self, data, tmp_path, monkeypatch) -> None:
+        argv = train_arguments(data, tmp_path, "--method", "none", "--max-iterations", "3", "--save-per-iters", "1",
+                               "--skip-val", "--results", str(tmp_path / "results"))
+        interrupted(monkeypatch, argv, at=1)
+        interrupted(monkeypatch, [*argv, "--resume", "auto", "--lr", "0.5"], at=2)
+        assert train_kd.main([*argv, "--resume", "auto", "--lr", "0.5", "--momentum", "0.5"]) == 0
+        expected = [{"step": 1, "setting": "lr", "before": 0.02, "after": 0.5},
+                    {"step": 2, "setting": "momentum", "before": 0.9, "after": 0.5}]
+        (result,) = (tmp_path / "results").rglob("0.json")
+        for path in (result, tmp_path / f"{STEM}_config.json"):
+            assert json.loads(path.read_text())["changed"] == expected
+
+    def test_a_run_may_end_where_it_is(self, data, tmp_path, monkeypatch) -> None:
+        argv = train_arguments(data, tmp_path, "--method", "none", "--skip-val")
+        interrupted(monkeypatch, argv, at=4)
+        assert train_kd.main([*argv, "--max-iterations", "3", "--resume", "auto"]) == 0
+        assert json.loads((tmp_path / f"{STEM}_config.json").read_text())["changed"] == [
+            {"step": 3, "setting": "max_iterations", "before": 6, "after": 3}]
 
     def test_a_state_goes_on_in_another_folder(self, data, teacher, whole, tmp_path, monkeypatch) -> None:
         first, second = tmp_path / "first", tmp_path / "second"

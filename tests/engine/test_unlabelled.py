@@ -49,6 +49,8 @@ def arguments(material: tuple[Path, Path, Path], save: Path, *more: str) -> list
     """The command of docs/unlabelled.md for small networks and a few steps."""
     page = (ROOT / "docs/unlabelled.md").read_text(encoding="utf-8").replace("\\\n", "")
     words = re.search(r"^python train_kd.py (.*--unlabelled .*)$", page, re.MULTILINE)[1].split()
+    if "--method" in more:
+        del words[(at := words.index("--method")):at + 2]
     names = dict(zip(("mydata", "more_images", "teacher.pth"), map(str, material), strict=True))
     return [*(names.get(word, word) for word in words), *train_arguments(
         material[0], save, "--teacher-model", "deeplab_mobile", "--teacher-backbone", TEACHER, "--max-iterations", "4",

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_refused
 
+import train_kd
 from engine import eval_settings
 from engine.settings import build_parser, parse_settings
 from engine.trained import Known, open_trained
@@ -40,6 +42,39 @@ def test_the_teacher(weights):
     assert (networks.teacher_model, networks.teacher_backbone) == ("deeplabv3", "resnet101")
     plain = parse_settings(["--method", "none", "--teacher-pretrained", weights, "--teacher-model", "deeplabv3"])
     assert plain.networks.teacher_model == "deeplabv3", "nothing reads that teacher"
+
+
+@pytest.mark.parametrize("which", ["--list-taps", "--list-methods"])
+def test_the_lists(weights, capsys, which):
+    """They show the teacher that would be trained with, and fetch nothing for it."""
+    path = Path(f"{weights}.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "head_width": 24}))
+    argv = ["--dataset", "citys", "--student-backbone", "resnet18_w0.25", "--method", "none", which]
+    assert train_kd.main([*argv, "--teacher-pretrained", weights]) == 0
+    said = capsys.readouterr().out
+    assert "psp-resnet18_w0.5" in said and "resnet101" not in said.partition("\n\nmethod")[0]
+    assert which == "--list-methods" or "head       24 channels" in said
+    assert_refused(capsys, train_kd.main, [*argv, "--teacher-pretrained", weights, "--teacher-model", "deeplabv3"],
+                   "teacher model deeplabv3 was asked for, but")
+    assert train_kd.main([*argv, "--teacher-pretrained", "get:resnet101-imagenet"]) == 0
+    assert "deeplabv3-resnet101" in capsys.readouterr().out
+
+
+def test_the_folder_of_a_run(tmp_path):
+    """It stands for its best weights."""
+    run, teach = tmp_path / "run", [*TEACHER, str(tmp_path / "run")]
+    run.mkdir()
+    with pytest.raises(UserError, match="--teacher-pretrained .*run: expected the --save-dir of one run, .* or a weig"):
+        parse_settings(teach)
+    (run / "kd_a_config.json").write_text("{}")
+    with pytest.raises(UserError, match="no kd_a_best_model.pth; .* a run without validation has only kd_a.pth"):
+        eval_settings.parse_settings(["--pretrained", str(run)])
+    path = run / "kd_a_best_model.pth"
+    path.touch()
+    (run / f"{path.name}.json").write_text(json.dumps({"model": "psp", "backbone": "resnet18_w0.5"}))
+    networks, network = parse_settings(teach).networks, eval_settings.parse_settings(["--pretrained", str(run)]).network
+    assert networks.teacher_pretrained == network.pretrained == str(path)
+    assert (networks.teacher_backbone, network.backbone) == ("resnet18_w0.5", "resnet18_w0.5")
 
 
 def test_flags_that_agree(weights):

@@ -7,7 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CLASSES, assert_refused, distil_arguments, train_arguments, write_folder_dataset, write_teacher
+from helpers import (
+    CLASSES,
+    STUDENT,
+    assert_refused,
+    distil_arguments,
+    train_arguments,
+    write_folder_dataset,
+    write_teacher,
+)
 from torch import nn
 
 import eval as evaluation
@@ -336,6 +344,7 @@ def test_it_learns_teaches_and_is_evaluated(tmp_path, capsys, monkeypatch) -> No
     assert train_kd.main(train_arguments(data, save, *teacher, *flags, *student)) == 0
     weights = save / "kd_module-mine-build_folder.pth"
     said = capsys.readouterr().out
+    assert f"--student-backbone {STUDENT} has no effect on the network: module:mine:build brings its own" in said
     words = shlex.split(said[said.index("python eval.py"):].replace("\\\n", ""))
     assert "--backbone" not in words and evaluation.main([*words[2:], "--workers", "0"]) == 0
     assert "module:mine:build" in capsys.readouterr().out
@@ -343,5 +352,7 @@ def test_it_learns_teaches_and_is_evaluated(tmp_path, capsys, monkeypatch) -> No
     assert train_kd.main(train_arguments(data, tmp_path / "two", *taught, *flags)) == 0
     assert_refused(capsys, train_kd.main, train_arguments(data, tmp_path / "x", "--method", "none", *student,
                                                           "--head-lr-factor", "10"), "--head-lr-factor", "backbone")
+    assert_refused(capsys, train_kd.main, train_arguments(data, tmp_path / "x", "--method", "none", *student, "--aux"),
+                   "--aux: module:mine:build has no auxiliary head")
     assert train_kd.main(train_arguments(data, tmp_path / "x", *taught, "--list-taps")) == 0
     assert "encoder.b3" in capsys.readouterr().out

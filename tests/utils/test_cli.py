@@ -28,6 +28,7 @@ class Losses(OptionGroup):
     only: tuple[str, ...] = option((), "may be repeated", nargs="append")
     pattern: str = option("50%", "100%% of it")
     tau: float = option(1.0, "temperature", above=0)
+    amp: str = option("off", "half precision", choices=("off", "bf16"))
 
 
 def make_parser() -> ArgumentParser:
@@ -82,6 +83,7 @@ def test_every_option_in_both_spellings() -> None:
     (["--crop-size", "0"], "expected a whole number of at least 1, got '0'"),
     (["--crop-size", "2.5"], "expected a whole number"),
     (["--save-dir"], "expected one argument"),
+    (["--amp", "bf61"], "did you mean bf16?"),
 ])
 def test_errors_are_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
