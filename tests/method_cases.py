@@ -198,7 +198,9 @@ def check_gradients(name: str, distiller: Distiller, student: SegOutput, teacher
     assert all(t is None or t.grad is None for t in teacher)
     for parameter, value in distiller.named_parameters():
         if parameter not in distiller.unsynchronized() and value.requires_grad:
-            assert value.grad is not None and value.grad.isfinite().all(), f"{name}: {parameter} got no gradient"
+            assert value.grad is not None and value.grad.isfinite().all(), (
+                f"{name}: {parameter} got no gradient from {', '.join(terms)}: build only what run.active needs "
+                "(docs/extending.md)")
 
 
 def train(distiller: Distiller, crop: tuple[int, int], steps: range, info: tuple[NetInfo, NetInfo] = (STUDENT, TEACHER),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from losses.core.facts import Batch, NetInfo, Preparation, RunFacts
 from losses.core.needs import Needs
+from utils.errors import UserError
 from utils.options import OptionGroup
 
 #: channels and stride of the published teachers' maps, those of ResNet-101: what a term may be a sum over
@@ -141,18 +142,26 @@ _REGISTRY: dict[str, type[Distiller]] = {}
 
 
 def register(name: str):
-    """Class decorator: make a :class:`Distiller` known under a name."""
+    """Class decorator: make a :class:`Distiller` known under a name. UserError when another class has that name, or a
+    term of the same name."""
     def wrap(cls: type[Distiller]) -> type[Distiller]:
-        if _REGISTRY.get(name, cls).__qualname__ != cls.__qualname__:
-            raise ValueError(f"method {name!r} is registered twice: {_REGISTRY[name]} and {cls}")
+        if (other := where(_REGISTRY.get(name, cls))) != where(cls):
+            raise UserError(f"method {name!r} is registered twice, as {other} and as {where(cls)}: expected another "
+                            "name for one of them and for its terms")
         taken = {t.name: m for m, c in _REGISTRY.items() if m != name for t in c.terms}
         for term in cls.terms:
             if term.name in taken:
-                raise ValueError(f"term {term.name!r} of method {name!r} already belongs to {taken[term.name]!r}")
+                raise UserError(f"term {term.name!r} of method {name!r}, {where(cls)}, already belongs to "
+                                f"{taken[term.name]!r}: expected another name")
         cls.method = name
         _REGISTRY[name] = cls
         return cls
     return wrap
+
+
+def where(cls: type) -> str:
+    """A class with its module, as Python names it: the same again when the module is loaded once more."""
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def methods() -> dict[str, type[Distiller]]:

@@ -1,9 +1,11 @@
 """What a method needs of the two networks and of the crop, stated as data and checked in one place."""
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from losses.core.facts import NetInfo
+from models import is_outside
 from utils.errors import UserError
 
 
@@ -32,14 +34,16 @@ class Needs:
 
 
 def check_needs(method: str, needs: Needs, student: NetInfo, teacher: NetInfo | None,
-                crop_size: tuple[int, int]) -> None:
-    """Raise UserError, naming method, network and what was expected, unless the requirements are met."""
+                crop_size: tuple[int, int], weights: Iterable[str] = ()) -> None:
+    """Raise UserError, naming method, network and what was expected, unless the requirements are met. weights: the
+    settings without which the method would not be used."""
     for role, taps, net in (("student", needs.student, student), ("teacher", needs.teacher, teacher)):
         if taps and net is None:
             raise UserError(f"method {method!r} needs a {role}: it reads {', '.join(taps)} of it, but there is none")
         if missing := [tap for tap in taps if tap not in net.channels]:
-            raise UserError(f"method {method!r} needs {', '.join(missing)} of the {role}, "
-                            f"but {net.name} offers only {', '.join(net.channels)}", settings=needs.tap_settings)
+            taps_of_outside = ("list_taps", f"{role}_taps") if is_outside(net.name) else ()
+            raise UserError(f"method {method!r} needs {', '.join(missing)} of the {role}, but {net.name} offers only "
+                            f"{', '.join(net.channels)}", settings=[*taps_of_outside, *needs.tap_settings])
     if needs.teacher and needs.same_classes:
         _check_equal(method, "logits", student, student.channels["logits"], teacher, teacher.channels["logits"])
     if student.num_class < needs.least_classes:
@@ -52,7 +56,8 @@ def check_needs(method: str, needs: Needs, student: NetInfo, teacher: NetInfo | 
         why = f" ({needs.why})" if needs.why else ""
         raise UserError(f"method {method!r} needs maps of {height}x{width} or more{why}, but crops of {crop_size[0]}x"
                         f"{crop_size[1]} give {size[0]}x{size[1]}: use crops of {height * stride}x"
-                        f"{width * stride} or more", settings=["crop_size", *needs.settings])
+                        f"{width * stride} or more, or leave the method out with weights of 0",
+                        settings=["crop_size", *needs.settings, *weights])
 
 
 def taps_to_resize(needs: Needs, student: NetInfo, teacher: NetInfo | None) -> tuple[str, ...]:

@@ -42,7 +42,8 @@ def build_distillers(options: Mapping[str, OptionGroup], run: RunFacts, student:
         if view.narrowed and len(run.common) < 2:
             raise UserError(f"method {name!r} compares scores of classes, but teacher and data set have only one in "
                             "common: expected two or more", settings=["teacher_classes"])
-        check_needs(name, view.needs, view.student, teacher, run.crop_size)
+        check_needs(name, view.needs, view.student, teacher, run.crop_size,
+                    [term.setting for term in active[name].terms if term.name in run.active])
     return nn.ModuleDict({name: cls.build(options[name], seen[name].run, seen[name].student, teacher)
                           for name, cls in active.items()})
 
@@ -116,8 +117,25 @@ class Objective(nn.Module):
             if name in self.narrowed:
                 seen = seen._replace(student=self.common.scores(seen.student), target=self.common.labels(seen.target))
             seen = seen._replace(student=resize_maps(seen.student, seen.teacher, self.resized.get(name, ())))
-            terms.update({term: value for term, value in distiller(seen, generator).items() if self.weights.get(term)})
+            terms.update(self.terms_that_count(name, distiller, distiller(seen, generator)))
         return terms
+
+    def terms_that_count(self, name: str, distiller: Distiller, returned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a method has returned, without the terms whose weight is 0. UserError when a term is missing or unknown,
+        or is no scalar: a term that is misspelt would else not be trained, and nobody told."""
+        expected = {t.name for t in distiller.terms if self.weights.get(t.name) and not t.scales_task}
+        counted = {term: value for term, value in returned.items() if self.weights.get(term)}
+        known = {t.name for t in distiller.terms}
+        if unknown := returned.keys() - known:
+            raise UserError(f"method {name!r} returned {', '.join(sorted(unknown))}, which is none of its terms: "
+                            f"expected {', '.join(sorted(known))}")
+        if missing := expected - counted.keys():
+            raise UserError(f"method {name!r} did not return {', '.join(sorted(missing))}: expected every term with a "
+                            f"weight; it returned {', '.join(returned) or 'nothing'}")
+        for term, value in counted.items():
+            if value.dim():
+                raise UserError(f"method {name!r} returned {term} of shape {list(value.shape)}: expected a scalar")
+        return counted
 
     def reads_unlabeled(self, distiller: Distiller) -> bool:
         """Whether a method has a term that counts and does without labels."""

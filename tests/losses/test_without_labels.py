@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -36,9 +37,8 @@ def rows(maps: SegOutput, count: int) -> SegOutput:
 
 
 def losses(distillers: dict, student: SegOutput, teacher: SegOutput, target: Tensor, unlabeled: int = 0,
-           criterion: nn.Module | None = None) -> dict[str, Tensor]:
-    weights = {term.name: 1.0 for one in distillers.values() for term in one.terms}
-    objective = Objective(Fixed(student), distillers, weights, group_size=2, criterion=criterion,
+           criterion: nn.Module | None = None, terms: Iterable[str] = ()) -> dict[str, Tensor]:
+    objective = Objective(Fixed(student), distillers, dict.fromkeys(terms, 1.0), group_size=2, criterion=criterion,
                           images_without_labels=unlabeled)
     images = torch.arange(len(target) * 3 * target[0].numel(), dtype=torch.float32).view(-1, 3, *target.shape[1:]) % 255
     return objective(images, teacher, target, 0, torch.Generator().manual_seed(0))
@@ -78,7 +78,7 @@ class TestEveryTerm:
             method = build(name, crop, terms=alone)
             own = rows(student, count)
             result = losses({name: method}, own, SegOutput(*(x.detach()[:count] for x in teacher)), target[:count],
-                            unlabeled)
+                            unlabeled, terms=alone)
             results.append(result[term.name].item())
             if unlabeled:
                 result[term.name].backward()
@@ -97,7 +97,7 @@ def test_terms_of_one_method_part_where_they_have_to(name) -> None:
     student, teacher, target = outputs(STUDENT, crop, 4), outputs(TEACHER, crop, 4, seed=1), labels(crop, 4)
     target[2:] = -1
     whole, part = (losses({name: build(name, crop, terms=frozenset(terms))}, rows(student, count),
-                          SegOutput(*(x.detach()[:count] for x in teacher)), target[:count], unlabeled)
+                          SegOutput(*(x.detach()[:count] for x in teacher)), target[:count], unlabeled, terms=terms)
                    for count, unlabeled in ((4, 2), (2, 0)))
     assert whole.keys() - {"task", "aux"} == terms.keys() == Case(name, crop, terms=frozenset(terms)).active
     same = {one for one in terms if whole[one].item() == part[one].item()}
