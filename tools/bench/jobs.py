@@ -10,12 +10,11 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import cv2
 import torch
@@ -32,11 +31,9 @@ from losses.core.facts import Batch, NetInfo
 from losses.core.objective import build_distillers
 from models import SegOutput, get_segmentation_model
 from tools.bench.peak import rates
+from tools.flags import parsed
 from utils.distributed import Distributed, init_distributed
-from utils.errors import UserError
 from utils.randomness import step_generator
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,19 +47,9 @@ class Work:
     facts: Mapping[str, float] = field(default_factory=dict)
 
 
-def read(parse: Callable[[Sequence[str]], T], flags: Sequence[str]) -> T:
-    """``parse(flags)``; what the parser says of a wrong flag becomes the message of a UserError."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return parse(list(flags))
-    except SystemExit:
-        raise UserError(said.getvalue().partition("error: ")[2].strip()) from None
-
-
 def train_settings(flags: Sequence[str], trial: bool = False) -> Settings:
     """Settings of ``train_kd.py`` for a teacher with random weights. trial: with the methods' own short stages."""
-    settings = read(parse_settings, ["--teacher-pretrained", "random", *flags])
+    settings = parsed(parse_settings, ["--teacher-pretrained", "random", *flags])
     if trial:
         for cls in settings.methods.values():
             settings = from_flat({**settings.flat(), **cls.trial})
@@ -208,7 +195,7 @@ class CaughtError(Exception):
 
 def build_eval(job: Mapping[str, Any]) -> Work:
     """The call of ``evaluate`` that ``eval.py`` makes with these flags, caught before it takes place."""
-    settings = read(evaluation.parse_settings, job["flags"])
+    settings = parsed(evaluation.parse_settings, job["flags"])
     evaluate, calls = evaluation.evaluate, []
 
     def remember(*args: Any, **more: Any) -> None:

@@ -42,7 +42,7 @@ from engine.results import result_path
 from engine.run_files import RunFiles
 from engine.settings import Settings, parse_settings
 from models import is_outside, network_name, split_backbone
-from tools.bench.jobs import read
+from tools.flags import parsed
 from utils.cli import describe_error
 from utils.errors import UserError, did_you_mean
 
@@ -285,7 +285,7 @@ class Expansion:
         words += own_flags(self.places, protocol, name, label, seed)
         environment = {"PYTHON": sys.executable, **({"GPUS": str(plan["gpus"])} if "gpus" in plan else {})}
         try:
-            settings = read(parse_settings, ["--dataset", plan["dataset"], *words])
+            settings = parsed(parse_settings, ["--dataset", plan["dataset"], *words])
         except UserError as error:
             raise UserError(f"{where}: {describe_error(error)}") from error
         return Job(name, "train_scripts/train.sh", (plan["dataset"], *words), settings, needs, environment)
