@@ -6,7 +6,9 @@ A method is one file in ``losses/``: a pure loss function, and a :class:`Distill
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -160,8 +162,10 @@ def register(name: str):
 
 
 def where(cls: type) -> str:
-    """A class with its module, as Python names it: the same again when the module is loaded once more."""
-    return f"{cls.__module__}.{cls.__qualname__}"
+    """FILE:CLASS, or MODULE:CLASS without a file: the same again when the file is loaded once more, under whatever
+    name, as one that is run and then imported."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return f"{os.path.realpath(file) if file else cls.__module__}:{cls.__qualname__}"
 
 
 def methods() -> dict[str, type[Distiller]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.output import CLASS_TAPS, SegOutput
+from models.outside import OutsideNet
 from models.preprocess import CAFFE_BGR, Preprocess
 from models.registry import NetworkChoice
 
@@ -17,18 +18,20 @@ from models.registry import NetworkChoice
 @dataclass(frozen=True)
 class NetInfo:
     """What a method may know about a network without running it. channels: per tap; stride: of its output; strides: of
-    taps, where they differ from it."""
+    taps, where they differ from it; takes_taps: whether the user may name more taps."""
     name: str
     channels: Mapping[str, int]
     num_class: int
     stride: int = 8
     preprocess: Preprocess = CAFFE_BGR
     strides: Mapping[str, int] = field(default_factory=dict)
+    takes_taps: bool = False
 
     @classmethod
     def of(cls, net: nn.Module) -> NetInfo:
         """The description of a network of ``models/``."""
-        return cls(net.name, dict(net.channels), net.num_class, net.output_stride, net.preprocess, dict(net.strides))
+        return cls(net.name, dict(net.channels), net.num_class, net.output_stride, net.preprocess, dict(net.strides),
+                   isinstance(net, OutsideNet))
 
     def stride_of(self, tap: str) -> int:
         """The stride of a tap's map, in pixels of the image."""

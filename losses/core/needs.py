@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from losses.core.facts import NetInfo
-from models import is_outside
 from utils.errors import UserError
 
 
@@ -41,9 +40,9 @@ def check_needs(method: str, needs: Needs, student: NetInfo, teacher: NetInfo | 
         if taps and net is None:
             raise UserError(f"method {method!r} needs a {role}: it reads {', '.join(taps)} of it, but there is none")
         if missing := [tap for tap in taps if tap not in net.channels]:
-            taps_of_outside = ("list_taps", f"{role}_taps") if is_outside(net.name) else ()
+            more_taps = ("list_taps", f"{role}_taps") if net.takes_taps else ()
             raise UserError(f"method {method!r} needs {', '.join(missing)} of the {role}, but {net.name} offers only "
-                            f"{', '.join(net.channels)}", settings=[*taps_of_outside, *needs.tap_settings])
+                            f"{', '.join(net.channels)}", settings=[*more_taps, *needs.tap_settings])
     if needs.teacher and needs.same_classes:
         _check_equal(method, "logits", student, student.channels["logits"], teacher, teacher.channels["logits"])
     if student.num_class < needs.least_classes:

@@ -1,6 +1,9 @@
 """Faults of whoever writes a method: what would else train something that nobody asked for is refused, and named."""
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -64,16 +67,24 @@ class TestRegistration:
 
     def test_a_copied_file_does_not_replace_the_method(self) -> None:
         self.define("losses.mine", "mine", "m")
-        with pytest.raises(UserError, match="'mine' is registered twice, as losses.mine.Mine and as losses.copy.Mine"):
+        with pytest.raises(UserError, match="'mine' is registered twice, as losses.mine:Mine and as losses.copy:Mine"):
             self.define("losses.copy", "mine", "m")
 
     def test_a_module_can_be_loaded_again(self) -> None:
         first, again = (self.define("losses.mine", "mine", "m") for _ in range(2))
         assert first is not again and {"mine": again} == distiller._REGISTRY
 
+    def test_a_file_that_is_run_and_then_imported_is_one(self, monkeypatch, tmp_path) -> None:
+        for name in ("run", "imported"):
+            module = ModuleType(name)
+            module.__file__ = str(tmp_path / "mine.py")
+            monkeypatch.setitem(sys.modules, name, module)
+            last = self.define(name, "mine", "m")
+        assert {"mine": last} == distiller._REGISTRY
+
     def test_a_term_belongs_to_one_method(self) -> None:
         self.define("losses.mine", "mine", "m")
-        with pytest.raises(UserError, match="term 'm' of method 'other', losses.other.Mine, already belongs to 'mine'"):
+        with pytest.raises(UserError, match="term 'm' of method 'other', losses.other:Mine, already belongs to 'mine'"):
             self.define("losses.other", "other", "m")
 
 
@@ -84,9 +95,9 @@ def test_a_crop_that_is_too_small_names_the_weights_too() -> None:
     assert refused.value.settings == ("crop_size", "lambda_adv")
 
 
-@pytest.mark.parametrize(("model", "flags"), [("module:mynet:build", ("list_taps", "student_taps")), ("psp", ())])
-def test_a_network_from_elsewhere_can_offer_more_taps(model, flags) -> None:
-    net = NetInfo(model, {"logits": 3}, 3)
-    with pytest.raises(UserError, match=f"needs c4 of the student, but {model} offers only logits") as refused:
+@pytest.mark.parametrize(("takes_taps", "flags"), [(True, ("list_taps", "student_taps")), (False, ())])
+def test_a_network_from_elsewhere_can_offer_more_taps(takes_taps, flags) -> None:
+    net = NetInfo("net", {"logits": 3}, 3, takes_taps=takes_taps)
+    with pytest.raises(UserError, match="needs c4 of the student, but net offers only logits") as refused:
         check_needs("mine", Needs(student=("c4",)), net, None, (64, 64))
     assert refused.value.settings == flags
