@@ -136,8 +136,9 @@ def resume(run: Run, *, trains: bool = False) -> bool:
                         "that all machines share")
     if trains:
         check_finished(run, path, changes)
-    if state.get("processes") != run.distributed.world_size:
-        changes["processes"] = state.get("processes"), run.distributed.world_size
+    processes = state.get("processes", run.distributed.world_size)
+    if processes != run.distributed.world_size and not is_finished(run):
+        changes["processes"] = processes, run.distributed.world_size
     run.changed = earlier + [{"step": run.step, "setting": name, "before": before, "after": after}
                              for name, (before, after) in changes.items()]
     if damaged and run.lock is not None:  # not while others may be writing

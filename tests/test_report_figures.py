@@ -250,6 +250,12 @@ def test_seeds_of_a_row_that_differ_are_named() -> None:
     assert "0.02 in none; 0.5 in none" in text
 
 
+def test_settings_that_changed_while_a_run_went_on_are_named() -> None:
+    change = {"step": 50, "setting": "lr", "before": 0.02, "after": 0.5}
+    text, = warnings(only([*runs("none", NONE), {**make_result("afdcd", 0, 40), "changed": [change, change]}]))
+    assert text.endswith("settings were changed while a run went on: `lr` in afdcd.")
+
+
 def test_teachers_may_differ_by_seed_but_not_by_row() -> None:
     def results(*files: str) -> list[dict]:
         return [make_result(label, seed, 40, teacher_file=f"{files[i]}{seed}") for i, label in enumerate(

@@ -19,6 +19,7 @@ from helpers import (
 
 import train_kd
 from engine.build import build_run
+from engine.checkpoint import load_state
 from engine.settings import parse_settings
 from models import get_segmentation_model
 from utils.distributed import init_distributed
@@ -133,7 +134,7 @@ class TestResume:
         assert train_kd.main([*argv, "--resume", "auto"]) == 0
         assert same(before, weights(tmp_path))
 
-    def test_a_finished_run_takes_no_other_settings(self, data, tmp_path, capsys) -> None:
+    def test_a_finished_run_takes_no_other_settings(self, data, tmp_path, capsys, monkeypatch) -> None:
         """Of what no step has used, nothing is written; where results go and what they are called may change."""
         argv = train_arguments(data, tmp_path / "run", "--method", "none", "--max-iterations", "1", "--skip-val")
         again = [*argv, "--resume", "auto", "--results", str(tmp_path / "results"), "--label", "x"]
@@ -145,6 +146,10 @@ class TestResume:
         assert not (tmp_path / "results").exists()
         assert train_kd.main(again) == 0
         (path,) = (tmp_path / "results").rglob("0.json")
+        assert "changed" not in json.loads(path.read_text())
+        monkeypatch.setattr("engine.checkpoint.load_state", lambda path: {**load_state(path), "processes": 2})
+        assert train_kd.main([*again, "--label", "y"]) == 0
+        (path,) = (tmp_path / "results").rglob("y/0.json")
         assert "changed" not in json.loads(path.read_text())
 
     def test_settings_that_change_on_the_way_are_written_down(self, data, tmp_path, monkeypatch) -> None:

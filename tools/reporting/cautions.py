@@ -65,7 +65,19 @@ def warnings(group: Group) -> list[str]:
     files = teacher_files(group)
     if files:
         found.append(sentence("the teacher's file differs (start of its SHA-256)", files))
+    changes = changed_on_the_way(group)
+    if changes:
+        found.append(sentence("settings were changed while a run went on", changes))
     return [f"**Warning**, {text}" for text in found]
+
+
+def changed_on_the_way(group: Group) -> dict[str, list[str]]:
+    """{setting: names of the rows with a run that was resumed with another value of it}."""
+    found: dict[str, dict[str, None]] = {}
+    for row in group.compared:
+        for change in (change for run in row.runs for change in run.get("changed", ())):
+            found.setdefault(f"`{change['setting']}`", {})[group.name(row)] = None
+    return {setting: list(names) for setting, names in found.items()}
 
 
 def is_longer_plain(group: Group, row: Row) -> bool:
