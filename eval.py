@@ -33,11 +33,12 @@ def build(settings: EvalSettings, distributed: Distributed) -> tuple[data.Segmen
     """The split and the network, on its device."""
     d, n = settings.data, settings.network
     spec = data.get_dataset_spec(d.dataset, d.data)
+    split = d.split or spec.selection_split
     try:
-        dataset = data.SegmentationDataset(spec, d.data, d.split or spec.selection_split, train=False,
-                                           ignore_label=d.ignore_label, list_file=d.data_list, limit=d.limit)
+        dataset = data.SegmentationDataset(spec, d.data, split, train=False, ignore_label=d.ignore_label,
+                                           list_file=d.data_list, limit=d.limit)
     except UserError as error:
-        if d.split is not None or not Path(d.data).is_dir():
+        if d.split or not Path(d.data).is_dir() or Path(d.data, spec.split(split).image_dir).is_dir():
             raise
         raise UserError(f"{error} (--split: another split)", settings=error.settings) from error
     if d.cache is not None:

@@ -270,14 +270,18 @@ def build_unlabeled(settings: Settings, spec: data.DatasetSpec) -> data.Segmenta
                                  ignore_label=d.ignore_label, scale=d.random_scale, fast=settings.speed.fast)
 
 
+def selection_split(settings: Settings, spec: data.DatasetSpec) -> str:
+    """The split that picks the best model."""
+    chosen = settings.data.selection_split or spec.selection_split
+    return spec.reference_selection_split if chosen == "reference" else chosen
+
+
 def build_evaluation_sets(settings: Settings, spec: data.DatasetSpec) \
         -> tuple[data.SegmentationDataset | None, list[data.SegmentationDataset]]:
     """(the split that picks the best model, or None; the splits that are only reported at the end)."""
     if settings.running.skip_val:
         return None, []
-    chosen = settings.data.selection_split or spec.selection_split
-    if chosen == "reference":
-        chosen = spec.reference_selection_split
+    chosen = selection_split(settings, spec)
     if chosen in spec.splits and chosen not in spec.eval_splits:
         raise UserError(f"--selection-split {chosen}: {spec.title} has no labels of it; "
                         f"expected one of {', '.join(spec.eval_splits)}")

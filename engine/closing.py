@@ -4,7 +4,7 @@ from __future__ import annotations
 import shlex
 from datetime import timedelta
 
-from engine.build import build_dataset
+from engine.build import build_dataset, selection_split
 from engine.journal import Journal
 from engine.layout import INDENT, WIDTH, fold
 from engine.log import LOG
@@ -55,11 +55,11 @@ def evaluation(run: Run) -> list[str]:
 def split_to_evaluate(run: Run) -> tuple[str, str | None]:
     """(split, its list file): the one that the run was validated on, else the one for that if it is there, else the
     training images."""
-    data, spec = run.settings.data, run.spec
+    data, spec, chosen = run.settings.data, run.spec, selection_split(run.settings, run.spec)
     if run.val_set is not None:
-        return run.val_set.split, data.val_list
+        return chosen, data.val_list
     try:
-        build_dataset(run.settings, spec, spec.selection_split, train=False, list_file=data.val_list)
+        build_dataset(run.settings, spec, chosen, train=False, list_file=data.val_list)
     except UserError:
         return spec.train_split, data.train_list
-    return spec.selection_split, data.val_list
+    return chosen, data.val_list

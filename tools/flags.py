@@ -17,5 +17,7 @@ def parsed(parse: Callable[[Sequence[str]], T], flags: Sequence[str]) -> T:
     try:
         with contextlib.redirect_stderr(said):
             return parse(list(flags))
-    except SystemExit:
+    except SystemExit as end:
+        if end.code == 0:  # --help
+            raise
         raise UserError(said.getvalue().partition("error: ")[2].strip()) from None

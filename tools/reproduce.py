@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(["", *(job.shown for job in without_repeats(missing, repeats))]))
         return 0
     if absent and not options.slurm:
-        raise UserError(absent[0])
+        raise UserError(f"{'; '.join(absent)} (--only: the other runs)")
     if plan is not None and missing and options.data is None:
         paint(plan)
     if options.slurm:
