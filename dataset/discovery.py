@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple, NoReturn
 
 from dataset.spec import DatasetSpec, SplitSpec
@@ -49,7 +49,7 @@ def find_samples(spec: DatasetSpec, root: str | os.PathLike, split: str, list_fi
     if not pairs:
         raise UserError(f"{source}; expected those of split '{split}' of {spec.title}")
     images = _present([image for image, _ in pairs], "image", report)
-    labels = _present([label for _, label in pairs if label], "label", report)
+    labels = _present([label for _, label in pairs if label], "label", report, set(images.values()))
     return [Sample(images[image], label and labels[label], os.path.splitext(os.path.basename(label or image))[0],
                    spec.upright_labels)
             for image, label in pairs if image in images and (label is None or label in labels)]
@@ -171,9 +171,9 @@ def _from_list(part: SplitSpec, root: str, path: str, report: Report) -> list[tu
     return pairs
 
 
-def _present(paths: Iterable[str], what: str, report: Report) -> dict[str, str]:
+def _present(paths: Iterable[str], what: str, report: Report, others: Collection[str] = ()) -> dict[str, str]:
     """path -> file, of the paths that are files; their endings count in any case. Asks once per folder, not per file.
-    """
+    others: files that are no such thing, for the message on what is there instead."""
     found: dict[str, str] = {}
     folders: dict[str, dict[str, dict[str, bool]]] = {}
     for path in paths:
@@ -183,7 +183,8 @@ def _present(paths: Iterable[str], what: str, report: Report) -> dict[str, str]:
         near = folders[folder].get(os.path.splitext(name)[0], {})
         actual = name if name in near else next((other for other in near if other.lower() == name.lower()), None)
         if actual is None:
-            there = f" (there is {min(near)}{'; labels are PNG files' if what == 'label' else ''})" if near else ""
+            instead = min((other for other in near if os.path.join(folder, other) not in others), default=None)
+            there = f" (there is {instead}{'; labels are PNG files' if what == 'label' else ''})" if instead else ""
             report(path, f"{what} not found; expected one for every entry of the split{there}")
         elif near[actual]:
             report(path, f"a folder; expected the {what}")

@@ -20,13 +20,13 @@ class SplitSpec:
     """Where one split lies under the root.
 
     An image ``<image_dir>/<key><image suffix>`` belongs to the label ``<label_dir>/<key><label_suffix>``.
-    label_dir: None where a split has no (public) labels. image_suffix: accepted endings; case counts neither in them
-    nor in label_suffix. nested: the key may contain folders (Cityscapes: one per city). lists: list files that are
-    used, in this order, when they exist under the root and none is given. id_list: they hold one key per line;
-    otherwise "image label", relative to the root. by_label: without a list, the files of the label folder decide which
-    images belong to the split. published: number of images of the published split, None when there is no such number.
-    same_names: names of images may differ in the ending alone, because nothing belongs to an image or is written under
-    its name.
+    label_dir: None where a split has no (public) labels. image_suffix: accepted endings; the case of what follows the
+    last dot does not count, in label_suffix neither. nested: the key may contain folders (Cityscapes: one per city).
+    lists: list files that are used, in this order, when they exist under the root and none is given. id_list: they hold
+    one key per line; otherwise "image label", relative to the root. by_label: without a list, the files of the label
+    folder decide which images belong to the split. published: number of images of the published split, None when there
+    is no such number. same_names: names of images may differ in the ending alone, because nothing belongs to an image
+    or is written under its name.
     """
 
     image_dir: str

@@ -54,6 +54,14 @@ def test_a_label_with_its_ending_in_capitals(root):
     assert train.samples[1].label == str(root / "labels/train/x.PNG") and train[1]["label"][0, :3].tolist() == [0, 1, 2]
 
 
+def test_an_image_is_no_label_of_another_format(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    (tmp_path / "list.lst").write_text("a.jpg a.png\n")
+    with pytest.raises(UserError, match="a.png: label not found; expected one for every entry of the split$"):
+        SegmentationDataset(get_dataset_spec("citys", tmp_path), tmp_path, "train", list_file=tmp_path / "list.lst",
+                            train=False)
+
+
 def test_a_label_of_another_format(root):
     (root / "labels/train/x.png").rename(root / "labels/train/x.bmp")
     with pytest.raises(UserError, match=r"train/x.png: label not found; .* \(there is x.bmp; labels are PNG files\)$"):
