@@ -29,7 +29,8 @@ HEAD_WIDTH_HELP = "channels of its main head (default: as in its weights, else t
 CLASSES_HELP = ("TOML file that says which of its classes stand for which of the data set, when it has others "
                 "(docs/networks.md)")
 PREPROCESS_HELP = "its input: BGR minus mean, or RGB mean/std (default: what its weights say)"
-WEIGHT_FILES = ("teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base")
+OF_WHOLE_NETWORKS = ("teacher_pretrained", "student_pretrained")
+WEIGHT_FILES = (*OF_WHOLE_NETWORKS, "teacher_pretrained_base", "student_pretrained_base")
 #: accepted so that old command lines still start; they do nothing in the reference either
 DEAD_OPTIONS = ("start_epoch", "save_epoch", "val_epoch")
 
@@ -64,7 +65,8 @@ class Networks(OptionGroup):
     stored_scores: str | None = option(None, hidden=True)  # how they are stored, see engine/scores.py
     student_model: str = option("deeplabv3", lambda: model_help(" of the student"), aliases=("model",))
     student_backbone: str = option("resnet18", lambda: backbone_help(" of the student"), aliases=("backbone",))
-    student_pretrained: str | None = option("None", "segmentation weights to start from: a file, or get:NAME",
+    student_pretrained: str | None = option("None", "segmentation weights to start from: a file, get:NAME, or the "
+                                                    "folder of a run for its best weights",
                                             metavar="FILE", aliases=("pretrained",))
     student_pretrained_base: str | None = option("None", BASE_HELP, metavar="FILE", aliases=("pretrained_base",))
     student_head_width: int | None = option(None, HEAD_WIDTH_HELP, at_least=1, metavar="N", aliases=("head_width",))
@@ -82,7 +84,8 @@ class Networks(OptionGroup):
     def with_files(self, fetch: bool = True) -> Networks:
         """The same with the best weights in place of the folder of a run, and a path in place of every ``get:NAME``,
         which is downloaded when it is not there yet. fetch: whether it is."""
-        files = {name: weights_file(getattr(self, name), flag(name)) for name in WEIGHT_FILES}
+        files = {name: getattr(self, name) for name in WEIGHT_FILES}
+        files |= {name: weights_file(files[name], flag(name)) for name in OF_WHOLE_NETWORKS}
         return replace(self, **{name: local(file) if fetch else file for name, file in files.items()})
 
     @property

@@ -37,8 +37,8 @@ class PredictionWriter:
 
 
 def pictures_folder(settings: EvalSettings, split: str) -> Path:
-    """Where the pictures of a split go. No two files of weights share a folder: below ``--save-dir`` it has the path of
-    the weights, from there or else from the present folder."""
+    """Where the pictures of a split go: below ``--save-dir`` it has the path of the weights without their ending, from
+    there or else from the present folder, so that two runs do not share it."""
     top, network = settings.output.save_dir, settings.network
     source = Path(network_name(network.model, network.backbone))
     if is_given(network.pretrained):

@@ -189,8 +189,8 @@ def check_one_method(argv: list[str] | None) -> None:
     names = dict.fromkeys(name for word in words for name in re.split(r"[+,\s]+", word))
     if len(names) > 1 and all(name in ("none", *methods()) for name in names):
         weights = [flag(term.setting) for name in names if name in methods() for term in methods()[name].terms]
-        raise UserError(f"--method {' --method '.join(words)}: expected one; what else is to count gets a weight: "
-                        f"{', '.join(weights)}")
+        raise UserError(f"--method {' --method '.join(words)}: expected one (a script of a published row brings "
+                        f"its own); what else is to count gets a weight: {', '.join(weights)}")
 
 
 def from_flat(values: Mapping[str, object]) -> Settings:
@@ -205,10 +205,12 @@ def from_flat(values: Mapping[str, object]) -> Settings:
 def from_saved(saved: Mapping[str, object], where: object) -> Settings:
     """Settings from those that a run has written; those that are newer than it have their defaults. where: names their
     file in the UserError for settings of another version, or of a method that is not registered here."""
+    if not isinstance(saved, Mapping):
+        raise UserError(f"{where}: not a configuration of a run of this version (expected a table of settings)")
+    check_registered(saved, where)
     try:
-        check_registered(saved, where)
         return from_flat({**vars(build_parser().parse_args([])), **saved})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: not a configuration of a run of this version ({error})") from error
 
 

@@ -85,11 +85,11 @@ class NetworkChoice:
                                       self.pretrained_base, preprocess=self.preprocess, taps=self.taps,
                                       head_width=self.head_width, **more)
 
-
     def build_bare(self, num_class: int) -> nn.Module:
         """The network without its weights, which are not read: what it is like, their JSON file says where it does."""
         info = (read_info(self.pretrained) if is_given(self.pretrained) else None) or {}
-        said = info if info.get("model") == self.model else {}
+        same = info.get("model") == self.model and (is_outside(self.model) or info.get("backbone") == self.backbone)
+        said = info if same else {}
         bare = replace(self, pretrained=None, pretrained_base=None,
                        head_width=self.head_width or said.get("head_width"))
         return bare.build(num_class, architecture=said.get("architecture"))
