@@ -12,7 +12,9 @@ from in_process import InThisProcess
 
 from tools import benchmark
 from tools.bench import cases, turns
+from tools.bench.jobs import train_settings
 from tools.bench.measure import count_flops, timed
+from tools.bench.options import Step
 from tools.bench.report import best_rates, figures, form_table, method_table, variant_table
 from tools.bench.turns import Measured, Plan, Refused, Worker, measure
 from utils.errors import UserError
@@ -256,3 +258,10 @@ def test_a_flag_that_does_not_exist_names_the_variant(capsys, here, monkeypatch)
     monkeypatch.setattr(turns, "say", lambda text: None)
     assert_refused(capsys, benchmark.main, ["contrast", *QUICK, "--variant", "odd=--odd"],
                    "odd: unrecognized arguments: --odd")
+
+
+def test_a_teacher_from_elsewhere_may_come_with_its_weights(tmp_path) -> None:
+    options = Step(teacher="module:examples.espnet:camvid", teacher_pretrained="e.pth", data=str(tmp_path))
+    case, = cases.step_cases(options, tmp_path)
+    assert train_settings(case.jobs["fast"]["flags"]).networks.teacher_pretrained == str(Path("e.pth").absolute())
+    assert train_settings(["--dataset", "camvid"]).networks.teacher_pretrained is None

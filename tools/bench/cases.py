@@ -15,6 +15,7 @@ import torch
 from dataset import get_dataset_spec
 from losses.core import methods
 from models import get_segmentation_model
+from models.outside import is_outside
 from tools.bench.options import Common, Compared, Contrast, Criterion, Eval, Loader, Methods, Networks, SlowForms, Step
 from tools.bench.synthetic import write_split
 from tools.bench.turns import ROOT
@@ -40,6 +41,8 @@ def job(kind: str, options: Common, **more: Any) -> dict[str, Any]:
 
 def network_flags(prefix: str, name: str) -> list[str]:
     """Flags of a network, with the prefix "student-", "teacher-" or none. UserError when there is no such network."""
+    if is_outside(name):
+        return [f"--{prefix}model", name]
     model, dash, backbone = name.partition("-")
     if not dash:
         raise UserError(f"network {name!r}: expected MODEL-BACKBONE, for example deeplabv3-resnet18")
@@ -124,6 +127,8 @@ def step_cases(options: Step, folder: Path) -> list[Case]:
     """A training step, per projector."""
     data = options.data or noise(options.dataset, folder, "train_split", 4, options.crop)
     flags = [*train_flags(options, options.crop, folder), "--data", data]
+    if options.teacher_pretrained is not None:
+        flags += ["--teacher-pretrained", str(Path(options.teacher_pretrained).absolute())]
     title = f"{options.teacher} -> {options.student}, {options.dataset}, crop {options.crop[0]}x{options.crop[1]}, " \
             f"batch {options.batch}"
     return [Case(f"{text}, {title}", compared(options, folder, "step", [

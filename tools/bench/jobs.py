@@ -35,6 +35,9 @@ from tools.flags import parsed
 from utils.distributed import Distributed, init_distributed
 from utils.randomness import step_generator
 
+#: in place of the file of a teacher's weights
+RANDOM = "random"
+
 
 @dataclass(frozen=True)
 class Work:
@@ -48,11 +51,14 @@ class Work:
 
 
 def train_settings(flags: Sequence[str], trial: bool = False) -> Settings:
-    """Settings of ``train_kd.py`` for a teacher with random weights. trial: with the methods' own short stages."""
-    settings = parsed(parse_settings, ["--teacher-pretrained", "random", *flags])
+    """Settings of ``train_kd.py``; the teacher has random weights unless its file is given. trial: with the methods'
+    own short stages."""
+    settings = parsed(parse_settings, ["--teacher-pretrained", RANDOM, *flags])
     if trial:
         for cls in settings.methods.values():
             settings = from_flat({**settings.flat(), **cls.trial})
+    if settings.networks.teacher_pretrained != RANDOM:
+        return settings
     return replace(settings, networks=replace(settings.networks, teacher_pretrained=None))
 
 

@@ -49,7 +49,7 @@ class Networks(OptionGroup):
     """Which job of distillation."""
 
     student: str = option("deeplabv3-resnet18", "MODEL-BACKBONE of the student", metavar="NET")
-    teacher: str = option("deeplabv3-resnet101", "MODEL-BACKBONE of the teacher", metavar="NET")
+    teacher: str = option("deeplabv3-resnet101", "MODEL-BACKBONE of the teacher, or SOURCE:NAME", metavar="NET")
     dataset: str = option("citys", "whose presets and number of classes")
     batch: int = option(2, "images per step", at_least=2, metavar="N")
 
@@ -72,6 +72,7 @@ class Step(Compared, Networks):
                                         choices=("plain", "enhanced"))
     crop: tuple[int, int] = option((512, 1024), "training crop", at_least=32, metavar=("H", "W"))
     data: str | None = option(None, "images of this folder (default: noise)", metavar="DIR")
+    teacher_pretrained: str | None = option(None, "weights of the teacher (default: random)", metavar="FILE")
 
 
 @dataclass(frozen=True)
