@@ -35,6 +35,7 @@ from engine.run import Run, to_device
 from engine.scores import of_teacher_and_data, scores_read
 from engine.settings import Settings, parse_settings
 from utils.cli import ArgumentParser, read_options, run_main
+from utils.cpu import prepare_cpu
 from utils.distributed import available_cpus, cleanup, init_distributed
 from utils.errors import UserError
 from utils.files import check_target, readable_size
@@ -127,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_target(folder, "--teacher-scores", is_folder=True)
     distributed = init_distributed(settings.running.no_cuda)
     setup_logging(distributed.is_main_process)
+    if settings.speed.fast and distributed.device.type == "cpu":
+        prepare_cpu()
     if distributed.world_size > 1:
         raise UserError("cache_teacher.py is for one process: expected a call without torchrun")
     run = build_run(without_scores(settings), distributed)
