@@ -183,7 +183,8 @@ class TestRunning:
         """Stopped in the middle of the second run, then run to the end: the first is skipped, the second goes on, and
         ends as one that was never stopped."""
         text = (place / "tiny.toml").read_text()  # long enough to be stopped in its middle, however busy the machine
-        (place / "tiny.toml").write_text(text.replace("[runs.none]", "[runs.none]\nflags = {max-iterations = 20}"))
+        longer = "[runs.none]\nseeds = [1]\nflags = {max-iterations = 20, val-per-iters = 10}"
+        (place / "tiny.toml").write_text(text.replace("[runs.none]", longer))
         command = [sys.executable, "tools/reproduce.py", *arguments(place, "--only", "/none/")]
         second = next(job for job in expand(place) if job.name.endswith(f"{PLAIN}/none/1"))
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

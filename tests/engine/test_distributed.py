@@ -12,6 +12,7 @@ from helpers import (
     STEM,
     distil_arguments,
     launch,
+    launch_forked,
     records,
     train_arguments,
     write_folder_dataset,
@@ -38,7 +39,7 @@ def runs(tmp_path_factory) -> dict[int, Path]:
         folders[count] = base / f"processes{count}"
         method = distil_arguments(teacher, "--no-rand-mask", "--max-iterations", "3", "--diagnose-every", "3")
         argv = train_arguments(data, folders[count], *method)
-        done = launch(PROGRAM, argv, count)
+        done = launch_forked(PROGRAM, argv, count)
         assert done.returncode == 0, done.stderr[-3000:]
     return folders
 
@@ -89,7 +90,7 @@ def test_a_misspelt_flag_is_named_once() -> None:
 
 def test_batch_norm_over_processes_equals_one_process() -> None:
     program = ROOT / "tests" / "programs" / "batch_norm.py"
-    done = launch(str(program), [])
+    done = launch_forked(str(program), [])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "FutureWarning" not in done.stderr
 

@@ -14,7 +14,7 @@ from helpers import (
     STEM,
     assert_same_run,
     distil_arguments,
-    launch,
+    launch_forked,
     train_arguments,
     write_folder_dataset,
     write_teacher,
@@ -163,7 +163,7 @@ def test_a_stage_before_training_saves_too(method, tmp_path, capsys, monkeypatch
 
 def test_processes_stop_after_the_same_step(method, tmp_path) -> None:
     folders = [str(tmp_path / name) for name in ("whole", "stopped")]
-    done = launch(str(ROOT / "tests" / "programs" / "stop_together.py"), [
+    done = launch_forked(str(ROOT / "tests" / "programs" / "stop_together.py"), [
         *folders, *method, "--workers", "0", "--max-iterations", "3", "--val-per-iters", "3"])
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(*map(Path, folders))

@@ -15,7 +15,7 @@ from helpers import (
     STEM,
     assert_refused,
     distil_arguments,
-    launch,
+    launch_forked,
     records,
     train_arguments,
     write_folder_dataset,
@@ -142,7 +142,7 @@ class TestEquality:
 
 
     def test_parts_of_a_batch_and_fewer_bits_in_two_processes(self) -> None:
-        done = launch(str(ROOT / "tests" / "programs" / "exchange_gradients.py"), [])
+        done = launch_forked(str(ROOT / "tests" / "programs" / "exchange_gradients.py"), [])
         assert done.returncode == 0, done.stderr[-3000:]
 
 

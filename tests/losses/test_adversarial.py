@@ -6,7 +6,7 @@ import io
 
 import pytest
 import torch
-from helpers import ROOT, launch
+from helpers import ROOT, launch_forked
 from method_cases import batch as batch_of
 from method_cases import facts, make, options_of_method
 from programs import discriminator
@@ -250,7 +250,7 @@ class TestDiscriminatorStep:
 
     def test_two_processes_equal_one(self, tmp_path):
         """Gradients of the student and the discriminator's own training: those of one process with the whole batch."""
-        done = launch(str(ROOT / "tests/programs/discriminator.py"), [str(tmp_path / "two.pt")], 2)
+        done = launch_forked(str(ROOT / "tests/programs/discriminator.py"), [str(tmp_path / "two.pt")], 2)
         assert done.returncode == 0, done.stderr[-3000:]
         two = torch.load(tmp_path / "two.pt")
         one = {loss: discriminator.train(Distributed(0, 1, 0, torch.device("cpu")), loss) for loss in two}

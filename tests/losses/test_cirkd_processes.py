@@ -5,14 +5,14 @@ import subprocess
 import sys
 
 import torch
-from helpers import ROOT, launch
+from helpers import ROOT, launch_forked
 
 
 def test_two_processes_equal_one(tmp_path):
     program, paths = str(ROOT / "tests" / "programs" / "cirkd_queues.py"), [str(tmp_path / n) for n in ("1.pt", "2.pt")]
     alone = subprocess.run([sys.executable, program, paths[0]], capture_output=True, text=True)
     assert alone.returncode == 0, alone.stderr[-3000:]
-    together = launch(program, [paths[1]], 2)
+    together = launch_forked(program, [paths[1]], 2)
     assert together.returncode == 0, together.stderr[-3000:]
     one, two = (torch.load(path, weights_only=True) for path in paths)
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-9, atol=1e-12)

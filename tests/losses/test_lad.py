@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import STUDENT, assert_refused, launch, records, train_arguments, write_folder_dataset, write_teacher
+from helpers import (
+    STUDENT,
+    assert_refused,
+    launch_forked,
+    records,
+    train_arguments,
+    write_folder_dataset,
+    write_teacher,
+)
 from method_cases import CLASSES, RUN_STUDENT, build, images_like, labels, outputs, preparation, run, settings_of
 from method_cases import STUDENT as SMALL
 from torch import nn
@@ -309,7 +317,7 @@ class TestRuns:
         found = []
         for count in (1, 2):
             save = tmp_path / f"processes{count}"
-            done = launch(str(Path(__file__).parents[1] / "programs" / "train_lad.py"),
+            done = launch_forked(str(Path(__file__).parents[1] / "programs" / "train_lad.py"),
                           self.arguments(data, save, "--lad-steps", "3"), count)
             assert done.returncode == 0, done.stderr[-3000:]
             (path,) = save.glob("lad_teacher_*.pth")

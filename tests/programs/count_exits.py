@@ -2,8 +2,7 @@
 
     PYTHONPATH=. python tests/programs/count_exits.py --runs 100 --busy 4 PROGRAM ARGUMENT ...
 
-{run} in an argument is the number of the run. The processes are told of each other as by torchrun, but are forked from
-one that has loaded torch, which takes most of the time of a short program.
+{run} in an argument is the number of the run. The processes are those of ``group.py``.
 """
 from __future__ import annotations
 
@@ -11,9 +10,6 @@ import argparse
 import collections
 import contextlib
 import os
-import runpy
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,11 +17,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch._dynamo  # noqa: F401  # these for the time they take
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import train_kd  # noqa: F401
-
-SECONDS = 300
+from group import fork_group
 
 
 @contextlib.contextmanager
@@ -40,25 +34,6 @@ def busy_loops(count: int) -> Iterator[None]:
             loop.wait()
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def become(command: list[str], rank: int, processes: int, port: int, errors: Path) -> None:
-    """Be one process of a group: run the program, in this process, to its end."""
-    signal.alarm(SECONDS)
-    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
-             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in group.items()})
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
-
-
 def main() -> int:
     """Returns 1 when a process ended with another code than 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,12 +46,10 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp())
     with busy_loops(options.busy):
         for run in range(options.runs):
-            command, port, pids = [a.replace("{run}", str(run)) for a in options.command], free_port(), []
-            for rank in range(options.processes):
-                pids.append(os.fork())
-                if not pids[-1]:
-                    become(command, rank, options.processes, port, folder / str(rank))
-                    return 0
+            command = [a.replace("{run}", str(run)) for a in options.command]
+            pids = fork_group(command, options.processes, folder)
+            if pids is None:
+                return 0
             codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
             ends.update(codes)
             clean += not any(codes)
