@@ -20,8 +20,8 @@ from engine.pictures import PredictionWriter, pictures_folder
 from models import check_classes
 from models.prepare import HALF_PRECISIONS, check_precision
 from models.weight_files import is_given
-from utils.allocator import keep_freed_memory
 from utils.cli import run_main
+from utils.cpu import prepare_cpu
 from utils.distributed import Distributed, cleanup, init_distributed
 from utils.errors import UserError
 from utils.files import sha256, write_json
@@ -107,7 +107,7 @@ def execute(settings: EvalSettings) -> None:
     distributed = init_distributed(settings.running.no_cuda, gpu, timeout + MARGIN)
     check_precision([HALF_PRECISIONS.get(settings.speed.amp)], distributed.device)
     if settings.speed.fast and distributed.device.type == "cpu":
-        keep_freed_memory()
+        prepare_cpu()
     with Watchdog(timeout, "start again"):
         run(settings, distributed)
         with time_limit(no_step):

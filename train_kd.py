@@ -25,8 +25,8 @@ from engine.settings import check_one_method, parse_settings
 from engine.signals import StopSignals
 from engine.tap_list import tap_table
 from engine.validation import report, validate
-from utils.allocator import keep_freed_memory
 from utils.cli import run_main
+from utils.cpu import prepare_cpu
 from utils.distributed import barrier, cleanup, init_distributed
 from utils.watchdog import MARGIN, Watchdog, no_step, time_limit
 
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     distributed = init_distributed(settings.running.no_cuda, timeout=timeout + MARGIN)
     setup_logging(distributed.is_main_process)
     if settings.speed.fast and distributed.device.type == "cpu":
-        keep_freed_memory()
+        prepare_cpu()
     settings = in_iterations(settings)
     check_result_target(settings)
     files = RunFiles(settings)

@@ -9,6 +9,7 @@ from engine.run import Run
 from engine.run_files import plain, readable, written
 from engine.settings import Settings, build_parser, from_flat
 from engine.unlabelled import images_without_labels, readers
+from losses.core import NetInfo
 from utils.distributed import available_cpus
 from utils.options import flag
 
@@ -35,6 +36,8 @@ def introduce(run: Run) -> None:
                          f"on {world} process{'es' if world > 1 else ''} ({run.distributed.device.type})"]))
     if run.unlabeled is not None:
         LOG.info("%s", fold(about_unlabeled(run)))
+    if sizes := about_sizes(run):
+        LOG.info("%s", fold(sizes))
     of_preset, given = unusual(settings)
     for title, values in ((f"--method {method} sets:", of_preset), ("not as by default:", given)):
         if values:
@@ -53,6 +56,23 @@ def about_unlabeled(run: Run) -> list[str]:
     return [f"{count} images without labels join every batch:", f"{total / len(run.unlabeled):.3g} epochs of the "
             f"{len(run.unlabeled)} in {settings.data.unlabelled},", f"which {', '.join(without)} read and "
             f"{', '.join(of_labels)} leave out"]
+
+
+def about_sizes(run: Run) -> list[str]:
+    """Which maps of the student the methods get at the teacher's size: with larger ones, they cost more."""
+    taps = sorted({tap for taps in run.objective.resized.values() for tap in taps})
+    if not taps:
+        return []
+    student, teacher = NetInfo.of(run.student), NetInfo.of(run.teacher)
+    height, width = run.settings.data.crop_size
+
+    def size(net: NetInfo, tap: str) -> str:
+        return f"{-(-height // net.stride_of(tap))} x {-(-width // net.stride_of(tap))}"
+
+    changes = [f"{tap} from {size(student, tap)} to {size(teacher, tap)}" for tap in taps]
+    larger = any(teacher.stride_of(tap) < student.stride_of(tap) for tap in taps)
+    advice = ["(--teacher-taps chooses smaller ones)"] if larger and teacher.takes_taps else []
+    return ["the student's maps are resized to the teacher's:", *changes, *advice]
 
 
 def as_flag(name: str, value: object) -> str:

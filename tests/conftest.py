@@ -12,9 +12,10 @@ cv2.setNumThreads(1)
 
 
 @pytest.fixture(autouse=True)
-def no_log_of_an_earlier_test():
-    """Programs that run inside the test process set up the log; the next test begins without it."""
+def nothing_of_an_earlier_test():
+    """Programs that run inside the test process set up the log and the CPU; the next test begins without that."""
     yield
+    torch.set_flush_denormal(False)
     for handler in LOG.handlers[:]:
         LOG.removeHandler(handler)
         handler.close()

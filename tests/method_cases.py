@@ -222,9 +222,15 @@ def train(distiller: Distiller, crop: tuple[int, int], steps: range, info: tuple
 
 
 @cache
+def run_networks() -> tuple[NetInfo, NetInfo]:
+    """Descriptions of student and teacher of short runs."""
+    return tuple(unallocated_network(NetworkChoice(*net), CLASSES) for net in (RUN_STUDENT, RUN_TEACHER))
+
+
+@cache
 def trial_flags(name: str) -> tuple[str, ...]:
     """Flags of a short run of the method: its preset, or that of camvid where only this one fits small crops."""
-    student, teacher = (unallocated_network(NetworkChoice(*net), CLASSES) for net in (RUN_STUDENT, RUN_TEACHER))
+    student, teacher = run_networks()
     for crop in CROPS:
         for weights in ("citys", "camvid"):
             chosen = as_flags(published(name, weights, RUN_STUDENT[1]))

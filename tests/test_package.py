@@ -50,7 +50,7 @@ import afdcd.commands
 assert not hasattr(afdcd.commands, "nothing")
 
 from afdcd.tools.bench.jobs import added_since
-assert added_since("utils.allocator.keep_freed_memory") is not None  # for afdcd-latency
+assert added_since("utils.cpu.prepare_cpu") is not None  # for afdcd-latency
 
 import cosine
 sys.argv = ["afdcd-train", "--list-methods"]

@@ -22,8 +22,8 @@ from models.class_map import for_predictions
 from tools.comparison.answers import Answers
 from tools.comparison.page import Comparison, build_page
 from tools.comparison.runs import TrainedRun, check_pair, check_teacher, read_run, teacher_network
-from utils.allocator import keep_freed_memory
 from utils.cli import parse_options, run_main
+from utils.cpu import prepare_cpu
 from utils.errors import UserError
 from utils.files import check_target, write_text
 from utils.options import OptionGroup, option
@@ -91,7 +91,7 @@ def evaluate_all(runs: dict[str, TrainedRun], dataset: SegmentationDataset, opti
     """{role: answers} of the teacher, if there is one, the plain and the distilled student."""
     device = torch.device("cuda" if torch.cuda.is_available() and not options.no_cuda else "cpu")
     if device.type == "cpu":
-        keep_freed_memory()
+        prepare_cpu()
     networks = {role: runs[role].network.build(dataset.spec.num_class) for role in ("plain", "distilled")}
     if (choice := teacher_network(runs["distilled"], runs.get("teacher"))) is not None:
         teacher = load_teacher(runs["distilled"].settings, dataset.spec, choice)

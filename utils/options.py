@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any
 
 from utils.errors import UserError
@@ -97,19 +98,24 @@ class OptionGroup:
 
 def options_of(group: type[OptionGroup]) -> tuple[Option, ...]:
     """The settings of a group, in the order of their fields (inherited ones first)."""
+    return tuple(Option(*fixed, **{key: value() if callable(value) else value for key, value in more.items()})
+                 for *fixed, more in _described(group))
+
+
+@cache
+def _described(group: type[OptionGroup]) -> tuple[tuple[str, type, int | str | None, Any, dict[str, Any]], ...]:
+    """The arguments of the group's :class:`Option` objects, functions not yet asked: type hints take long to read."""
     hints = typing.get_type_hints(group)
     return tuple(_describe(f.name, hints[f.name], f.default, dict(f.metadata["option"]))
                  for f in fields(group) if "option" in f.metadata)
 
 
-def _describe(name: str, hint: Any, default: Any, known: dict[str, Any]) -> Option:
+def _describe(name: str, hint: Any, default: Any,
+              known: dict[str, Any]) -> tuple[str, type, int | str | None, Any, dict[str, Any]]:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
     nargs = known.pop("nargs", None)
     if typing.get_origin(hint) is tuple:
         parts = typing.get_args(hint)
         hint, nargs = parts[0], nargs or ("+" if parts[-1] is Ellipsis else len(parts))
-    for key in ("choices", "help"):
-        if callable(known.get(key)):
-            known[key] = known[key]()
-    return Option(name, hint, nargs, default, **known)
+    return name, hint, nargs, default, known

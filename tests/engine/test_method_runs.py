@@ -86,8 +86,9 @@ def test_a_killed_run_resumes_to_the_same_end(material, tmp_path, monkeypatch, n
     measured = "--diagnose-every", "1"  # which changes nothing
     assert train_kd.main(run_arguments(name, *material, resumed, "--resume", "auto", *measured)) == 0
 
+    states = [load(save, "_state") for save in (whole, resumed)]
     for part in ("model", "distillers", "optimizer"):
-        assert_same(load(whole, "_state")[part], load(resumed, "_state")[part], part)
+        assert_same(*(state[part] for state in states), part)
     logged = [[(r["step"], r["loss"], r["raw"]) for r in records(p)] for p in (whole, resumed)]
     assert logged[0] == logged[1] and len(logged[0]) == 2
     (diagnosis,) = records(resumed, "diagnose")

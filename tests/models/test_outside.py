@@ -345,11 +345,14 @@ def test_it_learns_teaches_and_is_evaluated(tmp_path, capsys, monkeypatch) -> No
     weights = save / "kd_module-mine-build_folder.pth"
     said = capsys.readouterr().out
     assert f"--student-backbone {STUDENT} has no effect on the network: module:mine:build brings its own" in said
+    assert "c4 from" not in said and "--teacher-taps" not in said, "the teacher's maps are no larger"
     words = shlex.split(said[said.index("python eval.py"):].replace("\\\n", ""))
     assert "--backbone" not in words and evaluation.main([*words[2:], "--workers", "0"]) == 0
     assert "module:mine:build" in capsys.readouterr().out
     taught = ["--method", "kd", "--teacher-model", "module:mine:build", "--teacher-pretrained", str(weights)]
     assert train_kd.main(train_arguments(data, tmp_path / "two", *taught, *flags)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "resized to the teacher's: logits from 8 x 8 to 64 x 64 (--teacher-taps chooses smaller ones)" in said
     assert_refused(capsys, train_kd.main, train_arguments(data, tmp_path / "x", "--method", "none", *student,
                                                           "--head-lr-factor", "10"), "--head-lr-factor", "backbone")
     assert_refused(capsys, train_kd.main, train_arguments(data, tmp_path / "x", "--method", "none", *student, "--aux"),

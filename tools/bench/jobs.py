@@ -2,7 +2,7 @@
 
 Runs in the child process, with the code of this checkout or of an older one: it uses what the programs themselves use,
 and asks before it uses what was added later. Networks have random weights, images are noise: neither matters to the
-cost.
+cost (but for denormal numbers on a CPU, ``utils/cpu.py``).
 """
 from __future__ import annotations
 
@@ -63,11 +63,18 @@ def added_since(name: str) -> Callable[..., Any] | None:
     return getattr(importlib.import_module(module), function) if importlib.util.find_spec(module) else None
 
 
+def set_up_cpu() -> None:
+    """What the programs of the measured version do on a CPU."""
+    for name in ("utils.cpu.prepare_cpu", "utils.allocator.keep_freed_memory"):
+        if set_up := added_since(name):
+            set_up()
+            return
+
+
 def start(settings: Settings | evaluation.EvalSettings, device: str) -> Distributed:
     """What a program does before it builds anything."""
-    keep_freed_memory = added_since("utils.allocator.keep_freed_memory")
-    if keep_freed_memory and speed_setting(settings, "fast") and device == "cpu":
-        keep_freed_memory()
+    if speed_setting(settings, "fast") and device == "cpu":
+        set_up_cpu()
     return init_distributed(no_cuda=device == "cpu")
 
 
@@ -259,8 +266,8 @@ def build_forward(job: Mapping[str, Any]) -> Work:
 
 def start_device(device: str) -> None:
     """What ``eval.py`` does before it builds anything."""
-    if device == "cpu" and (keep_freed_memory := added_since("utils.allocator.keep_freed_memory")):
-        keep_freed_memory()
+    if device == "cpu":
+        set_up_cpu()
     init_distributed(no_cuda=device == "cpu")
 
 
