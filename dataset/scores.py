@@ -186,7 +186,10 @@ def _read(path: Path) -> dict[str, Any]:
 def difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In words, why scores are not those that are wanted; nothing when they are."""
     found = []
-    if saved["teacher"] != now["teacher"]:
+    taps = [teacher.get("taps", "the usual ones") for teacher in (saved["teacher"], now["teacher"])]
+    if taps[0] != taps[1]:
+        found.append(f"scores of other maps (--teacher-taps {taps[0]}), not {taps[1]}")
+    elif saved["teacher"] != now["teacher"]:
         found.append("scores of another teacher ({name}, weights {weights})".format(**saved["teacher"])
                      + ", not of {name}, {weights}".format(**now["teacher"]))
     found += [f"scores of other data: {text}" for text in changes(saved["data"], now["data"])]

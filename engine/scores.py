@@ -43,8 +43,9 @@ def of_teacher_and_data(settings: Settings, teacher: nn.Module, images: data.Seg
     precision = settings.speed.teacher_precision or settings.speed.amp
     digest = hashlib.sha256(repr(teacher.preprocess).encode())
     add_weights(digest, teacher)
-    return {"teacher": {"name": teacher.name, "weights": digest.hexdigest()[:16]}, "data": data.fingerprint([images]),
-            "crop": list(images.crop_size), "images": len(images),
+    taps = {"taps": settings.networks.teacher_taps} if settings.networks.teacher_taps else {}
+    return {"teacher": {"name": teacher.name, "weights": digest.hexdigest()[:16], **taps},
+            "data": data.fingerprint([images]), "crop": list(images.crop_size), "images": len(images),
             "precision": "float32" if precision == "off" else precision}
 
 
