@@ -57,7 +57,7 @@ class MappedTeacher(nn.Module):
         super().__init__()
         self.net, self.class_map, self.whole = net, class_map, whole
         self.name, self.preprocess, self.output_stride = net.name, net.preprocess, net.output_stride
-        self.head_width = getattr(net, "head_width", None)
+        self.head_width, self.takes_taps = getattr(net, "head_width", None), getattr(net, "takes_taps", False)
         self.strides, self.num_class = net.strides, class_map.num_class if whole else len(class_map.common)
         table = torch.full((2, class_map.taught), -1)  # of each class: which of the data set it is, and its place
         for place, (k, group) in enumerate(zip(class_map.common, class_map.groups, strict=True)):

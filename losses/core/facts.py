@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from models.output import CLASS_TAPS, SegOutput
-from models.outside import OutsideNet
 from models.preprocess import CAFFE_BGR, Preprocess
 from models.registry import NetworkChoice
 
@@ -31,7 +30,7 @@ class NetInfo:
     def of(cls, net: nn.Module) -> NetInfo:
         """The description of a network of ``models/``."""
         return cls(net.name, dict(net.channels), net.num_class, net.output_stride, net.preprocess, dict(net.strides),
-                   isinstance(net, OutsideNet))
+                   getattr(net, "takes_taps", False))
 
     def stride_of(self, tap: str) -> int:
         """The stride of a tap's map, in pixels of the image."""

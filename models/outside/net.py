@@ -68,6 +68,7 @@ class OutsideNet(nn.Module):
     state dict have the names that they have in ``net``."""
 
     own = False
+    takes_taps = True
 
     def __init__(self, source: str, outside: Outside, num_class: int, taps: Mapping[str, str] | None = None) -> None:
         super().__init__()

@@ -26,6 +26,7 @@ from losses.core.needs import Needs, taps_to_resize
 from losses.core.objective import Objective, resize_maps
 from losses.kd import KD
 from models import NetworkChoice, SegOutput, get_segmentation_model, load_weights, save_state_dict
+from models.class_map import ClassMap, MappedTeacher
 from models.class_names import KnownClasses, classes_of
 from models.heads import resize
 from models.outside import OutsideNet, brings_weights, candidates, parse_taps
@@ -322,6 +323,13 @@ class TestSizes:
         assert resize_maps(student, teacher, ()) == student
 
 
+def test_it_takes_taps_below_a_class_map_too() -> None:
+    net = espnet()
+    mapped = MappedTeacher(net, ClassMap((0,), ((1,),), 2, CLASSES + 1))
+    ours = get_segmentation_model("psp", "resnet18_w0.125", CLASSES)
+    assert [NetInfo.of(one).takes_taps for one in (net, mapped, ours)] == [True, True, False]
+
+
 def test_as_a_teacher_it_runs_whole_and_is_read_in_part() -> None:
     net, x = espnet().eval().requires_grad_(False), torch.randn(1, 3, 64, 64)
     whole = net(x)
@@ -344,8 +352,9 @@ def test_it_learns_teaches_and_is_evaluated(tmp_path, capsys, monkeypatch) -> No
     assert train_kd.main(train_arguments(data, save, *teacher, *flags, *student)) == 0
     weights = save / "kd_module-mine-build_folder.pth"
     said = capsys.readouterr().out
+    at_start = " ".join(said.split())
     assert f"--student-backbone {STUDENT} has no effect on the network: module:mine:build brings its own" in said
-    assert "c4 from" not in said and "--teacher-taps" not in said, "the teacher's maps are no larger"
+    assert "resized to the teacher's: logits from 64 x 64 to 8 x 8" in at_start and "--teacher-taps" not in at_start
     words = shlex.split(said[said.index("python eval.py"):].replace("\\\n", ""))
     assert "--backbone" not in words and evaluation.main([*words[2:], "--workers", "0"]) == 0
     assert "module:mine:build" in capsys.readouterr().out
