@@ -98,7 +98,7 @@ def launch(program: str, arguments: list[str], processes: int = 2) -> subprocess
 
 
 def launch_forked(program: str, arguments: list[str], processes: int = 2) -> subprocess.CompletedProcess:
-    """The same without torchrun, in a third of the time, where the launcher is not what is tested."""
+    """The same without torchrun, in half the time, where the launcher is not what is tested (``group.py``)."""
     return run_together([str(ROOT / "tests/programs/group.py"), str(processes), program, *arguments])
 
 

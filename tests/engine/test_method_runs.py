@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, assert_same, launch_forked, records, write_folder_dataset
+from helpers import ROOT, assert_same, launch, records, write_folder_dataset
 from method_cases import (
     CLASSES,
     RUN_STUDENT,
@@ -34,7 +34,8 @@ PAIRS = {"deeplabv3 to mobile": (("deeplabv3", "resnet18_w0.5"), ("deeplab_mobil
          "psp to deeplabv3": (("psp", "resnet18_w0.5"), ("deeplabv3", "resnet18_w0.25")),
          "deeplabv3 to psp": (("deeplabv3", "resnet18_w0.25"), ("psp", "resnet18_w0.25")),
          "psp to mobile": (("psp", "resnet18_w0.25"), ("psp_mobile", "mobilenetv2_w0.25"))}
-#: methods that measure their terms in two processes too: those that exchange tensors or train a discriminator, and ours
+#: methods that measure their terms in two processes too: afdcd, and those whose steps exchange tensors or train a
+#: discriminator
 TALKING = {"adv", "afdcd", "cirkd", "cirkdv2", "ifvd", "skd"}
 MEASURED = "--diagnose-every", "2"
 STEM = f"kd_{RUN_STUDENT[0]}_{RUN_STUDENT[1]}_folder"
@@ -51,12 +52,13 @@ def material(tmp_path_factory) -> tuple[Path, Path]:
 def two_processes(material, tmp_path_factory) -> dict[str, str]:
     """{method: "" or what went wrong} of a run of every method with two processes; "unlabelled": with such images."""
     base = tmp_path_factory.mktemp("two_processes")
+    assert set(NAMES) >= TALKING
     jobs = {n: run_arguments(n, *material, base / n, *(MEASURED if n in TALKING else ())) for n in NAMES}
     jobs["unlabelled"] = run_arguments("cirkd", *material, base / "unlabelled", "--unlabelled",
                                        str(material[0] / "images/val"))
     (base / "jobs.json").write_text(json.dumps(jobs))
     program = ROOT / "tests" / "programs" / "train_methods.py"
-    done = launch_forked(str(program), [str(base / "jobs.json"), str(base / "results.json")])
+    done = launch(str(program), [str(base / "jobs.json"), str(base / "results.json")])
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((base / "results.json").read_text())
 

@@ -2,7 +2,9 @@
 
     PYTHONPATH=. python tests/programs/group.py PROCESSES PROGRAM ARGUMENT ...
 
-To the program it looks like torchrun, but loading torch, which takes most of the time of a short program, happens once.
+The program finds the group in its environment, as with torchrun, but no store of a launcher. torch, which takes most of
+the time of a short program, is loaded once. Forked processes also share the seed of Python's hashes, and so the order
+of sets: where that could differ, torchrun is the test.
 """
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import runpy
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import torch._dynamo  # noqa: F401  # these for the time they take
@@ -69,6 +72,7 @@ def main() -> int:
         code = os.waitstatus_to_exitcode(status)
         if code and not failed:
             failed = code
+            time.sleep(2)  # for what the others have to say of it
             for other in pids:
                 os.kill(other, signal.SIGKILL)
     return abs(failed)
