@@ -106,8 +106,8 @@ def execute(settings: EvalSettings) -> None:
     gpu, timeout = check(settings), settings.running.timeout
     distributed = init_distributed(settings.running.no_cuda, gpu, timeout + MARGIN)
     check_precision([HALF_PRECISIONS.get(settings.speed.amp)], distributed.device)
-    if settings.speed.fast and distributed.device.type == "cpu":
-        prepare_cpu()
+    if distributed.device.type == "cpu":
+        prepare_cpu(settings.speed.fast)
     with Watchdog(timeout, "start again"):
         run(settings, distributed)
         with time_limit(no_step):

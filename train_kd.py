@@ -108,8 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     timeout = settings.running.timeout
     distributed = init_distributed(settings.running.no_cuda, timeout=timeout + MARGIN)
     setup_logging(distributed.is_main_process)
-    if settings.speed.fast and distributed.device.type == "cpu":
-        prepare_cpu()
+    if distributed.device.type == "cpu":
+        prepare_cpu(settings.speed.fast)
     settings = in_iterations(settings)
     check_result_target(settings)
     files = RunFiles(settings)

@@ -128,8 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_target(folder, "--teacher-scores", is_folder=True)
     distributed = init_distributed(settings.running.no_cuda)
     setup_logging(distributed.is_main_process)
-    if settings.speed.fast and distributed.device.type == "cpu":
-        prepare_cpu()
+    if distributed.device.type == "cpu":
+        prepare_cpu(settings.speed.fast)
     if distributed.world_size > 1:
         raise UserError("cache_teacher.py is for one process: expected a call without torchrun")
     run = build_run(without_scores(settings), distributed)

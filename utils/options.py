@@ -82,7 +82,7 @@ def flag(name: str) -> str:
 def option(default: Any, help: str | Callable[[], str] = "", **more: Any) -> Any:
     """A field of an :class:`OptionGroup`. more: fields of :class:`Option`.
 
-    help and choices may be functions, asked when they are needed. nargs is needed only where the annotation does not
+    Each may be a function, asked when it is needed. nargs is needed only where the annotation does not
     say it: ``tuple[int, int]`` takes two values, ``tuple[int, ...]`` one or more."""
     return field(default=default, metadata={"option": {"help": help, **more}})
 

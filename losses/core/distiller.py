@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import pkgutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -167,12 +169,15 @@ def where(cls: type) -> str:
     return f"{os.path.realpath(file) if file else cls.__module__}:{cls.__qualname__}"
 
 
+@cache
+def _files(*folders: str) -> list[str]:
+    """Names of the modules in these folders; a command line asks some thirty times."""
+    return sorted(module.name for module in pkgutil.iter_modules(folders) if not module.ispkg)
+
+
 def methods() -> dict[str, type[Distiller]]:
     """Every registered method, by name. Imports each file of ``losses/`` once, so that its decorator runs."""
     package = importlib.import_module("..", __package__)
-    # not pkgutil, which takes 1 ms: a command line asks for the methods some thirty times
-    names = {name.removesuffix(".py") for folder in package.__path__ for name in os.listdir(folder)
-             if name.endswith(".py") and name.count(".") == 1 and name != "__init__.py"}
-    for name in sorted(names):
+    for name in _files(*package.__path__):
         importlib.import_module(f"{package.__name__}.{name}")
     return dict(sorted(_REGISTRY.items()))

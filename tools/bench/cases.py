@@ -41,8 +41,6 @@ def job(kind: str, options: Common, **more: Any) -> dict[str, Any]:
 
 def network_flags(prefix: str, name: str) -> list[str]:
     """Flags of a network, with the prefix "student-", "teacher-" or none. UserError when there is no such network."""
-    if is_outside(name):
-        return [f"--{prefix}model", name]
     model, dash, backbone = name.partition("-")
     if not dash:
         raise UserError(f"network {name!r}: expected MODEL-BACKBONE, for example deeplabv3-resnet18")
@@ -101,9 +99,16 @@ def noise(dataset: str, folder: Path, split: str, count: int, size: tuple[int, i
     return str(root)
 
 
+def teacher_flags(options: Networks) -> list[str]:
+    """Flags of the teacher, which may come from elsewhere where it is run whole."""
+    if isinstance(options, Step) and is_outside(options.teacher):
+        return ["--teacher-model", options.teacher]
+    return network_flags("teacher-", options.teacher)
+
+
 def train_flags(options: Networks, crop: tuple[int, int], folder: Path) -> list[str]:
     """Flags of ``train_kd.py`` without method and data."""
-    return [*network_flags("student-", options.student), *network_flags("teacher-", options.teacher), "--dataset",
+    return [*network_flags("student-", options.student), *teacher_flags(options), "--dataset",
             options.dataset, "--crop-size", *map(str, crop), "--batch-size", str(options.batch), "--max-iterations",
             "1000000", "--lr", "1e-4", "--workers", "0", "--skip-val", "--no-tensorboard", "--save-dir",
             str(folder / "run"), "--log-dir", str(folder / "run")]

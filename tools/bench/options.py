@@ -49,7 +49,8 @@ class Networks(OptionGroup):
     """Which job of distillation."""
 
     student: str = option("deeplabv3-resnet18", "MODEL-BACKBONE of the student", metavar="NET")
-    teacher: str = option("deeplabv3-resnet101", "MODEL-BACKBONE of the teacher, or SOURCE:NAME", metavar="NET")
+    teacher: str = option("deeplabv3-resnet101", "MODEL-BACKBONE of the teacher; step takes SOURCE:NAME too",
+                          metavar="NET")
     dataset: str = option("citys", "whose presets and number of classes")
     batch: int = option(2, "images per step", at_least=2, metavar="N")
 
