@@ -186,9 +186,10 @@ def _read(path: Path) -> dict[str, Any]:
 def difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In words, why scores are not those that are wanted; nothing when they are."""
     found = []
-    taps = [teacher.get("taps", "the usual ones") for teacher in (saved["teacher"], now["teacher"])]
-    if taps[0] != taps[1]:
-        found.append(f"scores of other maps (--teacher-taps {taps[0]}), not {taps[1]}")
+    before, after = (f"with --teacher-taps {teacher['taps']}" if "taps" in teacher else "without --teacher-taps"
+                     for teacher in (saved["teacher"], now["teacher"]))
+    if before != after:
+        found.append(f"scores of a teacher {before}, not {after}")
     elif saved["teacher"] != now["teacher"]:
         found.append("scores of another teacher ({name}, weights {weights})".format(**saved["teacher"])
                      + ", not of {name}, {weights}".format(**now["teacher"]))

@@ -73,7 +73,7 @@ def test_an_interrupted_call_goes_on_and_damage_is_mended(tmp_path) -> None:
 @pytest.mark.parametrize(("changes", "expected"), [
     ({"teacher": {"name": "t", "weights": "v"}}, r"scores of another teacher \(t, weights w\), not of t, v"),
     ({"teacher": {"name": "t", "weights": "w", "taps": "logits=a"}},
-     r"scores of other maps \(--teacher-taps the usual ones\), not logits=a"),
+     "scores of a teacher without --teacher-taps, not with --teacher-taps logits=a"),
     ({"crop": [16, 16]}, "scores of crops of 16x24, not 16x16"),
     ({"data": {**DATA, "splits": {"train": {**SPLIT, "images": 2}}}}, "scores of other data: train: 3 -> 2 images"),
 ])
