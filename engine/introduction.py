@@ -7,7 +7,7 @@ from engine.options import DEAD_OPTIONS
 from engine.presets import preset
 from engine.run import Run
 from engine.run_files import plain, readable, written
-from engine.settings import Settings, build_parser, from_flat
+from engine.settings import Settings, default_settings
 from engine.unlabelled import images_without_labels, readers
 from losses.core import NetInfo
 from utils.distributed import available_cpus
@@ -86,7 +86,7 @@ def unusual(settings: Settings) -> tuple[dict[str, object], dict[str, object]]:
     """{setting: value} as JSON has it: what the preset of ``--method`` sets, but for what it leaves off, and what else
     differs from the defaults."""
     method, now = settings.distillation.method, plain(settings)
-    usual = plain(from_flat(vars(build_parser().parse_args([]))))
+    usual = plain(default_settings())
     published = {}
     if method is not None:
         published = preset(method, settings.data.dataset, settings.networks.student_backbone)

@@ -18,7 +18,7 @@ from engine.options import Networks
 from engine.recipe import without_recipe
 from engine.run import Run
 from engine.run_files import RunFiles, changed, plain
-from engine.settings import Settings
+from engine.settings import Settings, default_settings
 from models import network_name
 from utils.errors import UserError
 from utils.files import sha256, write_json
@@ -28,16 +28,21 @@ FORMAT = 1
 #: points that a curve of a loss term keeps
 POINTS = 60
 SCORES = ("mIoU", "mIoU_present", "pixAcc", "mAcc")
-#: settings that change no figure but time and memory, say where things lie, or that a network says itself
+#: settings that change no figure but time and memory, or say where things lie
 UNIMPORTANT = frozenset((
     "resume", "workers", "data", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters", "diagnose_every",
     "timeout", "results", "protocol", "label", "name", "tensorboard", "tracker", "tracker_project", "panels",
-    "local_rank", "no_cuda", "aux", "fast", "channels_last", "teacher_classes"))
-#: settings that weight files, or stored scores, say where they are left open
-SAID_BY_FILES = frozenset(("student_head_width", "teacher_head_width", "stored_scores"))
+    "local_rank", "no_cuda", "fast", "channels_last", "teacher_classes"))
+#: settings that the network, weight files, or stored scores say where they are left open
+LEFT_OPEN = frozenset(("aux", "student_head_width", "teacher_head_width", "stored_scores"))
 #: files and folders, of which the name counts, not where they lie
-FILES = frozenset(("teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base",
+FILES = frozenset(("data", "teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base",
                    "train_list", "val_list", "class_weights", "unlabelled", "teacher_scores"))
+
+
+def unimportant(dataset: str) -> frozenset[str]:
+    """:data:`UNIMPORTANT` on a data set. The folder of "folder" is the data set itself."""
+    return UNIMPORTANT - {"data"} if dataset == "folder" else UNIMPORTANT
 
 
 def result_path(settings: Settings) -> Path:
@@ -197,8 +202,8 @@ def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
     def value(settings: Mapping[str, Any], key: str) -> Any:
         return Path(settings[key]).name if key in FILES and settings[key] else settings[key]
 
-    made = {**without_recipe(), **made}
-    left_open = {key for key in SAID_BY_FILES if wanted.get(key) is None}
+    made = {**plain(default_settings()), **without_recipe(), **made}
+    left_open = {key for key in LEFT_OPEN if wanted.get(key) is None}
     return [changed(key, value(made, key), value(wanted, key))
-            for key in sorted(made.keys() & wanted.keys() - UNIMPORTANT - left_open)
+            for key in sorted(made.keys() & wanted.keys() - unimportant(wanted["dataset"]) - left_open)
             if value(made, key) != value(wanted, key)]

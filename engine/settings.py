@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from engine.class_map import read_class_map
@@ -133,6 +134,17 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+def default_settings() -> Settings:
+    """Those of a command line without flags."""
+    return _default_settings(tuple(methods().items()))
+
+
+@cache
+def _default_settings(registered: tuple[tuple[str, type[Distiller]], ...]) -> Settings:
+    """With the options of these methods."""
+    return from_flat(vars(build_parser().parse_args([])))
+
+
 def _add_methods(parser: ArgumentParser, section) -> None:
     """The weight of every term, and a group of flags for every method with options that no other has declared."""
     for cls in methods().values():
@@ -209,7 +221,7 @@ def from_saved(saved: Mapping[str, object], where: object) -> Settings:
         raise UserError(f"{where}: not a configuration of a run of this version (expected a table of settings)")
     check_registered(saved, where)
     try:
-        return from_flat({**vars(build_parser().parse_args([])), **saved})
+        return from_flat({**default_settings().flat(), **saved})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: not a configuration of a run of this version ({error})") from error
 

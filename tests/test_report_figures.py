@@ -223,6 +223,7 @@ def test_rows_of_one_protocol_have_nothing_to_warn_of(results) -> None:
     ("--class-weights auto", "`class_weights` differs: none in none; auto in afdcd"),
     ("--train-list /a/37.txt", "`train_list` differs: none in none; 37.txt in afdcd"),
     ("--no-random-scale", "`random_scale` differs"), ("--aux-weight 0", "`aux_weight` differs"),
+    ("--no-aux", "`aux` differs: none in none; false in afdcd"),
     ("--val-per-iters 10", "`val_per_iters` differs"), ("--warmup 5", "`warmup` differs"),
     ("--lr 0.01", "`lr` differs"), ("--poly-power 1", "`poly_power` differs"), ("--amp bf16", "`amp` differs"),
     ("--selection-split test", "`selection_split` differs: none in none; test in afdcd"),
@@ -235,6 +236,17 @@ def test_a_setting_that_differs_is_named_with_its_rows(flags, sentence) -> None:
 def test_the_same_file_in_another_folder_is_the_same() -> None:
     assert not warnings(only([*runs("none", NONE, flags=("--student-pretrained-base", "/a/b.pth")),
                               *runs("kd", KD, flags=("--student-pretrained-base", "c/b.pth"))]))
+
+
+def test_own_images_are_told_by_the_name_of_their_folder() -> None:
+    def results(*folders: str, dataset: str = "folder") -> list[dict]:
+        return [make_result(label, 0, 40, dataset=dataset, flags=("--data", folder))
+                for label, folder in zip(("none", "kd"), folders, strict=True)]
+
+    assert not warnings(only(results("/one/shoes", "/two/shoes")))
+    assert not warnings(only(results("/one/CamVid", "/two/camvid", dataset="camvid")))
+    text, = warnings(only(results("/one/shoes", "/one/hats")))
+    assert "`data` differs: shoes in none; hats in kd." in text
 
 
 def test_iterations_may_differ_in_longer_plain_runs_only() -> None:

@@ -111,3 +111,22 @@ def test_an_earlier_result_is_not_one_of_later_settings() -> None:
     without = parse_settings(["--method", "kd", "--teacher-pretrained", "t.pth", *given, "--unlabelled", "none",
                               "--teacher-scores", "none"])
     assert without.data.unlabelled is without.networks.teacher_scores is None
+
+
+@pytest.mark.parametrize(("before", "now", "difference"), [
+    ("--aux", "--no-aux", "aux: True -> False"),
+    ("--aux", "", None),  # left open: the network says it
+    ("--dataset folder --data /one/shoes", "--dataset folder --data /one/hats", "data: shoes -> hats"),
+    ("--dataset folder --data /one/shoes", "--dataset folder --data /two/shoes/", None),
+    ("--dataset camvid --data /one/camvid", "--dataset camvid --data /two/CamVid", None)])
+def test_a_result_of_another_network_or_other_images_is_another_one(before, now, difference) -> None:
+    made, wanted = (plain(parse_settings(["--method", "none", *flags.split()])) for flags in (before, now))
+    assert differences(made, wanted) == ([difference] if difference else [])
+
+
+@pytest.mark.parametrize(("flags", "difference"), [
+    ("", None), ("--student-head-width 512", "student_head_width: None -> 512"), ("--nesterov", "nesterov: False -> True")])
+def test_a_result_that_is_older_than_a_setting_has_its_default(flags, difference) -> None:
+    wanted = plain(parse_settings(["--method", "none", *flags.split()]))
+    made = {name: value for name, value in wanted.items() if name not in ("student_head_width", "nesterov", "min_lr")}
+    assert differences(made, wanted) == ([difference] if difference else [])

@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.options import Data, Networks, Optimization, Running, Speed
 from engine.recipe import Recipe
-from engine.results import UNIMPORTANT
+from engine.results import UNIMPORTANT, unimportant
 from tools.reporting.figures import Clock, had_machine, machine_of
 from tools.reporting.groups import PLAIN, Group, Result, Row
 
@@ -42,7 +42,7 @@ def differing(group: Group, rows: Sequence[Row], read: Callable[[Result], Hashab
 
 def setting(run: Result, name: str) -> Any:
     """A setting of a result; the default of one that is newer than the result."""
-    return run["settings"].get(name, COMPARED[name])
+    return run["settings"].get(name, COMPARED.get(name))
 
 
 def sentence(what: str, values: Mapping[str, Sequence[str]]) -> str:
@@ -58,7 +58,7 @@ def warnings(group: Group) -> list[str]:
                            lambda run: run["iterations"])
     if iterations:
         found.append(sentence("iterations differ", iterations))
-    for name in COMPARED:
+    for name in COMPARED if "data" in unimportant(group.dataset) else (*COMPARED, "data"):
         values = differing(group, group.compared, lambda run, name=name: shown(setting(run, name)))
         if values:
             found.append(sentence(f"`{name}` differs", values))
