@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.log import LOG
-from engine.options import Networks
-from engine.recipe import without_recipe
+from engine.options import Data, Networks, Optimization, Running, Speed
+from engine.recipe import Recipe, without_recipe
 from engine.run import Run
 from engine.run_files import RunFiles, changed, plain
 from engine.settings import Settings, default_settings
@@ -36,13 +37,27 @@ UNIMPORTANT = frozenset((
 #: settings that the network, weight files, or stored scores say where they are left open
 LEFT_OPEN = frozenset(("aux", "student_head_width", "teacher_head_width", "stored_scores"))
 #: files and folders, of which the name counts, not where they lie
-FILES = frozenset(("data", "teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base",
-                   "train_list", "val_list", "class_weights", "unlabelled", "teacher_scores"))
+FILES = frozenset(("data", "teacher_pretrained", "teacher_pretrained_base", "student_pretrained",
+                   "student_pretrained_base", "train_list", "val_list", "class_weights", "unlabelled",
+                   "teacher_scores"))
+
+
+#: settings that runs share where they are compared, with the defaults for results that are older than they are. More
+#: validations mean more models to choose from.
+SHARED = {name: default for group in (Networks, Data, Optimization, Recipe, Speed)
+          for name, default in asdict(group()).items()
+          if name not in UNIMPORTANT | {"seed", "epochs", "scale_weights", "class_map", "stored_scores", "student_taps"}
+          and not name.startswith("teacher_")} | {"val_per_iters": Running().val_per_iters}
 
 
 def unimportant(dataset: str) -> frozenset[str]:
     """:data:`UNIMPORTANT` on a data set. The folder of "folder" is the data set itself."""
     return UNIMPORTANT - {"data"} if dataset == "folder" else UNIMPORTANT
+
+
+def shared_settings(dataset: str) -> dict[str, Any]:
+    """:data:`SHARED` on a data set."""
+    return SHARED if "data" in unimportant(dataset) else {**SHARED, "data": None}
 
 
 def result_path(settings: Settings) -> Path:

@@ -17,13 +17,15 @@ from helpers import CLASSES, assert_refused, distil_arguments, train_arguments, 
 from PIL import Image
 
 import train_kd
+from engine.settings import from_flat
 from tools import compare
 from tools.comparison import figures
 from tools.comparison.answers import Score, by_change, error_map, row_shares
-from tools.comparison.page import Comparison, build_page, duration, percent, points
+from tools.comparison.page import Comparison, build_page, duration, goal, percent, points
 from tools.comparison.pictures import MOST_WIDTH, source
-from tools.comparison.runs import check_pair, differences, only_distilled, read_run, unfair
+from tools.comparison.runs import TrainedRun, check_pair, differences, only_distilled, read_run, unfair
 from utils.errors import UserError
+from utils.options import flag
 
 STUDENT = "deeplab_mobile-mobilenetv2_w0.25"
 FIGURES = {"validation", "terms-plain", "terms-distilled", "classes", "confusion-plain", "confusion-distilled",
@@ -199,6 +201,38 @@ def test_settings_that_differ_are_those_that_count(place) -> None:
     assert own["--teacher-pretrained"] == "teacher.pth" and own["--pool-size"] == "2"
     assert not {"--save-dir", "--crop-size", "--cwd-temperature", "--teacher-pretrained-base"} & set(own)
     assert unfair(plain, distilled) == ["--lr"]
+
+
+def changed(run: TrainedRun, **settings: object) -> TrainedRun:
+    return replace(run, settings=from_flat({**run.settings.flat(), **settings}))
+
+
+def test_other_images_networks_and_choices_of_the_best_are_said(place) -> None:
+    plain, distilled = (read_run(f"--{role}", place / role) for role in ("plain", "distilled"))
+    given = {"train_list": "/a/ten.txt", "unlabelled": "/a/more", "aux_weight": 0.1, "val_per_iters": 7,
+             "sampling": "epoch", "data": "/a/hats"}
+    names = {flag(name) for name in given}
+    other = changed(distilled, **given)
+    assert names <= set(unfair(plain, other)) and names <= {name for name, *_ in differences(plain, other)}
+    moved = changed(distilled, data=f"/elsewhere/{Path(plain.settings.data.data).name}")
+    assert unfair(plain, moved) == ["--lr"] and "--data" not in {name for name, *_ in differences(plain, moved)}
+
+
+def test_the_teacher_that_is_shown_is_the_file_that_was_learned_from(place) -> None:
+    """Whichever weights of the students are compared."""
+    plain, last = read_run("--teacher", place / "plain", "best"), read_run("--teacher", place / "plain", "last")
+    for weights in ("best", "last"):
+        for run in (plain, last):
+            assert read_run("--teacher", place / "plain", weights, run.weights.name).weights == run.weights
+    assert read_run("--teacher", place / "plain", "last", "moved.pth").weights == last.weights != plain.weights
+
+
+def test_a_teacher_of_other_images_sets_no_goal(place) -> None:
+    runs = {role: read_run("--x", place / role) for role in ("plain", "distilled")}
+    best = max(point["mIoU"] for point in runs["plain"].digest["curve"])
+    assert goal(runs) is None and goal({**runs, "teacher": runs["plain"]}) == best
+    for change in ({"dataset": "camvid"}, {"val_list": "/a/b.txt"}, {"selection_split": "train"}):
+        assert goal({**runs, "teacher": changed(runs["plain"], **change)}) is None
 
 
 def test_a_run_that_was_moved_is_read_where_it_is(place, tmp_path) -> None:

@@ -38,7 +38,8 @@ class Options(OptionGroup):
                                        "(default: where the distilled run found them)", metavar="RUN_DIR")
     data: str | None = option(None, "root folder of the data set (default: that of the distilled run)", metavar="DIR")
     split: str | None = option(None, "labeled split (default: test where the data set has its labels, else val)")
-    weights: str = option("best", "those that were best on the validation split, or of the last iteration",
+    weights: str = option("best", "those of the students that were best on the validation split, or of the last "
+                                  "iteration",
                           choices=("best", "last"))
     images: int = option(12, "pictures, of the images that distillation changes most", at_least=1, metavar="N")
     out: Path = option(MISSING, "the page to write", metavar="FILE")
@@ -48,12 +49,16 @@ class Options(OptionGroup):
 
 def read_runs(options: Options) -> dict[str, TrainedRun]:
     """{role: run} of the folders that were given, checked against each other."""
-    roles = ("teacher", "plain", "distilled") if options.teacher is not None else ("plain", "distilled")
-    runs = {role: read_run(f"--{role}", Path(getattr(options, role)).expanduser(), options.weights) for role in roles}
-    check_pair(runs["plain"], runs["distilled"])
-    if "teacher" in runs:
-        check_teacher(runs["teacher"], runs["distilled"])
-    return runs
+    plain, distilled = (read_run(f"--{role}", Path(getattr(options, role)).expanduser(), options.weights)
+                        for role in ("plain", "distilled"))
+    check_pair(plain, distilled)
+    if options.teacher is None:
+        return {"plain": plain, "distilled": distilled}
+    learned_from = distilled.settings.networks.teacher_pretrained
+    teacher = read_run("--teacher", Path(options.teacher).expanduser(), options.weights,
+                       learned_from and Path(learned_from).name)
+    check_teacher(teacher, distilled)
+    return {"teacher": teacher, "plain": plain, "distilled": distilled}
 
 
 def build_dataset(runs: dict[str, TrainedRun], data: str | None, split: str | None) -> SegmentationDataset:

@@ -100,9 +100,19 @@ def draw(comparison: Comparison) -> dict[str, dict[str, Any]]:
     drawn |= {f"terms-{role}": figure for role, figure in losses.items()}
     curves = {role: runs[role].digest["curve"] for role in students if runs[role].digest["curve"]}
     if curves:
-        goal = [p["mIoU"] for p in runs["teacher"].digest["curve"]] if "teacher" in runs else []
-        drawn["validation"] = figures.validation(curves, max(goal, default=None))
+        drawn["validation"] = figures.validation(curves, goal(runs))
     return {name: figures.as_json(figure) for name, figure in drawn.items()}
+
+
+def goal(runs: Mapping[str, TrainedRun]) -> float | None:
+    """The teacher's best mIoU, a fraction, where its run is known and was validated on the students' images."""
+    def images(run: TrainedRun) -> tuple:
+        data = run.settings.data
+        return data.dataset, data.selection_split, data.val_list and Path(data.val_list).name
+
+    if "teacher" not in runs or images(runs["teacher"]) != images(runs["distilled"]):
+        return None
+    return max((point["mIoU"] for point in runs["teacher"].digest["curve"]), default=None)
 
 
 def class_rows(comparison: Comparison) -> list[dict[str, Any]]:

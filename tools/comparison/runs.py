@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.results import digest, read_log
+from engine.results import digest, read_log, shared_settings
 from engine.run_files import RunFiles
 from engine.settings import Settings
 from losses.core import methods
@@ -16,14 +16,9 @@ from utils.options import flag, options_of
 
 #: settings that say where things lie, what is written and how it is loaded: they do not change a training
 NOT_OF_THE_TRAINING = frozenset((
-    "data", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters", "val_per_iters", "skip_val", "results",
-    "protocol", "label", "name", "resume", "tensorboard", "tracker", "tracker_project", "panels", "workers",
-    "local_rank", "no_cuda", "start_epoch", "save_epoch", "val_epoch"))
-#: settings that both runs of a fair comparison share
-SHARED = ("student_model", "student_backbone", "student_pretrained", "student_pretrained_base", "crop_size",
-          "batch_size", "max_iterations", "lr", "min_lr", "poly_power", "momentum", "nesterov",
-          "head_lr_factor", "weight_decay", "amp", "optimizer", "warmup", "class_weights", "ohem", "ohem_threshold",
-          "ohem_kept")
+    "data", "cache", "save_dir", "log_dir", "log_iter", "save_per_iters", "results", "protocol", "label", "name",
+    "resume", "tensorboard", "tracker", "tracker_project", "panels", "workers", "local_rank", "no_cuda", "start_epoch",
+    "save_epoch", "val_epoch"))
 NOT_SET = "not set"
 
 
@@ -51,14 +46,16 @@ class TrainedRun:
         return self.settings.distillation.method or "afdcd"
 
 
-def read_run(flag: str, folder: Path, weights: str = "best") -> TrainedRun:
-    """The run of a folder. flag: named in errors. weights: "best" on the validation split, or "last".
+def read_run(flag: str, folder: Path, weights: str = "best", name: str | None = None) -> TrainedRun:
+    """The run of a folder. flag: named in errors. weights: "best" on the validation split, or "last"; but those of a
+    file called ``name`` where the run has one.
 
     UserError for a folder without exactly one run, for files that are missing or cannot be read, and for a log without
     an iteration, or of a version of this code that wrote down less."""
     settings = read_settings(folder, flag)
     files = RunFiles(replace(settings, running=replace(settings.running, save_dir=str(folder), resume=None)))
-    path = {"best": files.best, "last": files.student}[weights]
+    path = {files.best.name: files.best, files.student.name: files.student}.get(
+        name, {"best": files.best, "last": files.student}[weights])
     if not path.is_file():
         other = "; of a run without validation, --weights last can be compared" if weights == "best" else ""
         raise UserError(f"{flag} {folder}: no {path.name}; expected the weights of a finished run{other}")
@@ -124,8 +121,9 @@ def differences(plain: TrainedRun, distilled: TrainedRun) -> list[tuple[str, str
     """(flag, value in the plain run, value in the distilled run) of each setting of the training that differs and that
     both runs read."""
     before, after = _read_values(plain), _read_values(distilled)
+    left_out = NOT_OF_THE_TRAINING - shared_settings(plain.settings.data.dataset).keys()
     return [(flag(name), before[name], after[name]) for name in before
-            if name in after and name not in NOT_OF_THE_TRAINING and before[name] != after[name]]
+            if name in after and name not in left_out and before[name] != after[name]]
 
 
 def only_distilled(plain: TrainedRun, distilled: TrainedRun) -> list[tuple[str, str]]:
@@ -137,7 +135,7 @@ def only_distilled(plain: TrainedRun, distilled: TrainedRun) -> list[tuple[str, 
 def unfair(plain: TrainedRun, distilled: TrainedRun) -> list[str]:
     """The settings that differ although a fair comparison shares them."""
     before, after = _read_values(plain), _read_values(distilled)
-    return [flag(name) for name in SHARED if before[name] != after[name]]
+    return [flag(name) for name in shared_settings(plain.settings.data.dataset) if before[name] != after[name]]
 
 
 def _read_values(run: TrainedRun) -> dict[str, str]:
@@ -161,7 +159,8 @@ def _text(name: str, value: Any) -> str:
     """A value as one would type it; of a file its name, without the folders of somebody's machine."""
     if value is None:
         return NOT_SET
-    if name.endswith(("_pretrained", "_pretrained_base", "_list", "_masks", "_classes", "_scores", "unlabelled")):
+    if name in ("data", "unlabelled") or name.endswith(("_pretrained", "_pretrained_base", "_list", "_masks",
+                                                        "_classes", "_scores")):
         return Path(str(value)).name
     if isinstance(value, bool):
         return str(value).lower()

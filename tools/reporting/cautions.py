@@ -2,25 +2,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from engine.options import Data, Networks, Optimization, Running, Speed
-from engine.recipe import Recipe
-from engine.results import UNIMPORTANT, unimportant
+from engine.results import shared_settings
 from tools.reporting.figures import Clock, had_machine, machine_of
 from tools.reporting.groups import PLAIN, Group, Result, Row
 
-#: settings of these groups that rows may differ in: what a table has a row or a sentence for, what belongs to methods
-OF_ROWS = frozenset(("seed", "max_iterations", "epochs", "scale_weights", "class_map", "stored_scores", "student_model",
-                     "student_backbone", "student_head_width", "dataset"))
-#: settings that have to be equal for rows to be compared, with the defaults for results that are older than they are
-COMPARED = {name: default for group in (Networks, Data, Optimization, Recipe, Speed)
-            for name, default in asdict(group()).items()
-            if name not in UNIMPORTANT | OF_ROWS and not name.startswith("teacher_")}
-COMPARED["val_per_iters"] = Running().val_per_iters  # more often means more models to choose from
+#: settings that a table has a row or a sentence for
+OF_ROWS = frozenset(("max_iterations", "student_model", "student_backbone", "student_head_width", "dataset"))
 WIDTH = 120
 
 
@@ -40,11 +31,6 @@ def differing(group: Group, rows: Sequence[Row], read: Callable[[Result], Hashab
     return found if len(found) > 1 else {}
 
 
-def setting(run: Result, name: str) -> Any:
-    """A setting of a result; the default of one that is newer than the result."""
-    return run["settings"].get(name, COMPARED.get(name))
-
-
 def sentence(what: str, values: Mapping[str, Sequence[str]]) -> str:
     """'WHAT: a in x, y; b in z.'"""
     parts = [f"{value} in {', '.join(names)}" for value, names in values.items()]
@@ -58,8 +44,11 @@ def warnings(group: Group) -> list[str]:
                            lambda run: run["iterations"])
     if iterations:
         found.append(sentence("iterations differ", iterations))
-    for name in COMPARED if "data" in unimportant(group.dataset) else (*COMPARED, "data"):
-        values = differing(group, group.compared, lambda run, name=name: shown(setting(run, name)))
+    for name, default in shared_settings(group.dataset).items():
+        if name in OF_ROWS:
+            continue
+        values = differing(group, group.compared, lambda run, name=name, default=default: shown(
+            run["settings"].get(name, default)))
         if values:
             found.append(sentence(f"`{name}` differs", values))
     files = teacher_files(group)
