@@ -121,6 +121,8 @@ class TestMeaning:
         ("gpus = 0", "paint = true", r"\[paint\]: expected a table"),
         ("of = \"fd\"", "", r"\[scan.lambda-fd\] of is missing"), ("[runs.none]", "[runs.none", "not a TOML file"),
         ("values = [1e-6, 1e-4]", "values = [1e-6, 1e-6]", "twice"),
+        ("[runs.fd]", "[scan.lambda-kd]\nof = [\"fd\"]\nvalues = [1]\n[runs.fd]",
+         r"\[scan.lambda-fd\]: fd is in \[scan.lambda-kd\] already"),
         ("of = \"fd\"", "of = \"x\"", r"tiny.toml: \[scan.lambda-fd\]: no run 'x'"),
         ("[runs.fd]", "[runs.fd]\nmetod = \"fd\"", r"\[runs.fd\] unknown key 'metod'.*; did you mean method"),
         (f"deeplab_mobile {TEACHER}", TEACHER, r"\[teachers.net\]: expected 'MODEL BACKBONE'"),
@@ -141,6 +143,31 @@ class TestMeaning:
         with pytest.raises(UserError, match=message):
             reproduce.main(arguments(place, "--dry-run"))
         assert capsys.readouterr().err == ""
+
+    @pytest.mark.parametrize("old, new, message", [
+        ("seeds = [1, 2]", "seeds = 3", r"tiny.toml: seeds: expected a list of whole numbers, .*, got 3$"),
+        ("seeds = [1, 2]", "seeds = []", r"tiny.toml: seeds: expected a list"),
+        ("seeds = [1, 2]", "seeds = [true]", r"tiny.toml: seeds: expected a list"),
+        ("seeds = [1]", "seeds = 1", r"tiny.toml: \[runs.none-long\] seeds: expected a list"),
+        ("values = [1e-6, 1e-4]", "values = 0.5", r"\[scan.lambda-fd\] values: expected a list of numbers"),
+        ("values = [1e-6, 1e-4]", "values = [\"a\"]", r"\[scan.lambda-fd\] values: .*, got \['a'\]"),
+        ("values = [1e-6, 1e-4]", "values = [[32, 32]]", r"\[scan.lambda-fd\] values: expected"),
+        ("of = \"fd\"", "of = 2", r"\[scan.lambda-fd\] of: expected the name of a run"),
+        ("[runs.none]", "[runs.none]\nflags = 3", r"\[runs.none\] flags: expected a table, .*, got 3"),
+        ("method = \"afdcd\"", "method = 1", r"\[runs.fd\] method: expected a text in quotes, got 1"),
+        ("gpus = 0", "gpus = \"all\"", "gpus: expected a whole number, got 'all'"),
+        ("gpus = 0", "scan = 1", r"\[scan\]: expected tables, such as \[scan.NAME\], got 1")])
+    def test_a_value_of_another_kind_is_refused(self, place, old, new, message) -> None:
+        text = (place / "tiny.toml").read_text()
+        assert old in text
+        text = text[:text.index("[scan.")] if new.startswith("scan") else text
+        (place / "tiny.toml").write_text(text.replace(old, new))
+        with pytest.raises(UserError, match=message):
+            reproduce.main(arguments(place, "--dry-run"))
+
+    def test_given_seeds_take_the_place_of_those_of_a_row_too(self, place, capsys) -> None:
+        assert reproduce.main(arguments(place, "--dry-run", "--seeds", "5", "--only", "/none-long/")) == 0
+        assert set(re.findall(r"none-long/(\d)", capsys.readouterr().out)) == {"5"}
 
     def test_an_unknown_plan_is_refused_with_the_names(self) -> None:
         with pytest.raises(UserError, match="camvid-cpu, .*, cityscapes, .*; did you mean cityscapes"):

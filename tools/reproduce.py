@@ -38,8 +38,8 @@ class Options(OptionGroup):
     """The command line, without the plan."""
     only: tuple[str, ...] = option((), "only runs whose name holds one of these texts (and the teachers they need)",
                                    metavar="TEXT")
-    seeds: tuple[int, ...] = option((), "in place of the plan's (published tables: default 0)", at_least=0,
-                                    metavar="N")
+    seeds: tuple[int, ...] = option((), "in place of the plan's and of its rows' (published tables: default 0)",
+                                    at_least=0, metavar="N")
     dry_run: bool = option(False, "print the runs, how far each is and its command; run nothing")
     jobs: int = option(1, "runs side by side", at_least=1, metavar="N")
     time_budget: float | None = option(None, "stop after so many minutes; the next call goes on", above=0,

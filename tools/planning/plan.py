@@ -22,6 +22,7 @@
     method = "afdcd"                    # default: the label
     teacher = "mbv2"                    # default: the only teacher, unless method = "none"
     flags = {lambda-fd = 1e-3}
+    seeds = [0]                         # default: the plan's
 
     [scan.lambda-fd]                    # more runs, of the first seed and of protocol camvid-cpu-1-scan
     of = "afdcd"                        # the run whose weight is looked for; chosen on val, before test is looked at
@@ -53,6 +54,24 @@ KEYS = {"": {"title", "protocol", "dataset", "data", "student", "paint", "seeds"
         "paint": {"train", "val", "test", "height", "width", "seed", "points"},
         "teachers": {"network", "file", "flags"}, "runs": {"method", "teacher", "flags", "seeds"},
         "scan": {"of", "values", "flags"}}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list(value: Any, *kinds: type) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(one) in kinds for one in value)
+
+
+#: {key: (what is allowed, in words)} of those that are checked by kind, wherever they stand
+VALUES = {"seeds": (lambda v: _is_list(v, int) and min(v) >= 0, "a list of whole numbers, such as [0, 1, 2]"),
+          "values": (lambda v: _is_list(v, int, float), "a list of numbers, such as [2e-4, 1e-3]"),
+          "of": (lambda v: _is_text(v) or _is_list(v, str), "the name of a run, or a list of them"),
+          "gpus": (lambda v: type(v) is int and v >= 0, "a whole number"),
+          **dict.fromkeys(("flags", "student-flags"), (lambda v: isinstance(v, dict), "a table, such as {lr = 0.1}")),
+          **dict.fromkeys(("title", "protocol", "dataset", "data", "method", "teacher", "file"),
+                          (_is_text, "a text in quotes"))}
 
 
 @dataclass(frozen=True)
@@ -179,6 +198,9 @@ def read_plan(source: str | Path, others: Sequence[str] = ()) -> dict[str, Any]:
 
 def check_keys(plan: Mapping[str, Any], path: Path) -> None:
     """UserError for a key that nobody reads, and for one that is missing."""
+    for kind in ("teachers", "runs", "scan"):
+        if not isinstance(entries := plan.get(kind, {}), dict):
+            raise UserError(f"{path}: [{kind}]: expected tables, such as [{kind}.NAME], got {entries!r}")
     parts = [("", plan), ("paint", plan.get("paint", {})),
              *((f"{kind}.{name}", entry) for kind in ("teachers", "runs", "scan")
                for name, entry in plan.get(kind, {}).items())]
@@ -191,11 +213,21 @@ def check_keys(plan: Mapping[str, Any], path: Path) -> None:
         if unknown := sorted(entry.keys() - set(known)):
             raise UserError(f"{path}: {f'[{where}] ' if where else ''}unknown key {unknown[0]!r}; expected some of "
                             f"{', '.join(known)}{did_you_mean(unknown[0], known)}")
+        if where != "paint":
+            check_values(entry, f"{path}:{f' [{where}]' if where else ''}")
     needed = {"protocol", "dataset", "student", "seeds", "runs", *(["data"] if "paint" in plan else [])}
     if missing := needed - plan.keys():
         raise UserError(f"{path}: {', '.join(sorted(missing))} is missing")
     if "paint" in plan:
         check_paint(plan, path)
+
+
+def check_values(entry: Mapping[str, Any], where: str) -> None:
+    """UserError for a value of another kind than its key takes."""
+    for key, value in entry.items():
+        allowed, expected = VALUES.get(key, (None, ""))
+        if allowed and not allowed(value):
+            raise UserError(f"{where} {key}: expected {expected}, got {value!r}")
 
 
 def check_paint(plan: Mapping[str, Any], path: Path) -> None:
@@ -220,11 +252,12 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
 
 
 class Expansion:
-    """The jobs of one plan, teachers first. Every command line is checked. seeds: in place of the plan's."""
+    """The jobs of one plan, teachers first. Every command line is checked. seeds: in place of those of the plan and of
+    its rows."""
 
     def __init__(self, plan: Mapping[str, Any], places: Places, seeds: Sequence[int] | None = None) -> None:
         self.plan, self.places = plan, places
-        self.seeds = list(seeds or plan["seeds"])
+        self.seeds = list(seeds or ())
         self.student = Network.read(plan["student"], "student")
         self.teachers = {name: Network.read(entry.get("network"), f"[teachers.{name}]")
                          for name, entry in plan.get("teachers", {}).items()}
@@ -244,12 +277,16 @@ class Expansion:
 
     def _runs(self) -> Iterator[Job]:
         for label, entry in self.plan["runs"].items():
-            for seed in entry.get("seeds", self.seeds):
+            for seed in self.seeds or entry.get("seeds", self.plan["seeds"]):
                 yield self._run(label, entry, seed, f"[runs.{label}]")
 
     def _scans(self) -> Iterator[Job]:
+        scanned: dict[str, str] = {}
         for setting, entry in self.plan.get("scan", {}).items():
             for label in [entry["of"]] if isinstance(entry["of"], str) else entry["of"]:
+                if (other := scanned.setdefault(label, setting)) != setting:
+                    raise UserError(f"[scan.{setting}]: {label} is in [scan.{other}] already, and a table names its "
+                                    "trials by their values alone: give the run a second label for this scan")
                 if label not in self.plan["runs"]:
                     raise UserError(f"[scan.{setting}]: no run {label!r} in the plan; expected one of "
                                     f"{', '.join(self.plan['runs'])}")
