@@ -51,20 +51,23 @@ def build(settings: EvalSettings, distributed: Distributed) -> tuple[data.Segmen
 
 def record(settings: EvalSettings, dataset: data.SegmentationDataset, net: nn.Module,
            result: dict[str, Any]) -> dict[str, Any]:
-    """What ``--json`` writes: the figures as fractions, and what they are figures of."""
+    """What ``--json`` writes: the figures as fractions, None on images without labels, and what they are figures of.
+    """
     network, prediction = settings.network, settings.prediction
     weights = Path(network.pretrained).expanduser() if is_given(network.pretrained) else None
-    figures = {key: result[key] for key in ("mIoU", "pixAcc", "mAcc", "mIoU_present", "pixAcc_reference")
-               if key in result}
+    labeled = result["labelled_pixels"] > 0
+    figures = {key: result[key] if labeled else None
+               for key in ("mIoU", "pixAcc", "mAcc", "mIoU_present", "pixAcc_reference") if key in result}
     per_class = {f"{short}_per_class": dict(zip(dataset.spec.classes, result[f"{short}_per_class"], strict=True))
-                 for short in ("iou", "acc")}
+                 if labeled else None for short in ("iou", "acc")}
     return {
         **figures, **per_class, "images": result["images"], "labelled_pixels": result["labelled_pixels"],
         "label_pixels": result["label_pixels"], "total_inter": result["total_inter"],
         "total_union": result["total_union"], "classes": list(dataset.spec.classes),
         "dataset": settings.data.dataset, "split": dataset.split, "limit": settings.data.limit,
         "model": network.model, "backbone": network.backbone, "pretrained": weights and weights.name,
-        "pretrained_sha256": weights and sha256(weights), "preprocess": net.preprocess.to_dict(),
+        "pretrained_sha256": sha256(weights) if weights and weights.is_file() else None,
+        "preprocess": net.preprocess.to_dict(),
         "scales": prediction.scales, "flip": prediction.flip_eval, "window": prediction.window,
         "stride": prediction.stride, "amp": settings.speed.amp,
     }
@@ -86,13 +89,13 @@ def run(settings: EvalSettings, distributed: Distributed) -> None:
                       amp=HALF_PRECISIONS.get(speed.amp), channels_last=speed.channels_last, on_prediction=writer)
     if not distributed.is_main_process:
         return
-    if output.json is not None:
-        write_json(output.json, record(settings, dataset, net, result))
     print(f"{net.name} on {dataset.spec.title}, {dataset.split}: {result['images']} images, "
           f"{result['labelled_pixels']} labelled pixels")
     print(table(result, dataset.spec.classes) if result["labelled_pixels"] else "no labels, hence no figures")
     if writer is not None:
         print(f"pictures: {writer.folder}")
+    if output.json is not None:
+        write_json(output.json, record(settings, dataset, net, result))
 
 
 def main(argv: list[str] | None = None) -> int:

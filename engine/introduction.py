@@ -7,7 +7,7 @@ from engine.options import DEAD_OPTIONS
 from engine.presets import preset
 from engine.run import Run
 from engine.run_files import plain, readable, written
-from engine.settings import Settings, default_settings
+from engine.settings import Settings, default_settings, unread
 from engine.unlabelled import images_without_labels, readers
 from losses.core import NetInfo
 from utils.distributed import available_cpus
@@ -84,14 +84,15 @@ def as_flag(name: str, value: object) -> str:
 
 def unusual(settings: Settings) -> tuple[dict[str, object], dict[str, object]]:
     """{setting: value} as JSON has it: what the preset of ``--method`` sets, but for what it leaves off, and what else
-    differs from the defaults."""
+    differs from the defaults and is read."""
     method, now = settings.distillation.method, plain(settings)
     usual = plain(default_settings())
     published = {}
     if method is not None:
         published = preset(method, settings.data.dataset, settings.networks.student_backbone)
         published = {name: list(v) if isinstance(v, tuple) else v for name, v in published.items()}
-    differs = {name: value for name, value in now.items() if name not in SAID and value != usual[name]}
+    left_out = SAID | unread(settings)
+    differs = {name: value for name, value in now.items() if name not in left_out and value != usual[name]}
     of_preset = {name: value for name, value in now.items() if name in published
                  and value == published[name] and (value or value != usual[name])}
     return of_preset, {name: value for name, value in differs.items()

@@ -19,7 +19,7 @@ from engine.nonfinite import check_finite
 from engine.options import DEAD_OPTIONS
 from engine.run import Run
 from engine.run_files import plain
-from engine.settings import given_teacher_flags, ineffective_backbones
+from engine.settings import given_teacher_flags, ineffective_backbones, ineffective_options
 from engine.step import StepResult
 from engine.tracker import Tracker
 from utils.distributed import reduce_mean
@@ -77,6 +77,8 @@ class Journal:
             LOG.warning("%s", line)
         if run.teacher is None and run.settings.speed.teacher_precision:
             LOG.warning("--teacher-precision has no effect: no method of this run reads that teacher")
+        if unused := ineffective_options(run.settings):
+            LOG.warning("no effect in this run, which has no term that reads them: %s", ", ".join(unused))
         introduce(run)
 
     def start(self) -> None:

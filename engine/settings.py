@@ -233,6 +233,29 @@ def given_teacher_flags(settings: Settings) -> list[str]:
             if name.startswith("teacher_") and value not in (None, default[name])]
 
 
+def unread(settings: Settings) -> frozenset[str]:
+    """The settings that nothing in a run reads: of the teacher, of methods and of hard pixels, where it has none."""
+    owners: dict[str, set[str]] = {}
+    for name, cls in methods().items():
+        for one in options_of(cls.Options):
+            owners.setdefault(one.name, set()).add(name)
+    names = {name for name, of in owners.items() if not of & settings.methods.keys()}
+    if not settings.methods:
+        names |= {"group_size", "compat"}
+    if not settings.recipe.ohem:
+        names |= {"ohem_threshold", "ohem_kept"}
+    if not settings.needs_teacher:
+        names |= {name for name in asdict(settings.networks) if name.startswith("teacher_")}
+    return frozenset(names)
+
+
+def ineffective_options(settings: Settings) -> list[str]:
+    """Flags of methods and of hard pixels that the command line has set to something and nothing reads."""
+    default, now = default_settings().flat(), settings.flat()
+    return [flag(name) for name in sorted(unread(settings) & settings.given)
+            if not name.startswith("teacher_") and now[name] != default[name]]
+
+
 def ineffective_backbones(settings: Settings) -> list[str]:
     """What to say of a backbone that was asked for beside a network from elsewhere, which has its own."""
     default, now = asdict(Networks()), asdict(settings.networks)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,33 @@ def test_json_equals_a_direct_computation(place: Path, tmp_path: Path, flags: li
     assert got["pretrained"] == "camvid.pth"
     assert got["pretrained_sha256"] == hashlib.sha256((place / "camvid.pth").read_bytes()).hexdigest()
     assert [p.name for p in tmp_path.rglob("*")] == ["new", "r.json"]
+
+
+def test_without_labels_there_are_no_figures(place: Path, tmp_path: Path, capsys) -> None:
+    data = shutil.copytree(place / "camvid", tmp_path / "camvid")
+    for path in (data / "valannot").glob("*.png"):
+        with Image.open(path) as label:
+            Image.new(label.mode, label.size, 11).save(path)  # void
+    assert run_main(program.main, arguments(place, "--data", str(data), "--json", str(tmp_path / "r.json"))) == 0
+    got = json.loads((tmp_path / "r.json").read_text())
+    assert got["labelled_pixels"] == 0 and got["images"] == 3
+    assert all(got[key] is None for key in ("mIoU", "pixAcc", "mAcc", "mIoU_present", "iou_per_class", "acc_per_class"))
+    assert "no labels, hence no figures" in capsys.readouterr().out
+
+
+def test_weights_that_are_no_file_here_have_no_hash(place: Path, tmp_path: Path, monkeypatch) -> None:
+    """Those that torchvision knows by name."""
+    build = program.build
+
+    def with_the_file(settings, distributed):
+        named = replace(settings.network, pretrained=str(place / "camvid.pth"))
+        return build(replace(settings, network=named), distributed)
+
+    monkeypatch.setattr(program, "build", with_the_file)
+    name = "torchvision:ResNet18_Weights.IMAGENET1K_V1"
+    assert run_main(program.main, arguments(place, "--pretrained", name, "--json", str(tmp_path / "r.json"))) == 0
+    got = json.loads((tmp_path / "r.json").read_text())
+    assert (got["pretrained"], got["pretrained_sha256"]) == (name, None) and got["mIoU"] > 0
 
 
 def test_table_shows_percent(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,9 @@ from engine import layout
 from engine.introduction import unusual
 from engine.log import LOG, RunLogger
 from engine.run import build_loader
-from engine.settings import parse_settings
+from engine.settings import ineffective_options, parse_settings
 from engine.validation import say_scores
+from utils.options import flag
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,25 @@ def test_what_differs_from_defaults_and_preset() -> None:
     of_preset, given = unusual(settings)
     assert of_preset == {"lambda_kd": 1, "lambda_fd": 2e-6, "enhance_projector": True, "rand_mask": False}
     assert given == {"lambda_ctr": 1, "seed": 3, "teacher_pretrained": "t.pth"}
+
+
+@pytest.mark.parametrize(("flags", "unused"), [
+    ("--method dist --kd-temperature 4 --ohem-threshold 0.5", ["--kd-temperature", "--ohem-threshold"]),
+    ("--method dist --kd-temperature 4 --lambda-kd 1 --ohem --ohem-threshold 0.5", []),
+    ("--method dist --kd-temperature 1", []),  # the default
+    ("--method none --cwd-norm spatial", ["--cwd-norm"])])
+def test_options_that_nothing_reads_are_named_and_not_called_unusual(flags, unused) -> None:
+    settings = parse_settings([*flags.split(), "--teacher-pretrained", "t.pth"])
+    assert ineffective_options(settings) == unused
+    given = {flag(name) for name in unusual(settings)[1]}
+    assert not given & set(unused) and ("--teacher-pretrained" in given) == ("none" not in flags)
+
+
+def test_a_run_warns_of_options_that_nothing_reads(tmp_path, capsys) -> None:
+    data = write_folder_dataset(tmp_path / "set", train=4, val=1)
+    argv = train_arguments(data, tmp_path / "run", "--method", "none", "--max-iterations", "1", "--skip-val")
+    assert train_kd.main([*argv, "--kd-temperature", "4"]) == 0
+    assert "no effect in this run, which has no term that reads them: --kd-temperature" in capsys.readouterr().out
 
 
 class TwoImages:

@@ -7,12 +7,11 @@ from typing import Any
 
 from engine.results import digest, read_log, shared_settings
 from engine.run_files import RunFiles
-from engine.settings import Settings
-from losses.core import methods
+from engine.settings import Settings, unread
 from models import NetworkChoice
 from tools.finished import find_log, log_places, read_settings
 from utils.errors import UserError
-from utils.options import flag, options_of
+from utils.options import flag
 
 #: settings that say where things lie, what is written and how it is loaded: they do not change a training
 NOT_OF_THE_TRAINING = frozenset((
@@ -135,24 +134,14 @@ def only_distilled(plain: TrainedRun, distilled: TrainedRun) -> list[tuple[str, 
 def unfair(plain: TrainedRun, distilled: TrainedRun) -> list[str]:
     """The settings that differ although a fair comparison shares them."""
     before, after = _read_values(plain), _read_values(distilled)
-    return [flag(name) for name in shared_settings(plain.settings.data.dataset) if before[name] != after[name]]
+    return [flag(name) for name in shared_settings(plain.settings.data.dataset) if before.get(name) != after.get(name)]
 
 
 def _read_values(run: TrainedRun) -> dict[str, str]:
     """{setting: value as text} of those that the run reads."""
-    owners: dict[str, set[str]] = {}
-    for name, cls in methods().items():
-        for one in options_of(cls.Options):
-            owners.setdefault(one.name, set()).add(name)
-    active, values = set(run.settings.methods), {}
-    for name, value in run.settings.flat().items():
-        unread = (name.startswith("teacher_") and not run.settings.needs_teacher
-                  or name == "class_map"  # which --teacher-classes stands for
-                  or name in owners and not active & owners[name]
-                  or name in ("group_size", "compat") and not active)
-        if not unread:
-            values[name] = run.method if name == "method" else _text(name, value)
-    return values
+    left_out = unread(run.settings) | {"class_map"}  # which --teacher-classes stands for
+    return {name: run.method if name == "method" else _text(name, value)
+            for name, value in run.settings.flat().items() if name not in left_out}
 
 
 def _text(name: str, value: Any) -> str:
