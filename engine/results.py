@@ -146,7 +146,8 @@ def build_result(run: Run, records: Sequence[Mapping[str, Any]]) -> dict[str, An
         "method": settings.distillation.method or "afdcd", "label": result_path(settings).parent.name,
         "seed": settings.optimization.seed, "iterations": run.step, "active": settings.active,
         "classes": list(run.spec.classes), **digest(records), "command": config["command"],
-        "settings": plain(settings), "revision": config["revision"], "versions": config["versions"],
+        "settings": plain(settings), "revision": config["revision"], "sources": config.get("sources", {}),
+        "versions": config["versions"],
         "hardware": machine(run.distributed.device.type) | {
             "processes": run.distributed.world_size, "threads": torch.get_num_threads()},
         "weights": _hashes(files), **({"changed": run.changed} if run.changed else {})}
@@ -203,6 +204,13 @@ def read_result(path: Path) -> dict[str, Any]:
     # the first ones were written before stages were timed; none of them had any
     content["seconds"] = {"stages": 0.0, "stages_cpu": 0.0, **content.get("seconds", {})}
     return content
+
+
+def uncommitted(result: Mapping[str, Any]) -> dict[str, str]:
+    """{file: SHA-256} of the run's own code that its revision does not tell: changed, or from elsewhere."""
+    files = result.get("sources", {})
+    told = result["revision"]["commit"] is not None and not result["revision"]["changed"]
+    return {name: digest for name, digest in files.items() if not (told and "/" in name)}
 
 
 def read_results(folder: Path, protocol: str | None = None) -> list[dict[str, Any]]:

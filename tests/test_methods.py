@@ -179,7 +179,9 @@ class TestForward:
                     images = images_like(maps[0], target)[rows]
                     total += distiller(Batch(student, teacher, target[rows], images, 5), generator)[term.name].item()
                 found.append(total / count)
-            assert found[1] == pytest.approx(found[0], rel=1e-9), term.name
+            assert found[1] == pytest.approx(found[0], rel=1e-9), (
+                f"{term.name}: two halves of a batch do not give what the whole gives; a method that needs the whole "
+                "sets whole_batch = True (docs/extending.md)")
 
     def test_odd_sizes(self, name, crop) -> None:
         odd = (crop[0] + 11, crop[1] + 37)

@@ -25,7 +25,8 @@ def results() -> list[dict]:
 def test_the_table_of_gains_says_all_of_it(results) -> None:
     text = render("gains p-1", results)
     assert by_name(text)["afdcd"] == {
-        "run": "afdcd", "n": "3", "mIoU test %": "27.00 ± 2.00", "over `none`": "+5.00 [+5.00, +5.00]",
+        "run": "afdcd", "n": "3", "mIoU test %": "27.00 ± 2.00", "val %": "50.00 ± 0.00",
+        "over `none`": "+5.00 [+5.00, +5.00]",
         "over `kd`": "+5.00 [+4.00, +6.00]", "at equal time": "-4.00 [-5.00, -3.00]", "plain run": "none-long",
         "its time": "0.94×", "iterations": "100"}
     assert by_name(text)["kd"]["at equal time"] == "-" and by_name(text)["teacher"]["mIoU test %"] == "60.00"

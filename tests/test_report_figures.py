@@ -56,6 +56,16 @@ def test_more_seeds_have_the_percentiles_of_the_binomial() -> None:
     assert one.interval == (pytest.approx(3 / 12), pytest.approx(9 / 12))
 
 
+@pytest.mark.parametrize(("seeds", "text"), [
+    ((1, 1), "n seeds:"), ((3, 3), "n seeds [bootstrap interval, of few seeds]:"),
+    ((5, 5), "n seeds [95 % bootstrap interval]:"), ((3, 5), "n seeds [95 % bootstrap interval, some of few seeds]:")])
+def test_the_title_of_a_table_says_what_its_brackets_are(seeds, text) -> None:
+    rows = [make_result(label, seed, 40 + seed) for label, count in zip(("kd", "dist"), seeds, strict=True)
+            for seed in range(count)]
+    found = render("gains p-1", [*rows, *(make_result("none", seed, 30) for seed in range(max(seeds)))])
+    assert text in " ".join(found.split("|")[0].split())
+
+
 def test_only_common_seeds_count() -> None:
     one = gain({0: 10.0, 1: 12.0, 2: 14.0, 3: 99.0}, {2: 12.0, 1: 11.0, 0: 10.0, 4: 0.0})
     assert one.paired and one.seeds == (3, 3) and one.mean == pytest.approx(1) and one.interval == (0, 2)
@@ -283,3 +293,34 @@ def test_revisions_are_listed_where_they_differ() -> None:
     assert "Revisions: aaaaaaa in none; bbbbbbb in kd." in notes(only([*runs("none", NONE), *other]))
     other[0]["revision"]["changed"] = True
     assert "bbbbbbb* in kd; bbbbbbb in kd" in " ".join(notes(only([*runs("none", NONE), *other])))
+
+
+def test_code_that_was_not_committed_is_marked_in_any_case() -> None:
+    rows = runs("none", NONE)
+    assert not notes(only(rows))
+    for one in rows:
+        one["revision"]["changed"], one["sources"] = True, {"losses/mine.py": "1a2b3c4d"}
+    first, second = notes(only(rows))
+    assert first == "Revision: aaaaaaa* with losses/mine.py 1a2b3c4." and second.startswith("With a star: code of tr")
+
+
+@pytest.mark.parametrize(("name", "changed", "told"), [
+    ("losses/mine.py", False, True), ("losses/mine.py", True, False), ("mine.py", False, False)])
+def test_a_row_of_two_versions_of_a_method_is_warned_of(name, changed, told) -> None:
+    """Unless each is in a commit: a file outside the repository is in none."""
+    row = runs("kd", KD)
+    for one, digest in zip(row, ("1a2b3c4d", "5d6e7f8a", "5d6e7f8a"), strict=False):
+        one["revision"]["changed"], one["sources"] = changed, {name: digest}
+    found = warnings(only([*runs("none", NONE), *row]))
+    assert [text.endswith(f"not all of it committed: `{name}` in kd.") for text in found] == [True] * (not told)
+
+
+def test_a_teacher_of_other_images_is_said() -> None:
+    def found(folder: str) -> list[str]:
+        teacher = make_result("none", 0, 60, student=TEACHER, weights="t0", flags=("--data", folder))
+        rows = [make_result(label, 0, 40, flags=("--data", "/here/streets")) for label in ("none", "kd")]
+        return notes(only([teacher, *rows]))
+
+    assert found("/there/streets") == []
+    text, = found("/here/wide")
+    assert text.endswith("own training, on the images of wide; those of the rows are in streets.")

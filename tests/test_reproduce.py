@@ -15,12 +15,13 @@ from types import SimpleNamespace
 import pytest
 from helpers import ROOT, STUDENT, TEACHER, write_folder_dataset, write_teacher
 
-from engine.results import read_results
+from engine.results import read_result, read_results
 from engine.settings import parse_settings
+from engine.sources import sources
 from tools import reproduce
 from tools.planning import painting
 from tools.planning import plan as plans
-from tools.planning.plan import Expansion, Places, as_flags, plan_names, read_plan
+from tools.planning.plan import Expansion, Job, Places, as_flags, plan_names, read_plan
 from tools.planning.published import published_jobs, published_names
 from tools.planning.repeats import find_finished
 from tools.planning.runner import Runner
@@ -79,6 +80,11 @@ def expand(place: Path) -> list[plans.Job]:
 
 PAIR = f"deeplab_mobile_{TEACHER}-deeplab_mobile_{STUDENT}"
 PLAIN, TEACHERS = f"none-deeplab_mobile_{STUDENT}", f"none-deeplab_mobile_{TEACHER}"
+
+
+def made_with(job: Job, code: dict, revision: dict) -> None:
+    """Say in a run's result that it was made with other code."""
+    job.result.write_text(json.dumps({**read_result(job.result), "sources": code, "revision": revision}))
 
 
 class TestMeaning:
@@ -335,12 +341,21 @@ class TestRunning:
         with pytest.raises(UserError, match=r"_state\.pth was made .* batch_size: 4 -> 2"):
             reproduce.main(arguments(place, "--dry-run"))
 
-    def test_a_replaced_teacher_file_does_not_keep_its_students(self, place) -> None:
+    def test_a_replaced_teacher_file_or_method_does_not_keep_its_students(self, place) -> None:
         teacher = write_teacher(place / "teacher.pth")
         text = (place / "tiny.toml").read_text()
         (place / "tiny.toml").write_text(text.replace("[teachers.net]", f"[teachers.net]\nfile = '{teacher}'"))
         assert reproduce.main(arguments(place, "--only", "/fd/1")) == 0
         job, = (job for job in expand(place) if job.name.endswith("/fd/1") and "scan" not in job.name)
+        assert status(job).state == DONE
+        again = sources(job.settings)
+        assert read_result(job.result)["sources"] == again and list(again) == ["losses/afdcd.py"]
+        made_with(job, {"losses/afdcd.py": "5d6e7f8" * 9}, {"commit": "a" * 40, "changed": False})
+        assert status(job).state == DONE  # of another revision, which can be had
+        made_with(job, {"losses/afdcd.py": "5d6e7f8" * 9}, {"commit": "a" * 40, "changed": True})
+        with pytest.raises(UserError, match=r"1.json was made with other code .* losses/afdcd.py 5d6e7f8 -> "):
+            status(job)
+        made_with(job, again, {"commit": "a" * 40, "changed": True})
         assert status(job).state == DONE
         teacher.write_bytes(teacher.read_bytes() + b" ")
         with pytest.raises(UserError, match=r"has learned from another file than .*teacher\.pth"):

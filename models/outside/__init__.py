@@ -13,9 +13,16 @@ Each library is imported only when it is asked for. ``timm:NAME`` is a backbone,
 from __future__ import annotations
 
 from models.outside.net import OutsideNet
-from models.outside.sources import brings_weights, build_outside, is_outside, portable, suggestion
+from models.outside.sources import (
+    brings_weights,
+    build_outside,
+    is_outside,
+    module_file,
+    portable,
+    suggestion,
+)
 from models.outside.taps import candidates, parse_taps
 from models.outside.trust import check_said
 
-__all__ = ["OutsideNet", "brings_weights", "build_outside", "candidates", "check_said", "is_outside", "parse_taps",
-           "portable", "suggestion"]
+__all__ = ["OutsideNet", "brings_weights", "build_outside", "candidates", "check_said", "is_outside",
+           "module_file", "parse_taps", "portable", "suggestion"]

@@ -1,7 +1,7 @@
 """Where networks of other libraries come from: one function per source, each of which imports its library."""
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
@@ -141,17 +141,36 @@ def module(name: str, num_class: int, aux: bool) -> Outside:
     path, _, attribute = name.rpartition(":")
     if not path or not attribute:
         raise UserError(f"module:{name}: expected module:PACKAGE.FILE:CALLABLE")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
+    add_here()
     try:
         build = getattr(importlib.import_module(path), attribute)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"module:{name}: {first_line(error)} (modules are looked for from {here})") from error
+        raise UserError(f"module:{name}: {first_line(error)} (modules are looked for from {Path.cwd()})") from error
     net = call(build, num_class, name)
     if not isinstance(net, nn.Module):
         raise UserError(f"module:{name}: returned a {type(net).__name__}, expected an nn.Module")
     return Outside(net, dict(getattr(net, "taps", {})), get_preprocess(getattr(net, "preprocess", IMAGENET_RGB)),
                    int(getattr(net, "multiple", 1)))
+
+
+def module_file(model: str) -> Path | None:
+    """The file of a network that ``module:`` names; None for other networks, and where there is none."""
+    source, _, name = model.partition(":")
+    path = name.rpartition(":")[0]
+    if source != "module" or not path:
+        return None
+    add_here()
+    try:
+        found = importlib.util.find_spec(path)
+    except (ImportError, ValueError):
+        return None
+    return Path(found.origin).resolve() if found is not None and found.origin is not None else None
+
+
+def add_here() -> None:
+    """Look for modules in the current folder too."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
 
 
 def call(build: Callable[..., Any], num_class: int, name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import assert_refused, distil_arguments, train_arguments, write_folder_dataset, write_teacher
+from helpers import ROOT, assert_refused, distil_arguments, train_arguments, write_folder_dataset, write_teacher
 
 import train_kd
 from engine.results import POINTS, add_weights, digest, read_log, read_result, read_results
@@ -39,6 +39,8 @@ def test_it_says_what_was_run(distilled, place) -> None:
     assert distilled["command"]
     assert distilled["teacher"]["sha256"] == sha256(place / "teacher.pth")
     assert set(distilled["active"]) == {"kd", "fd", "ctr"}
+    assert distilled["sources"] == {"losses/afdcd.py": sha256(ROOT / "losses/afdcd.py"),
+                                    "losses/kd.py": sha256(ROOT / "losses/kd.py")}
     assert distilled["hardware"]["processes"] == 1 and distilled["versions"]["torch"]
 
 

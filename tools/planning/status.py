@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from engine.results import differences, read_result
+from engine.results import differences, read_result, uncommitted
 from engine.run_files import plain
+from engine.sources import differing, sources
 from tools.planning.plan import ROOT, Job
 from utils.errors import UserError
 from utils.files import sha256
@@ -33,6 +34,7 @@ def status(job: Job) -> Status:
         result = read_result(job.result)
         refuse_changes(job, job.result, result["settings"])
         refuse_teacher(job, result)
+        refuse_code(job, result)
         return Status(DONE, result["iterations"])
     states = job.states
     for path in states:
@@ -65,7 +67,15 @@ def refuse_teacher(job: Job, result: Mapping[str, Any]) -> None:
         raise UserError(f"{job.result}: the run has learned from another file than {source} is now. {remedy(job)}")
 
 
+def refuse_code(job: Job, result: Mapping[str, Any]) -> None:
+    """UserError when a run's own code, which no commit has, is another one now."""
+    changes = differing(uncommitted(result), sources(job.settings))
+    if changes:
+        raise UserError(f"{job.result} was made with other code than there is now, which was not committed: "
+                        f"{'; '.join(changes)} (SHA-256). {remedy(job)}")
+
+
 def remedy(job: Job) -> str:
     """What to do about a run that no longer belongs to its plan."""
-    return ("A changed plan needs a new protocol name; to make this run again, remove "
+    return ("What has changed needs a new protocol name; to make this run again, remove "
             f"{job.result.name} and the folder {job.folder}")

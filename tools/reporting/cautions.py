@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from engine.results import shared_settings
+from engine.results import shared_settings, uncommitted
 from tools.reporting.figures import Clock, had_machine, machine_of
 from tools.reporting.groups import PLAIN, Group, Result, Row
 
@@ -54,10 +54,23 @@ def warnings(group: Group) -> list[str]:
     files = teacher_files(group)
     if files:
         found.append(sentence("the teacher's file differs (start of its SHA-256)", files))
+    if codes := other_code(group):
+        found.append(sentence("runs of one row had different code, not all of it committed", codes))
     changes = changed_on_the_way(group)
     if changes:
         found.append(sentence("settings were changed while a run went on", changes))
     return [f"**Warning**, {text}" for text in found]
+
+
+def other_code(group: Group) -> dict[str, list[str]]:
+    """{file: names of the rows} whose runs had different versions of it, one of them in no commit."""
+    found: dict[str, list[str]] = {}
+    for row in group.compared:
+        loose = {name for run in row.runs for name in uncommitted(run)}
+        for name in sorted(loose):
+            if len({run["sources"][name] for run in row.runs if name in run.get("sources", {})}) > 1:
+                found.setdefault(f"`{name}`", []).append(group.name(row))
+    return found
 
 
 def changed_on_the_way(group: Group) -> dict[str, list[str]]:
@@ -95,16 +108,38 @@ def notes(group: Group) -> list[str]:
     if not group.exact:
         found.append("The teacher's row is a training of its network, not the very file that the students learned "
                      "from.")
+    if others := images_of_teachers(group):
+        found.append(others)
     commits = differing(group, group.compared, commit)
+    loose = {text for row in group.compared for text in row.values(commit) if not text.isalnum()}
     if commits:
         found.append(sentence("Revisions", commits))
+    elif loose:
+        found.append(f"Revision: {min(loose)}.")
+    if any("*" in text for text in loose):
+        found.append("With a star: code of training that was changed and not committed.")
     return found
 
 
+def images_of_teachers(group: Group) -> str | None:
+    """A sentence where the teacher's score is not of the images that the rows were scored on, by what settings say."""
+    def folder(run: Result) -> str:
+        return Path(run["settings"]["data"]).name
+
+    theirs, ours = ({folder(run) for row in rows for run in row.runs} for rows in (group.teachers, group.compared))
+    if theirs <= ours:
+        return None
+    return (f"The teacher's score is of its own training, on the images of {', '.join(sorted(theirs))}; those of the "
+            f"rows are in {', '.join(sorted(ours))}.")
+
+
 def commit(run: Result) -> str:
-    """The revision of the code that made a result, with a star where the code of training was changed."""
+    """The revision of the code that made a result, with a star where the code of training was changed, and the run's
+    own files that it does not tell."""
     revision = run["revision"]
-    return f"{(revision['commit'] or 'unknown')[:7]}{'*' if revision['changed'] else ''}"
+    text = f"{(revision['commit'] or 'unknown')[:7]}{'*' if revision['changed'] else ''}"
+    files = [f"{name} {digest[:7]}" for name, digest in sorted(uncommitted(run).items())]
+    return f"{text} with {', '.join(files)}" if files else text
 
 
 def time_notes(group: Group, clock: Clock) -> list[str]:

@@ -7,7 +7,7 @@ from textwrap import fill
 from tools.markdown import spread, table
 from tools.reporting.cautions import WIDTH, bullets, notes, time_notes, warnings
 from tools.reporting.figures import Clock, Figures, Gain, figures
-from tools.reporting.groups import KD, PLAIN, Group
+from tools.reporting.groups import KD, PLAIN, Group, chosen_on
 
 NOTHING = "-"
 #: from so many seeds on an interval is taken for what it says
@@ -70,6 +70,7 @@ def gains(group: Group, brief: bool = False) -> str:
     columns: list[Column] = [
         ("run", lambda f: f.name), ("n", lambda f: str(len(f.scores))),
         (f"mIoU {group.split} %", lambda f: spread(f.scores, ".2f")),
+        *(chosen_column(group) if not brief else ()),
         (f"over `{PLAIN}`", lambda f: gain_text(f.plain, len(f.scores)))]
     if not brief:
         columns.append((f"over `{KD}`", lambda f: gain_text(f.kd, len(f.scores))))
@@ -82,14 +83,36 @@ def gains(group: Group, brief: bool = False) -> str:
         columns += [("published", lambda f: number(f.published, ".2f")),
                     ("difference", lambda f: number(f.difference, "+.2f"))]
     remarks = [*warnings(group), *([] if brief else [*few_seeds(rows), *notes(group), *time_notes(group, clock)])]
-    what = "mean ± standard deviation over n seeds [95 % bootstrap interval]"
-    return assemble(title(group, what, brief), columns, rows, remarks)
+    return assemble(title(group, f"mean ± standard deviation over n seeds{interval_text(rows)}", brief), columns, rows,
+                    remarks)
+
+
+def chosen_column(group: Group) -> list[Column]:
+    """Scores on the split that chose the models, where all were chosen on one and another one is reported."""
+    splits = {chosen_on(run) for row in (*group.teachers, *group.shown) for run in row.runs}
+    if len(splits) != 1 or group.split in splits:
+        return []
+    split = splits.pop()
+    return [(f"{split} %", lambda f: spread(list(f.row.scores(split).values()), ".2f"))]
+
+
+def all_gains(rows: Sequence[Figures]) -> list[Gain]:
+    """Those that have an interval."""
+    return [one for f in rows for one in (f.plain, f.kd, f.same_time and f.same_time.gain) if one and one.interval]
+
+
+def interval_text(rows: Sequence[Figures]) -> str:
+    """What stands in brackets in a table, for its title."""
+    seeds = [min(one.seeds) for one in all_gains(rows)]
+    if not seeds:
+        return ""
+    few = "" if min(seeds) >= ENOUGH_SEEDS else ", of few seeds" if max(seeds) < ENOUGH_SEEDS else ", some of few seeds"
+    return f" [{'95 % ' if max(seeds) >= ENOUGH_SEEDS else ''}bootstrap interval{few}]"
 
 
 def few_seeds(rows: Sequence[Figures]) -> list[str]:
     """What an interval of few seeds is worth, where the table has one."""
-    gains = [one for f in rows for one in (f.plain, f.kd, f.same_time and f.same_time.gain) if one and one.interval]
-    if not any(min(one.seeds) < ENOUGH_SEEDS for one in gains):
+    if not any(min(one.seeds) < ENOUGH_SEEDS for one in all_gains(rows)):
         return []
     return [f"Intervals of fewer than {ENOUGH_SEEDS} seeds are too narrow. With three they reach from the smallest "
             "difference to the largest, and such a range holds the true gain in three of four cases, not in 95 of 100."]

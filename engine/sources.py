@@ -1,0 +1,39 @@
+"""The files of a run's own code: of its methods, and of networks that a module of the user builds."""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+
+from engine.settings import Settings
+from losses.core import Distiller
+from models.outside import module_file
+from utils.files import sha256
+from utils.machine import ROOT
+
+
+def sources(settings: Settings) -> dict[str, str]:
+    """{file: its SHA-256}, named from the root of this code; one that lies elsewhere by its name alone."""
+    networks = settings.networks
+    models = [networks.student_model, *([networks.teacher_model] if settings.needs_teacher else [])]
+    files = [*map(class_file, settings.methods.values()), *map(module_file, models)]
+    return {shown(path): sha256(path) for path in dict.fromkeys(files) if path is not None and path.is_file()}
+
+
+def class_file(cls: type[Distiller]) -> Path | None:
+    """Where a method is written; None for one that was typed in."""
+    try:
+        return Path(inspect.getsourcefile(cls) or "").resolve()
+    except (TypeError, OSError):
+        return None
+
+
+def shown(path: Path) -> str:
+    """A file's name without the folders of this machine."""
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+
+
+def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """'losses/mine.py 1a2b3c4 -> 5d6e7f8' for the files that both have and that are not the same."""
+    return [f"{name} {before[name][:7]} -> {now[name][:7]}" for name in sorted(before.keys() & now.keys())
+            if before[name] != now[name]]

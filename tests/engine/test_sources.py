@@ -1,0 +1,42 @@
+"""The files of a run's own code, and how they are named."""
+from __future__ import annotations
+
+import sys
+
+from helpers import ROOT
+
+from engine.settings import parse_settings
+from engine.sources import differing, sources
+from losses.core import Distiller, Needs, Term, distiller
+from utils.files import sha256
+
+
+def test_methods_that_count_and_networks_of_modules_are_named_from_the_root() -> None:
+    settings = parse_settings(["--method", "kd", "--lambda-at", "1", "--teacher-pretrained", "t.pth", "--teacher-model",
+                               "module:examples.espnet:camvid"])
+    names = ["losses/kd.py", "losses/at.py", "examples/espnet.py"]
+    assert sources(settings) == {name: sha256(ROOT / name) for name in names}
+    assert sources(parse_settings(["--method", "none"])) == {}
+
+
+def test_files_elsewhere_have_their_name_alone(tmp_path, monkeypatch) -> None:
+    (tmp_path / "mynet.py").write_text("def build(num_class):\n    raise RuntimeError('is not called')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    settings = parse_settings(["--method", "none", "--student-model", "module:mynet:build"])
+    assert sources(settings) == {"mynet.py": sha256(tmp_path / "mynet.py")}
+    other = parse_settings(["--method", "none", "--student-model", "module:no_such_package.net:build"])
+    assert sources(other) == {}
+
+
+def test_a_method_that_was_typed_in_has_no_file(monkeypatch) -> None:
+    parts = {"title": "t", "paper": "p", "year": 2026, "cost": "c", "needs": Needs.both("logits"),
+             "terms": (Term("typed", 1.0, "w"),)}
+    monkeypatch.setattr(distiller, "_REGISTRY", dict(distiller.methods()))
+    distiller.register("typed")(type("Typed", (Distiller,), {**parts, "__module__": "no_such_module"}))
+    assert sources(parse_settings(["--lambda-typed", "1", "--method", "typed", "--teacher-pretrained", "t.pth"])) == {}
+
+
+def test_what_differs_is_said_in_short() -> None:
+    before, now = {"a.py": "1" * 64, "b.py": "2" * 64}, {"a.py": "3" * 64, "b.py": "2" * 64, "c.py": "4" * 64}
+    assert differing(before, now) == ["a.py 1111111 -> 3333333"] and differing(now, now) == []
