@@ -77,7 +77,7 @@ class DSD(Distiller):
     year = 2021
     cost = "squares of head and logits, K x K Gram matrices"
     terms = (Term("dsd_psd", 0.0, "weight of DSD's pixel similarity of auxiliary logits, head and logits",
-                  of_unit_maps=True),
+                  of_unit_maps="logits"),
              Term("dsd_csd", 0.0, "weight of DSD's category similarity of the logits"))
     needs = Needs.both("head", "logits", same_stride=True)
     preset = {"*": {"lambda_dsd_psd": 1000.0, "lambda_dsd_csd": 10.0}}  # train_scripts of CIRKD (Cityscapes): no KD
