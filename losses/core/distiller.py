@@ -29,11 +29,11 @@ PUBLISHED_MAPS = {"c1": (256, 4), "c2": (512, 8), "c3": (1024, 8), "c4": (2048, 
 @dataclass(frozen=True)
 class Term:
     """One scalar that a method adds to the loss. weight: the default of the setting ``lambda_NAME``. scales_task: it is
-    no scalar; its weight says how far the method's :meth:`Distiller.task_scale` holds for the cross entropy. sum_over:
-    the tap of the teacher, c1 to c4, over whose channels and positions it is a sum. of_unit_maps: the tap of the
-    teacher over whose positions it is a mean, of maps at unit length, so that it shrinks with their number.
-    needs_labels: it is of labeled images alone; ``forward`` of a method that has other terms too takes them from
-    ``Batch.with_labels``."""
+    no scalar; its weight, at most 1, says how far the method's :meth:`Distiller.task_scale` holds for the cross
+    entropy. sum_over: the tap of the teacher, c1 to c4, over whose channels and positions it is a sum. of_unit_maps:
+    the tap of the teacher over whose positions it is a mean, of maps at unit length, so that it shrinks with their
+    number. needs_labels: it is of labeled images alone; ``forward`` of a method that has other terms too takes them
+    from ``Batch.with_labels``."""
     name: str
     weight: float
     help: str
