@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import set_blocks
 from method_cases import batch, make
+from reference import fill
 from torch.nn import functional as F
 
 from losses.cirkdv2 import CHANNEL_TERMS, ChannelRelations, CIRKDv2, CIRKDv2Options, ContextBlock
@@ -86,6 +87,21 @@ def test_channels_equal_the_loops(group_size, groups, block, fast, monkeypatch):
             torch.testing.assert_close(*(torch.autograd.grad(x[name], student, retain_graph=True)[0]
                                          for x in (got, want)))
     assert module.channel.pointer.item() == 0 and module.channel.filled.item() == 70  # 30, 60, the end
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_only_filled_slots_are_compared_with(fast):
+    """The first step writes 30 of 60 channels: those alone count, however many a step compares with."""
+    student, teacher, target = maps()
+    found = []
+    for only, queue, contrast in ((True, 60, 60), (True, 60, 45), (False, 30, 30)):
+        distiller = build("cirkdv2_channel_memory", cirkd_only_filled=only, fast=fast,
+                          cirkdv2_channel_contrast=contrast)
+        distiller.channels.channel = FeatureQueue(queue, distiller.channels.channel.queue.shape[1]).double()
+        distiller.channels.project_head = fill.fill_module(distiller.channels.project_head, 1)
+        found.append(distiller(batch(output(student), output(teacher), target))["cirkdv2_channel_memory"])
+    for loss in found[:2]:
+        torch.testing.assert_close(loss, found[2])
 
 
 def test_context_block_equals_dense_attention():
