@@ -23,7 +23,7 @@ from utils.errors import UserError
 from utils.randomness import step_generator
 
 POOL, UPDATE = 4, 256  #: average pooling before the channel relations, most channels that enter the queue in a step
-LARGE = 256  #: head maps of at least this height and width are pooled before the pixel relations in the batch
+LARGE = 256  #: head maps of at least this height and width are pooled before the pixel relations in the batch, by POOL
 
 
 def _conv_bn_relu(channels: int, out: int) -> nn.Sequential:
@@ -172,8 +172,9 @@ class CIRKDv2(Distiller):
         shared = step_generator(batch.target.device, self.seed, self.method, batch.step)
         losses = {} if self.fit is None else {"cirkdv2_fitnet": self.fit(student, teacher)}
         if self.batch_options is not None:
-            large = {"pool": POOL} if min(student.shape[-2:]) >= LARGE else {}
-            losses["cirkdv2_batch"] = minibatch_pixel_loss(student, teacher, **self.batch_options | large)
+            least = POOL if min(student.shape[-2:]) >= LARGE else 1
+            options = self.batch_options | {"pool": max(self.batch_options["pool"], least)}
+            losses["cirkdv2_batch"] = minibatch_pixel_loss(student, teacher, **options)
         if self.memory is not None:
             labeled = slice(batch.labeled)
             queued = self.memory(student[labeled], teacher[labeled], batch.target[labeled], generator=shared)

@@ -151,11 +151,14 @@ def test_state_dict_round_trip_continues_the_run():
     assert all(v.equal(second.state_dict()[k]) for k, v in first.state_dict().items())
 
 
-def test_large_maps_are_pooled_before_the_pixel_relations(monkeypatch):
-    monkeypatch.setattr("losses.cirkdv2.LARGE", 6)
+@pytest.mark.parametrize(("large", "asked", "pool"), [(6, 1, 4), (6, 2, 4), (6, 5, 5), (7, 2, 2)])
+def test_large_maps_are_pooled_before_the_pixel_relations(large, asked, pool, monkeypatch):
+    """By 4, or by what was asked for where that is more."""
+    monkeypatch.setattr("losses.cirkdv2.LARGE", large)
     student, teacher, target = maps()
-    got = build("cirkdv2_batch")(batch(output(student), output(teacher), target))["cirkdv2_batch"]
-    assert got.item() == minibatch_pixel_loss(student, teacher, pool=4).item()
+    distiller = build("cirkdv2_batch", cirkd_pool=asked)
+    got = distiller(batch(output(student), output(teacher), target))["cirkdv2_batch"]
+    assert got.item() == minibatch_pixel_loss(student, teacher, pool=pool).item()
 
 
 def test_another_map_size_than_the_crop_is_refused_only_with_a_queue():
