@@ -150,7 +150,7 @@ def _add_methods(parser: ArgumentParser, section) -> None:
     for cls in methods().values():
         for term in cls.terms:
             parser.add_option(section, Option(term.setting, float, None, term.weight, term.help, at_least=0,
-                                              metavar="W"))
+                                              at_most=1 if term.scales_task else None, metavar="W"))
     for name, cls in methods().items():
         if any(flag(one.name) not in parser._option_string_actions for one in options_of(cls.Options)):
             parser.add_options(parser.add_argument_group(f"method {name}", cls.title), cls.Options)

@@ -7,7 +7,7 @@ from engine.settings import Settings
 from losses.core import NetInfo, Term
 from losses.core.distiller import PUBLISHED_MAPS, Distiller
 
-#: output stride of the published networks
+#: stride of the published networks' logits and head
 STRIDE = 8
 
 
@@ -26,14 +26,14 @@ def weight_factors(settings: Settings, teacher: NetInfo | None) -> dict[str, tup
 
 def _factor(cls: type[Distiller], term: Term, settings: Settings, teacher: NetInfo) -> tuple[float, str]:
     crop = cls.published_crop.get(settings.data.dataset, cls.published_crop["*"])
-    stride = teacher.stride_of(term.sum_over or "logits")
-    channels, published_stride = PUBLISHED_MAPS[term.sum_over] if term.sum_over else (1, STRIDE)
+    tap = term.sum_over or term.of_unit_maps
+    channels, published_stride = PUBLISHED_MAPS.get(tap, (1, STRIDE))
     published = [map_side(side, published_stride) for side in crop]
-    own = [map_side(side, stride) for side in settings.data.crop_size]
+    own = [map_side(side, teacher.stride_of(tap)) for side in settings.data.crop_size]
     if term.sum_over:
         published.append(channels)
-        own.append(teacher.channels[term.sum_over])
-        factor, what = prod(published) / prod(own), f"a sum over the teacher's {term.sum_over}"
+        own.append(teacher.channels[tap])
+        factor, what = prod(published) / prod(own), f"a sum over the teacher's {tap}"
     else:
         factor, what = prod(own) / prod(published), "it shrinks with the number of positions"
     sizes = (" x ".join(map(str, size)) for size in (own, published))

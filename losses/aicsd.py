@@ -95,7 +95,8 @@ class AICSD(Distiller):
     terms = (Term("aicsd", 0.0, "weight of the inter-class similarity of the logits (times a, growing from 0 to 1); "
                                 "9500 was published for the released form in groups of 6 images"),
              Term("aicsd_kd", 0.0, "weight of AICSD's logit distillation, a mean over classes too (times 1 - a)"),
-             Term("aicsd_task", 0.0, "1: scale the cross entropy by a as well, as AICSD does", scales_task=True),
+             Term("aicsd_task", 0.0, "1: scale the cross entropy by a as well, as AICSD does; below 1: in part",
+                  scales_task=True),
              Term("ickd", 0.0, "weight of the inter-channel correlation of the logits"))
     needs = Needs.both("logits", same_classes=True, least_classes=2)
     # KD 10 is the released code's; 100 is this project's, for the paper's form. Its values, of trained networks (toy

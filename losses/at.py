@@ -27,7 +27,7 @@ class AT(Distiller):
     year = 2017
     cost = "squares of the head features"
     terms = (Term("at", 0.0, "weight of attention transfer (a mean over h*w unit-vector elements, hence large; scale "
-                             "it with the area of the crop)", of_unit_maps=True),)
+                             "it with the area of the crop)", of_unit_maps="head"),)
     needs = Needs.both("head", same_stride=True)
     # train_scripts of CIRKD (Cityscapes): 10000 is for crops of 512x1024; at 512x512, half the h*w, it weighs twice
     preset = {"*": {"lambda_kd": 1.0, "lambda_at": 10000.0}}

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from losses import core
 from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, Preparation, RunFacts, Term, option, register
+from losses.core.objective import resize_maps
 from losses.stages.stage import StageSettings, TrainedState, run_stage, stage_settings, train_mode
 from models.output import SegOutput
 from utils.distributed import rank_and_world
@@ -167,7 +168,8 @@ class ConnectorState(TrainedState):
         method, networks = self._others
         seed_everything(self._settings.seed, "attnfd stage", done, rank_and_world()[0])  # of the student's dropout
         with torch.no_grad():
-            maps = method.refined(*(net(x) for net, x in zip(networks, images, strict=True)))
+            student, teacher = (net(x) for net, x in zip(networks, images, strict=True))
+            maps = method.refined(resize_maps(student, teacher, TAPS), teacher)
         loss = method.compare(*maps)
         self.descend(method.recipe.weight * loss, done)
         return {"attnfd": loss}

@@ -23,7 +23,7 @@ from utils.errors import UserError
 from utils.randomness import step_generator
 
 POOL, UPDATE = 4, 256  #: average pooling before the channel relations, most channels that enter the queue in a step
-LARGE = 256  #: head maps of at least this height and width are pooled before the pixel relations in the batch
+LARGE = 256  #: head maps of at least this height and width are pooled before the pixel relations in the batch, by POOL
 
 
 def _conv_bn_relu(channels: int, out: int) -> nn.Sequential:
@@ -52,16 +52,17 @@ class ChannelRelations(nn.Module):
     """Relations of channels: in the batch, with a queue of the teacher's channels, and their squared error. size: of
     head maps, (h, w). queue: slots; contrast: those compared with in a step. terms: which of "batch", "memory", "mse"
     to compute; the queue is there for "memory" only. generator: source of the first queue contents, on the CPU. fast:
-    the faster form of the relations."""
+    the faster form of the relations. only_filled: compare with written slots only."""
 
     def __init__(self, student_channels: int, teacher_channels: int, size: tuple[int, int], queue: int,
                  contrast: int, terms: frozenset[str], group_size: int, tau: float, kd_tau: float,
                  dtype: torch.dtype = torch.float32, generator: torch.Generator | None = None,
-                 fast: bool = True) -> None:
+                 fast: bool = True, only_filled: bool = False) -> None:
         super().__init__()
         self.project_head = memory.projection(student_channels, teacher_channels)
         self.size, self.contrast, self.terms = tuple(size), contrast, terms
         self.group_size, self.tau, self.kd_tau, self.fast = group_size, tau, kd_tau, fast
+        self.only_filled = only_filled
         self.channel = None
         if "memory" in terms:
             self.channel = FeatureQueue(queue, math.prod(-(-side // POOL) for side in size), None, dtype, generator)
@@ -93,10 +94,11 @@ class ChannelRelations(nn.Module):
                      draw_slots(self.channel.size, teacher.device, generator))
         rows = gather_batch(teacher).flatten(0, 1)[draws[0][:UPDATE]]
         self.channel.push(rows[None, None], draws[0].new_full((1, 1), len(rows)))
-        keys = self.channel.sample(draws[1], self.contrast)[0].to(student.dtype)
+        vectors, usable = self.channel.sample(draws[1], self.contrast, self.only_filled)
+        keys = vectors.to(student.dtype)
         weight = student.new_full((batch * channels,), self.kd_tau ** 2 / (batch * channels))
         return queue_relation_loss(student.flatten(0, 1), teacher.flatten(0, 1), keys, weight, self.tau * self.kd_tau,
-                                   fast=self.fast)
+                                   usable, self.fast)
 
 
 CHANNEL_TERMS = {"cirkdv2_channel": "batch", "cirkdv2_channel_memory": "memory", "cirkdv2_channel_mse": "mse"}
@@ -152,7 +154,7 @@ class CIRKDv2(Distiller):
             self.channels = ChannelRelations(
                 *widths, size, o.cirkdv2_channel_queue, o.cirkdv2_channel_contrast, kinds, run.group_size, o.cirkd_tau,
                 o.cirkd_kd_tau, o.queue_dtype, step_generator(torch.device("cpu"), run.seed, self.method, "channels"),
-                run.fast)
+                run.fast, o.cirkd_only_filled)
         self.batch_options, self.seed = memory.build_batch(self.method, o, run), run.seed
         self.whole_batch = bool(queue_names(self))
 
@@ -170,8 +172,9 @@ class CIRKDv2(Distiller):
         shared = step_generator(batch.target.device, self.seed, self.method, batch.step)
         losses = {} if self.fit is None else {"cirkdv2_fitnet": self.fit(student, teacher)}
         if self.batch_options is not None:
-            large = {"pool": POOL} if min(student.shape[-2:]) >= LARGE else {}
-            losses["cirkdv2_batch"] = minibatch_pixel_loss(student, teacher, **self.batch_options | large)
+            least = POOL if min(student.shape[-2:]) >= LARGE else 1
+            options = self.batch_options | {"pool": max(self.batch_options["pool"], least)}
+            losses["cirkdv2_batch"] = minibatch_pixel_loss(student, teacher, **options)
         if self.memory is not None:
             labeled = slice(batch.labeled)
             queued = self.memory(student[labeled], teacher[labeled], batch.target[labeled], generator=shared)

@@ -21,7 +21,8 @@ class CWDOptions(OptionGroup):
                                       "channels", choices=CWD_NORMS)
     cwd_divergence: str = option("kl", "mse: squared difference, at temperature 1", choices=CWD_DIVERGENCES)
     cwd_divide_by: str = option("student", "channels that the feature term is divided by; student: as in the published "
-                                "runs, although the sum runs over the teacher's", choices=("student", "teacher"))
+                                "runs, although the sum runs over the teacher's; no effect with norm spatial",
+                                choices=("student", "teacher"))
 
 
 

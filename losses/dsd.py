@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, RunFacts, Term, check_maps, register
 from losses.core.checks import at_least_float32, full_precision
 from losses.core.feature_losses import attention_map, unit_vectors
-from losses.core.needs import both_have_aux
+from losses.core.needs import both_have_aux, taps_to_resize
 from utils.errors import UserError
 
 
@@ -68,6 +68,18 @@ def psd_taps(student: NetInfo, teacher: NetInfo, as_released: bool) -> tuple[tup
     return taps, taps
 
 
+def check_one_size(needs: Needs, student: NetInfo, teacher: NetInfo) -> None:
+    """UserError unless the maps that pixel similarity reads of either network, and compares with each other, have one
+    stride; the student's are as it sees them, those that the teacher has too being resized."""
+    seen = student.resized(teacher, taps_to_resize(needs, student, teacher))
+    for role, net, taps in (("teacher", teacher, needs.teacher), ("student", seen, needs.student)):
+        strides = {tap: net.stride_of(tap) for tap in taps if tap in net.channels}
+        if len(set(strides.values())) > 1:
+            raise UserError(f"dsd_psd compares maps of the {role} {net.name} with each other, but their strides are "
+                            f"{', '.join(f'{tap} {stride}' for tap, stride in strides.items())}: expected one stride",
+                            settings=[*(("list_taps", f"{role}_taps") if net.takes_taps else ()), "lambda_dsd_psd"])
+
+
 @register("dsd")
 class DSD(Distiller):
     """:func:`psd_loss` of the maps that :func:`psd_taps` lists, :func:`csd_loss` of the logits (temperature 4)."""
@@ -77,7 +89,7 @@ class DSD(Distiller):
     year = 2021
     cost = "squares of head and logits, K x K Gram matrices"
     terms = (Term("dsd_psd", 0.0, "weight of DSD's pixel similarity of auxiliary logits, head and logits",
-                  of_unit_maps=True),
+                  of_unit_maps="logits"),
              Term("dsd_csd", 0.0, "weight of DSD's category similarity of the logits"))
     needs = Needs.both("head", "logits", same_stride=True)
     preset = {"*": {"lambda_dsd_psd": 1000.0, "lambda_dsd_csd": 10.0}}  # train_scripts of CIRKD (Cityscapes): no KD
@@ -92,8 +104,10 @@ class DSD(Distiller):
     def requires(cls, options: OptionGroup, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> Needs:
         if teacher is None or "dsd_psd" not in run.active:
             return Needs.both("logits", same_classes=True)
-        return Needs(*psd_taps(student, teacher, run.as_released), same_stride=True,
-                     same_classes="dsd_csd" in run.active)
+        needs = Needs(*psd_taps(student, teacher, run.as_released), same_stride=True,
+                      same_classes="dsd_csd" in run.active)
+        check_one_size(needs, student, teacher)
+        return needs
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         terms = {}

@@ -24,7 +24,7 @@ from losses.core.checks import at_least_float32, check_maps, full_precision
 from losses.core.feature_losses import dice_overlap, feature_mse_loss
 from losses.core.task import SegCrossEntropyLoss
 from losses.stages.stage import check_shares, stage_settings
-from losses.stages.tokens import initial_tokens, learn_tokens, read_tokens
+from losses.stages.tokens import hold_tokens, initial_tokens, learn_tokens, read_tokens
 from models.class_map import MappedTeacher
 from models.output import SegOutput
 from utils.errors import UserError
@@ -143,22 +143,22 @@ class FreeKD(Distiller):
     preset = {"*": {"lambda_freekd": 1.0, "lambda_freekd_mse": 5.0}}  # released for a detector, none for segmentation
     cost = "one 1x1 conv, Haar transforms; before training, a stage of teacher passes"
     trial = {"freekd_steps": 2, "freekd_batch_size": 2}
-    stage_options = ("freekd_masks", "freekd_steps", "freekd_batch_size", "freekd_lr")
+    stage_options = ("freekd_masks", "freekd_tokens", "freekd_steps", "freekd_batch_size", "freekd_lr")
 
     def __init__(self, options: FreeKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> None:
         """Raises UserError when the file of tokens does not fit, or the processes cannot share the stage's batches."""
         super().__init__()
         o, self.tap, self.settings, self.active = options, options.freekd_tap, None, frozenset(run.active)
         width = teacher.channels[self.tap]
+        tokens = initial_tokens((LEVELS + 1, o.freekd_tokens, width), run.seed, self.method)
         if "freekd" not in self.active:
             tokens = torch.zeros(LEVELS + 1, 1, width)
-        elif o.freekd_masks:
-            tokens = read_tokens(Path(o.freekd_masks), (LEVELS + 1, None, width), "freekd_masks")
-        else:
-            tokens = initial_tokens((LEVELS + 1, o.freekd_tokens, width), run.seed, self.method)
+        elif not o.freekd_masks:
             self.settings = check_shares(stage_settings(run, self.method, "masks", o.freekd_steps, o.freekd_batch_size,
                                                         o.freekd_lr, self.tap))
-        self.register_buffer("tokens", tokens)
+        elif not run.resumed:
+            tokens = read_tokens(Path(o.freekd_masks), (LEVELS + 1, None, width), "freekd_masks")
+        hold_tokens(self, tokens)
         self.ignore_label, self.group_size = run.ignore_label, run.group_size
         self.align = nn.Conv2d(student.channels[self.tap], width, kernel_size=1)
 

@@ -2,7 +2,7 @@
 
 Logit tailoring (``kt_logit``): inside a class's label mask logits are raised to their mean, outside they are clipped
 to theirs, and CWD compares what results. Feature tailoring (``kt_feature``): the channels of one head map are mixed
-into the space of the other's by their correlations; for the first 10000 iterations the student's, then the teacher's.
+into the space of the other's by their correlations; before iteration 10000 the student's, from it on the teacher's.
 Contrast (``kt_contrast``): a mixture by correlation has to be nearer than one by (1 - correlation).
 
 Kept from the released code: the projections are random and stay so, because they are in no optimizer, and the
@@ -109,8 +109,8 @@ class FeatureTailoring(nn.Module):
 @dataclass(frozen=True)
 class KTOptions(KDOptions):
     """Settings of KT; its divergence of auxiliary logits has KD's temperature."""
-    kt_switch: int = option(10000, "iterations of feature tailoring in the teacher's space; then in the student's",
-                            at_least=0, metavar="N")
+    kt_switch: int = option(10000, "first iteration, counted from 1, of feature tailoring in the student's space; "
+                                   "before it, in the teacher's", at_least=0, metavar="N")
     kt_temperature: float = option(4.0, "softmax temperature of kt_logit and kt_feature", above=0, metavar="T")
     kt_train_projections: bool = option(False, "train the projections of the head maps (released code: random ones)")
 

@@ -5,7 +5,8 @@ The teacher, which may be as small as the student, has the labels as a fourth in
 class (the ignored pixels are a class of their own) plus normal noise of standard deviation sigma, times 100 in units of
 a pixel value. While the teacher learns (``stages/label_assisted.py``), every image draws its own codes from N(0, 1)
 and sigma is 0.03, so that it has to look at the image too; while the student learns, the codes are fixed and sigma is
-0.02. The student's loss is CWD of the logits. The released student has a fourth channel of zeros: a student without it.
+0.02. The student's loss is CWD of the logits, the student's resized where the sizes differ. The released student has a
+fourth channel of zeros: a student without it.
 
 Public code exists for one network on VOC. Unofficial: codes for any number of classes; a channel in units of the input;
 the run's schedule for both stages (released: lr 1e-3 and, as by student_pretrained, a student with trained weights).
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from losses.core import Batch, Distiller, Needs, NetInfo, OptionGroup, Preparation, RunFacts, Term, option, register
 from losses.core.labels import labels_at
 from losses.core.logit_losses import cwd_loss
+from losses.core.objective import resize_maps
 from losses.stages.label_assisted import TeacherRecipe, TeacherState, channel_scale, fixed_codes, with_labels
 from losses.stages.stage import check_shares, run_stage, stage_settings
 from models.segmentation import add_input_channels
@@ -124,9 +126,10 @@ class LAD(Distiller):
         with torch.no_grad():
             assisted = with_labels(batch.images, batch.target, self.codes, NOISE, self.scale, self.recipe.ignore_label,
                                    generator)
-            logits = self.network(assisted).logits
-        self._last = logits, labels_at(batch.target, logits.shape[-2:])
-        return {"lad": cwd_loss(batch.student.logits, logits, method="lad")}
+            teacher = self.network(assisted)
+        student = resize_maps(batch.student, teacher, ("logits",))
+        self._last = teacher.logits, labels_at(batch.target, teacher.logits.shape[-2:])
+        return {"lad": cwd_loss(student.logits, teacher.logits, method="lad")}
 
     def diagnostics(self) -> dict[str, Tensor]:
         """teacher_accuracy: share of the last batch's labeled pixels, at logit size, that the assisted teacher gets."""

@@ -20,7 +20,7 @@ from losses.core.feature_losses import dice_overlap
 from losses.core.needs import both_have_aux
 from losses.core.task import SegCrossEntropyLoss
 from losses.stages.stage import check_shares, stage_settings
-from losses.stages.tokens import initial_tokens, learn_tokens, read_tokens
+from losses.stages.tokens import hold_tokens, initial_tokens, learn_tokens, read_tokens
 from models.output import SegOutput
 from utils.errors import UserError
 
@@ -83,20 +83,20 @@ class MasKD(Distiller):
     rows = {"*": {"compat": "reference", "val_per_iters": 400, "save_per_iters": 400}}
     cost = "masks and one matrix product on the logits; before training, a stage of teacher passes"
     trial = {"maskd_steps": 2, "maskd_batch_size": 2}
-    stage_options = ("maskd_masks", "maskd_steps", "maskd_batch_size", "maskd_lr")
+    stage_options = ("maskd_masks", "maskd_tokens", "maskd_steps", "maskd_batch_size", "maskd_lr")
 
     def __init__(self, options: MasKDOptions, run: RunFacts, student: NetInfo, teacher: NetInfo | None) -> None:
         """Raises UserError when the file of tokens does not fit, or the processes cannot share the stage's batches."""
         super().__init__()
         o, classes, self.settings = options, teacher.channels["logits"], None
-        if o.maskd_masks:
-            tokens = read_tokens(Path(o.maskd_masks), (None, classes), "maskd_masks")
-        else:
-            tokens = initial_tokens((o.maskd_tokens, classes), run.seed, self.method)
+        tokens = initial_tokens((o.maskd_tokens, classes), run.seed, self.method)
+        if not o.maskd_masks:
             self.settings = check_shares(stage_settings(run, self.method, "masks", o.maskd_steps, o.maskd_batch_size,
                                                         o.maskd_lr, train_mode=run.as_released,
                                                         shared_norm=run.as_released and run.sync_bn))
-        self.register_buffer("tokens", tokens)
+        elif not run.resumed:
+            tokens = read_tokens(Path(o.maskd_masks), (None, classes), "maskd_masks")
+        hold_tokens(self, tokens)
         self.aux_weight = o.maskd_aux_weight if both_have_aux(student, teacher) else 0.0
         self.ignore_label, self.group_size = run.ignore_label, run.group_size
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from losses.core.facts import Batch, NetInfo, Preparation, RunFacts
 from losses.core.needs import Needs
+from models.output import SegOutput
 from utils.errors import UserError
 from utils.options import OptionGroup
 
@@ -28,27 +29,31 @@ PUBLISHED_MAPS = {"c1": (256, 4), "c2": (512, 8), "c3": (1024, 8), "c4": (2048, 
 @dataclass(frozen=True)
 class Term:
     """One scalar that a method adds to the loss. weight: the default of the setting ``lambda_NAME``. scales_task: it is
-    no scalar; its weight says how far the method's :meth:`Distiller.task_scale` holds for the cross entropy. sum_over:
-    the tap of the teacher, c1 to c4, over whose channels and positions it is a sum. of_unit_maps: it is a mean over the
-    positions, of maps at unit length, and shrinks with their number. needs_labels: it is of labeled images alone;
-    ``forward`` of a method that has other terms too takes them from ``Batch.with_labels``."""
+    no scalar; its weight, at most 1, says how far the method's :meth:`Distiller.task_scale` holds for the cross
+    entropy. sum_over: the tap of the teacher, c1 to c4, over whose channels and positions it is a sum. of_unit_maps:
+    the tap of the teacher over whose positions it is a mean, of maps at unit length, so that it shrinks with their
+    number. needs_labels: it is of labeled images alone; ``forward`` of a method that has other terms too takes them
+    from ``Batch.with_labels``."""
     name: str
     weight: float
     help: str
     scales_task: bool = False
     sum_over: str | None = None
-    of_unit_maps: bool = False
+    of_unit_maps: str | None = None
     needs_labels: bool = False
 
     def __post_init__(self) -> None:
         if self.sum_over is not None and self.sum_over not in PUBLISHED_MAPS:
             raise ValueError(f"term {self.name!r}: sum_over {self.sum_over!r}; expected one of "
                              f"{', '.join(PUBLISHED_MAPS)}, whose size in published runs is known")
+        if self.of_unit_maps is not None and self.of_unit_maps not in SegOutput._fields:
+            raise ValueError(f"term {self.name!r}: of_unit_maps {self.of_unit_maps!r}; expected one of "
+                             f"{', '.join(SegOutput._fields)}")
 
     @property
     def depends_on_map(self) -> bool:
         """Whether its size depends on that of the map, so that a weight belongs to one size."""
-        return self.sum_over is not None or self.of_unit_maps
+        return bool(self.sum_over or self.of_unit_maps)
 
     @property
     def setting(self) -> str:

@@ -35,7 +35,8 @@ class RelationOptions(OptionGroup):
     cirkd_tau: float = option(0.1, "temperature of the similarities", above=0, metavar="T")
     cirkd_kd_tau: float = option(1.0, "temperature of the divergence in the terms with queues", above=0, metavar="T")
     cirkd_pool: int = option(
-        1, "average pooling before the relations in the batch; 1 = off, published for SegFormer: 2", at_least=1)
+        1, "average pooling before the relations in the batch; 1 = off, published for SegFormer: 2; cirkdv2: at least "
+           "4 for head maps of 256x256 or more", at_least=1)
     cirkd_pixel_queue: int = option(
         20000, "queued pixels per class: 4 bytes each times the teacher's head width, 0.39 GB for 19 classes and 3-4 "
                "GB for 150 or more", at_least=1)

@@ -72,8 +72,10 @@ def taps_of_teacher(options: Mapping[str, OptionGroup], run: RunFacts, student: 
 
 
 def resize_maps(student: SegOutput, teacher: SegOutput | None, taps: Iterable[str]) -> SegOutput:
-    """The student's output with the maps at ``taps`` in the size of the teacher's."""
-    return student._replace(**{tap: resize(getattr(student, tap), getattr(teacher, tap).shape[2:]) for tap in taps})
+    """The student's output with the maps at ``taps`` in the size of the teacher's; those that have it stay."""
+    sizes = {tap: getattr(teacher, tap).shape[2:] for tap in taps}
+    return student._replace(**{tap: resize(getattr(student, tap), size) for tap, size in sizes.items()
+                               if getattr(student, tap).shape[2:] != size})
 
 
 class Objective(nn.Module):

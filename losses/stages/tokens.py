@@ -71,6 +71,18 @@ def shown_teacher(stage: Preparation, settings: StageSettings) -> nn.Module:
     return synchronize_batch_norm(teacher, stage.device) if settings.shared_norm else teacher
 
 
+def hold_tokens(method: nn.Module, tokens: Tensor) -> None:
+    """Make tokens [..., T, K] the buffer ``tokens`` of a method. The number T of a state that is loaded wins."""
+    method.register_buffer("tokens", tokens)
+    method._register_load_state_dict_pre_hook(_take_number, with_module=True)
+
+
+def _take_number(method: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    own, saved = method.tokens, state.get(f"{prefix}tokens")
+    if saved is not None and saved.ndim == own.ndim and saved.any():  # all 0: of a run whose weight for them was 0
+        own.resize_(*own.shape[:-2], saved.shape[-2], own.shape[-1])  # in place: DDP knows this very tensor
+
+
 def read_tokens(path: Path, shape: tuple[int | None, ...], setting: str) -> Tensor:
     """The tokens in a file of this stage (``tokens``) or of the reference (``mask_token``), of the default float type.
     shape: what is expected, None for any number. setting: of the file. UserError without such a tensor."""

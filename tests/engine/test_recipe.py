@@ -225,6 +225,18 @@ class TestScaledWeights:
         r101 = unallocated_network(NetworkChoice("deeplabv3", "resnet101"), 19)
         assert {tap: (r101.channels[tap], r101.stride_of(tap)) for tap in PUBLISHED_MAPS} == PUBLISHED_MAPS
 
+    def test_of_the_positions_of_the_map_that_a_term_reads(self, monkeypatch) -> None:
+        """Logits at the size of the image, as networks of other libraries give them, say nothing of the head."""
+        teacher = NetInfo("outside", {"head": 480, "c1": 24}, 11, stride=1, strides={"head": 16, "c1": 4})
+        settings = parsed("--method", "at", "--dataset", "toy_streets", "--crop-size", "512", "1024")
+        assert weight_factors(settings, teacher)["at"] == (
+            0.25, "it shrinks with the number of positions, 32 x 64 in place of the published 64 x 128")
+        method = methods()["at"]
+        monkeypatch.setattr(method, "terms", (replace(method.terms[0], of_unit_maps="c1"),))
+        assert weight_factors(settings, teacher)["at"][0] == 1
+        with pytest.raises(ValueError, match="term 'x': of_unit_maps True; expected one of logits, aux, .*, head"):
+            Term("x", 0.0, "", of_unit_maps=True)
+
     def test_a_weight_that_is_given_is_taken_as_it_is(self) -> None:
         for words in (("--method", "afdcd", "--lambda-fd", "2e-6"), ("--lambda-fd", "2e-6"), (),
                       ("--method", "afdcd", "--scale-weights", "none"), ("--method", "kd")):

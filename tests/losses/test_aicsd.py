@@ -157,6 +157,13 @@ def test_the_task_loss_is_scaled_by_the_schedule(weight, group_size):
         assert set(terms) == {"task", "aux", "aicsd", "aicsd_kd"}
 
 
+def test_the_task_loss_cannot_be_weighted_below_0(capsys):
+    """With a weight above 1 its factor would be negative early in the schedule: training against the labels."""
+    with pytest.raises(SystemExit):
+        build("--lambda-aicsd-task", "1.5")
+    assert "--lambda-aicsd-task: " in (said := capsys.readouterr().err) and "at least 0 and of at most 1" in said
+
+
 @pytest.mark.parametrize("name", sorted(ALL - {"aicsd_task"}))
 def test_only_active_terms(name):
     assert methods()["aicsd"] is AICSD

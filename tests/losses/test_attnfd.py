@@ -10,8 +10,9 @@ from reference import fill, golden
 from torch import nn
 from torch.nn import functional as F
 
-from losses.attnfd import CBAM, AttnFD, attnfd_loss, connector
+from losses.attnfd import CBAM, TAPS, AttnFD, attnfd_loss, connector
 from losses.core import NetInfo, methods
+from models.heads import resize
 from models.output import SegOutput
 from utils.errors import UserError
 
@@ -139,9 +140,9 @@ def test_misfits_are_named():
 class Net(nn.Module):
     """Two maps of the images, with a batch norm that shows whether it ran in train mode."""
 
-    def __init__(self, c4: int, head: int) -> None:
+    def __init__(self, c4: int, head: int, stride: int = 1) -> None:
         super().__init__()
-        self.c4, self.head = (nn.Sequential(nn.Conv2d(3, c, 3, padding=1), nn.BatchNorm2d(c)) for c in (c4, head))
+        self.c4, self.head = (nn.Sequential(nn.Conv2d(3, c, 3, stride, 1), nn.BatchNorm2d(c)) for c in (c4, head))
 
     def forward(self, images) -> SegOutput:
         return output(self.c4(images), self.head(images))
@@ -154,12 +155,13 @@ def batches(steps: int, batch_size: int, start: int, role: str):
         yield (images, 2 * images), torch.zeros(batch_size, 6, 8, dtype=torch.long)
 
 
-def staged(folder, steps: int | None = 3, images: int = 0) -> tuple[AttnFD, Net, Net, AttnFD]:
-    """(method after its stage, student, teacher, the method before its stage); the student has to be as it was."""
+def staged(folder, steps: int | None = 3, images: int = 0, stride: int = 1) -> tuple[AttnFD, Net, Net, AttnFD]:
+    """(method after its stage, student, teacher, the method before its stage); the student has to be as it was.
+    stride: of the student's maps; the teacher's have 1."""
     torch.manual_seed(0)
     method = make("attnfd", net("small", 8, 6), net("large", 10, 7), attnfd_connector_steps=steps, batch_size=2,
                   lr=0.1, momentum=0.9, weight_decay=1e-3, active={"attnfd": 2.0}, max_iterations=10)
-    student, teacher = Net(8, 6).train(), Net(10, 7).eval()
+    student, teacher = Net(8, 6, stride).train(), Net(10, 7).eval()
     before, untouched = copy.deepcopy(method), copy.deepcopy(student.state_dict())
     method.prepare(preparation(teacher, folder, batches, images=images, student=student))
     assert student.training and all(v.equal(untouched[k]) for k, v in student.state_dict().items())
@@ -189,15 +191,20 @@ def test_compat_reference_trains_only_convolutions_and_batch_norms_of_the_studen
     assert s.c4.grad.abs().max() > 0, "the student learns through them all the same"
 
 
-def test_the_stage_trains_the_connectors_alone_at_the_rate_of_the_run(tmp_path):
-    """As released: its scheduler gives the only group of their optimizer lr (1 - i/N)^0.9, N of the whole run."""
-    method, student, teacher, twin = staged(tmp_path)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_stage_trains_the_connectors_alone_at_the_rate_of_the_run(tmp_path, stride):
+    """As released: its scheduler gives the only group of their optimizer lr (1 - i/N)^0.9, N of the whole run. Smaller
+    maps of the student are resized, as they are after the stage."""
+    method, student, teacher, twin = staged(tmp_path, stride=stride)
     twin.connectors.requires_grad_(True)
     optimizer = torch.optim.SGD(twin.connectors.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
     for i, (images, _) in enumerate(batches(3, 2, 0, "both")):
         optimizer.param_groups[0]["lr"] = 0.1 * (1 - i / 10) ** 0.9
         optimizer.zero_grad()
-        (2 * twin(batch(student(images[0]), teacher(images[1])))["attnfd"]).backward()
+        small, large = student(images[0]), teacher(images[1])
+        if stride > 1:
+            small = small._replace(**{tap: resize(getattr(small, tap), getattr(large, tap).shape[2:]) for tap in TAPS})
+        (2 * twin(batch(small, large))["attnfd"]).backward()
         optimizer.step()
     for (name, value), other in zip(method.connectors.named_parameters(), twin.connectors.parameters(), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-7)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import set_blocks
 from method_cases import batch, make
+from reference import fill
 from torch.nn import functional as F
 
 from losses.cirkdv2 import CHANNEL_TERMS, ChannelRelations, CIRKDv2, CIRKDv2Options, ContextBlock
@@ -88,6 +89,21 @@ def test_channels_equal_the_loops(group_size, groups, block, fast, monkeypatch):
     assert module.channel.pointer.item() == 0 and module.channel.filled.item() == 70  # 30, 60, the end
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_only_filled_slots_are_compared_with(fast):
+    """The first step writes 30 of 60 channels: those alone count, however many a step compares with."""
+    student, teacher, target = maps()
+    found = []
+    for only, queue, contrast in ((True, 60, 60), (True, 60, 45), (False, 30, 30)):
+        distiller = build("cirkdv2_channel_memory", cirkd_only_filled=only, fast=fast,
+                          cirkdv2_channel_contrast=contrast)
+        distiller.channels.channel = FeatureQueue(queue, distiller.channels.channel.queue.shape[1]).double()
+        distiller.channels.project_head = fill.fill_module(distiller.channels.project_head, 1)
+        found.append(distiller(batch(output(student), output(teacher), target))["cirkdv2_channel_memory"])
+    for loss in found[:2]:
+        torch.testing.assert_close(loss, found[2])
+
+
 def test_context_block_equals_dense_attention():
     block, (x, _, _) = ContextBlock(6).double(), maps()
     q, k, v = (node(x).flatten(2) for node in (block.node_q, block.node_k, block.node_v))
@@ -135,11 +151,14 @@ def test_state_dict_round_trip_continues_the_run():
     assert all(v.equal(second.state_dict()[k]) for k, v in first.state_dict().items())
 
 
-def test_large_maps_are_pooled_before_the_pixel_relations(monkeypatch):
-    monkeypatch.setattr("losses.cirkdv2.LARGE", 6)
+@pytest.mark.parametrize(("large", "asked", "pool"), [(6, 1, 4), (6, 2, 4), (6, 5, 5), (7, 2, 2)])
+def test_large_maps_are_pooled_before_the_pixel_relations(large, asked, pool, monkeypatch):
+    """By 4, or by what was asked for where that is more."""
+    monkeypatch.setattr("losses.cirkdv2.LARGE", large)
     student, teacher, target = maps()
-    got = build("cirkdv2_batch")(batch(output(student), output(teacher), target))["cirkdv2_batch"]
-    assert got.item() == minibatch_pixel_loss(student, teacher, pool=4).item()
+    distiller = build("cirkdv2_batch", cirkd_pool=asked)
+    got = distiller(batch(output(student), output(teacher), target))["cirkdv2_batch"]
+    assert got.item() == minibatch_pixel_loss(student, teacher, pool=pool).item()
 
 
 def test_another_map_size_than_the_crop_is_refused_only_with_a_queue():

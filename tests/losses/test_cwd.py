@@ -132,6 +132,15 @@ def test_divided_by_the_teachers_width_on_request():
     assert got["cwd_logit"].item() == want["cwd_logit"].item()
 
 
+def test_the_width_is_of_no_effect_where_positions_divide():
+    student, teacher = outputs()
+    first, second = (build(BOTH, SMALL, LARGE, "--cwd-norm", "spatial", "--cwd-divide-by", by).double()
+                     for by in ("student", "teacher"))
+    second.load_state_dict(first.state_dict())
+    one, other = (method(batch(student, teacher))["cwd_feat"].item() for method in (first, second))
+    assert one == other
+
+
 def test_options_reach_both_terms():
     student, teacher = outputs()
     method = build(BOTH, SMALL, LARGE, "--cwd_temperature", "2", "--cwd-norm", "spatial").double()

@@ -1,6 +1,7 @@
 """DSD: recorded values of both kinds of student, a loop twin of both terms, which maps are compared."""
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -125,6 +126,20 @@ def test_method(active):
         half = method(batch(output(*tensors[:3]), output(*tensors[3:])))
     for name in active:
         torch.testing.assert_close(half[name], terms[name])
+
+
+def test_maps_of_one_network_need_one_stride():
+    """The teacher's for a start: the student's are resized to those, but for an auxiliary map that it has alone."""
+    outside = replace(WITH_AUX, name="outside", stride=1, strides={"aux": 8, "head": 16}, takes_taps=True)
+    with pytest.raises(UserError, match="dsd_psd .* teacher outside .*strides are aux 8, head 16, logits 1: expected "
+                                        "one stride") as error:
+        make("dsd", WITH_AUX, outside)
+    assert error.value.settings == ("list_taps", "teacher_taps", "lambda_dsd_psd")
+    assert make("dsd", WITH_AUX, outside, active={"dsd_csd"})
+    assert make("dsd", outside, WITH_AUX).student_taps == ("aux", "head", "logits")
+    assert make("dsd", outside, WITHOUT).student_taps == ("head", "logits")
+    with pytest.raises(UserError, match="dsd_psd .* student outside .*strides are aux 8, head 4, logits 4"):
+        make("dsd", outside, replace(WITHOUT, stride=4), compat="reference")
 
 
 def test_what_does_not_fit_is_refused():

@@ -276,6 +276,21 @@ def test_a_killed_stage_goes_on_and_the_cache_is_used(teacher, tmp_path):
         assert batches.made == 4
 
 
+def test_a_resumed_run_has_the_tokens_of_its_state(tmp_path):
+    """Their number too, without the file; but not those of a run that never had any."""
+    torch.save({"tokens": torch.ones(4, 3, 5)}, tmp_path / "given.pth")
+    first = build(freekd_masks=str(tmp_path / "given.pth"))
+    for options in ({"freekd_masks": str(tmp_path / "gone.pth")}, {"freekd_tokens": 7}, {"active": {"freekd_mse"}}):
+        method = build(resumed=True, **options)
+        held = method.tokens
+        method.load_state_dict(first.state_dict())
+        assert method.tokens is held and held.equal(first.tokens) and held.shape == (4, 3, 5)
+    with pytest.raises(RuntimeError, match="size mismatch for tokens"):
+        build(resumed=True).load_state_dict(build(active={"freekd_mse"}).state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch for tokens"):
+        build(resumed=True).load_state_dict({**first.state_dict(), "tokens": torch.ones(4, 3, 6)})
+
+
 def test_masks_that_do_not_fit_are_refused(tmp_path):
     path = tmp_path / "given.pth"
     for content, words in (({"mask_token": torch.ones(4, 6, 3)}, "tokens 4x6x3, expected 4xTx5"),

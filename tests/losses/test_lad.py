@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ from losses.stages.label_assisted import (
 )
 from losses.stages.stage import StageSettings
 from models import get_segmentation_model
+from models.heads import resize
 from models.preprocess import CAFFE_BGR, IMAGENET_RGB
 from models.segmentation import add_input_channels
 from models.weights import read_state_dict, save_state_dict
@@ -237,6 +239,15 @@ class TestMethod:
         right = (taught.argmax(1) == target[:, ::8, ::8]) & (target[:, ::8, ::8] >= 0)
         share = right.sum() / (target[:, ::8, ::8] >= 0).sum()
         assert method.diagnostics()["teacher_accuracy"].item() == pytest.approx(share.item(), abs=1e-6)
+
+    def test_a_student_of_another_stride_is_resized(self) -> None:
+        method, target = build("lad", CROP, student=replace(SMALL, stride=4)), labels(CROP)
+        student = outputs(replace(SMALL, stride=4), CROP)
+        found = run(method, student, None, target)["lad"]
+        found.backward()
+        assert student.logits.shape[2:] == (16, 16) and student.logits.grad.abs().sum() > 0
+        fitted = student._replace(logits=resize(student.logits, torch.Size((8, 8))))
+        assert found.item() == run(method, fitted, None, target)["lad"].item()
 
     def test_its_teacher_is_the_students_twin_unless_said_otherwise(self) -> None:
         made = build("lad", CROP)

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import CLASSES, distil_arguments, train_arguments, write_folder_dataset, write_teacher
 from method_cases import make, preparation
 from reference import fill
 from torch import nn
 
+import train_kd
 from losses.core import NetInfo, Preparation
 from losses.maskd import MasKD, mask_learning_losses
 from losses.stages.stage import StageSettings, stage_digest
@@ -304,16 +306,16 @@ def test_two_processes_learn_the_tokens_of_one(tmp_path, make_stage):
     assert "a batch of 3 does not divide by 2" in (tmp_path / "refused_1.txt").read_text()
 
 
-def test_training_learns_the_masks_first_and_a_resumed_run_keeps_them(tmp_path):
-    from helpers import distil_arguments, train_arguments, write_folder_dataset, write_teacher
-
-    import train_kd
-
-    data, teacher = write_folder_dataset(tmp_path / "set", val=1), write_teacher(tmp_path / "teacher.pth")
-    save = tmp_path / "run"
-    arguments = train_arguments(data, save, *distil_arguments(
+def run_arguments(folder: Path) -> tuple[list[str], Path]:
+    """(command line of two steps with MasKD, folder of the run)."""
+    data, teacher = write_folder_dataset(folder / "set", val=1), write_teacher(folder / "teacher.pth")
+    return train_arguments(data, folder / "run", *distil_arguments(
         teacher, "--lambda-fd", "0", "--lambda-ctr", "0", "--lambda-kd", "0", "--lambda-maskd", "1", "--maskd-steps",
-        "3", "--maskd-batch-size", "4", "--max-iterations", "2", "--save-per-iters", "1", "--skip-val"))
+        "3", "--maskd-batch-size", "4", "--max-iterations", "2", "--save-per-iters", "1", "--skip-val")), folder / "run"
+
+
+def test_training_learns_the_masks_first_and_a_resumed_run_keeps_them(tmp_path):
+    arguments, save = run_arguments(tmp_path)
     assert train_kd.main(arguments) == 0
     (cached,) = save.glob("maskd_masks_*")
     tokens = torch.load(cached, weights_only=True)["tokens"]
@@ -323,3 +325,18 @@ def test_training_learns_the_masks_first_and_a_resumed_run_keeps_them(tmp_path):
     assert train_kd.main([*arguments, "--max-iterations", "3", "--resume", "auto"]) == 0
     assert not list(save.glob("maskd_masks_*"))
     assert torch.load(state, weights_only=True)["distillers"]["maskd.tokens"].equal(tokens)
+
+
+@pytest.mark.parametrize("keeps_flag", [True, False])
+def test_a_resumed_run_needs_no_file_of_tokens(tmp_path, keeps_flag):
+    """Nor the flag: the state holds the tokens, and knows how many they are."""
+    arguments, save = run_arguments(tmp_path)
+    given = tmp_path / "given.pth"
+    torch.save({"tokens": fill.tensor("tokens", (5, CLASSES), 1)}, given)
+    assert train_kd.main([*arguments, "--maskd-masks", str(given)]) == 0
+    given.unlink()
+    flags = ["--maskd-masks", str(given)] if keeps_flag else []
+    assert train_kd.main([*arguments, *flags, "--max-iterations", "3", "--resume", "auto"]) == 0
+    (state,) = save.glob("*_state.pth")
+    kept = torch.load(state, weights_only=True)
+    assert kept["step"] == 3 and kept["distillers"]["maskd.tokens"].equal(fill.tensor("tokens", (5, CLASSES), 1))
