@@ -36,8 +36,9 @@ UNIMPORTANT = frozenset((
 #: settings that the network, weight files, or stored scores say where they are left open
 LEFT_OPEN = frozenset(("aux", "student_head_width", "teacher_head_width", "stored_scores"))
 #: files and folders, of which the name counts, not where they lie
-FILES = frozenset(("data", "teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base",
-                   "train_list", "val_list", "class_weights", "unlabelled", "teacher_scores"))
+FILES = frozenset((
+    "data", "teacher_pretrained", "teacher_pretrained_base", "student_pretrained", "student_pretrained_base",
+    "train_list", "val_list", "class_weights", "unlabelled", "teacher_scores"))
 
 
 def unimportant(dataset: str) -> frozenset[str]:

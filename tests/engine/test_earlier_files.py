@@ -125,7 +125,8 @@ def test_a_result_of_another_network_or_other_images_is_another_one(before, now,
 
 
 @pytest.mark.parametrize(("flags", "difference"), [
-    ("", None), ("--student-head-width 512", "student_head_width: None -> 512"), ("--nesterov", "nesterov: False -> True")])
+    ("", None), ("--nesterov", "nesterov: False -> True"),
+    ("--student-head-width 512", "student_head_width: None -> 512")])
 def test_a_result_that_is_older_than_a_setting_has_its_default(flags, difference) -> None:
     wanted = plain(parse_settings(["--method", "none", *flags.split()]))
     made = {name: value for name, value in wanted.items() if name not in ("student_head_width", "nesterov", "min_lr")}
