@@ -73,7 +73,7 @@ def save_state(run: Run, keep: Path | None = None) -> None:
         # without a validation set, none is missing
         "validated": run.step if run.val_set is None else run.validated, "config": plain(run.settings),
         "processes": run.distributed.world_size, "skipped": run.step_fn.skipped,
-        "changed": run.changed}), keep)
+        "changed": run.changed, "contents": run.contents}), keep)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -125,7 +125,8 @@ def resume(run: Run, *, trains: bool = False) -> bool:
         run.step_fn.skipped = int(state.get("skipped", 0))
         run.validated = int(state.get("validated", run.step))  # earlier programs validated first
         stage_options = {name for d in run.objective.distillers.values() for name in d.stage_options}
-        changes = changed_settings(state["config"], run.settings, stage_options)
+        held = state.get("contents", {})  # earlier programs did not note it down
+        changes = changed_settings(state["config"], run.settings, held, run.contents, stage_options)
         other_data = changed_data(state["net_info"].get("trained_on"), run.student.trained_on)
         earlier = list(state.get("changed", ()))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -184,13 +185,16 @@ def changed_data(before: dict[str, Any] | None, now: dict[str, Any] | None) -> l
     return [f"other data: {'; '.join(found)}"] if found else []
 
 
-def changed_settings(saved: dict, settings: Settings,
+def changed_settings(saved: dict, settings: Settings, held: Mapping[str, object], holds: Mapping[str, object],
                      finished: Collection[str] = ()) -> dict[str, tuple[object, object]]:
     """{name: (old, new)} of every setting that matters and differs from the saved run.
 
+    held, holds: {setting: what the file that it names held then, or holds now}, which counts in the place of the name.
     finished: settings of a stage that a resumed run does not repeat.
     """
-    now, saved = plain(settings), {**without_recipe(), **saved}
-    free = FREE_TO_CHANGE - {k for k in OF_PRESENCE if (saved[k] is None) != (now[k] is None)}
+    known = held.keys() & holds.keys()
+    now = {**plain(settings), **{k: holds[k] for k in known}}
+    saved = {**without_recipe(), **saved, **{k: held[k] for k in known}}
+    free = FREE_TO_CHANGE - known - {k for k in OF_PRESENCE if (saved[k] is None) != (now[k] is None)}
     return {k: (saved[k], now[k]) for k in now
             if k in saved and saved[k] != now[k] and k not in free and k not in finished}

@@ -45,6 +45,14 @@ def modules_kept(module: nn.Module) -> Iterator[None]:
         held.restore()
 
 
+def weights_digest(net: nn.Module, *also: object) -> str:
+    """The first 16 hexadecimal digits of a digest of a module's weights, as in :func:`add_weights`, and of the texts of
+    other values."""
+    digest = hashlib.sha256("".join(map(repr, also)).encode())
+    add_weights(digest, net)
+    return digest.hexdigest()[:16]
+
+
 def add_weights(digest: hashlib._Hash, net: nn.Module) -> None:
     """Let a digest depend on the names, shapes and values of a module's parameters and buffers."""
     for name, tensor in sorted(net.state_dict().items()):
