@@ -120,13 +120,16 @@ def resume(run: Run, *, trains: bool = False) -> bool:
         load_optimizer(run.optimizer, state["optimizer"])
         if state.get("scaler"):  # only --amp fp16 has one
             run.step_fn.scaler.load_state_dict(state["scaler"])
-        run.student.preprocess = Preprocess.from_dict(state["net_info"]["preprocess"])
+        preprocess = Preprocess.from_dict(state["net_info"]["preprocess"])
+        if run.settings.networks.student_preprocess is None:  # what its weights said may not be here any more
+            run.student.preprocess = preprocess
         run.step, run.best = int(state["step"]), float(state["best"])
         run.step_fn.skipped = int(state.get("skipped", 0))
         run.validated = int(state.get("validated", run.step))  # earlier programs validated first
         stage_options = {name for d in run.objective.distillers.values() for name in d.stage_options}
-        held = state.get("contents", {})  # earlier programs did not note it down
-        changes = changed_settings(state["config"], run.settings, held, run.contents, stage_options)
+        held = {"student_preprocess": str(preprocess), **state.get("contents", {})}  # none of earlier programs
+        holds = {"student_preprocess": str(run.student.preprocess), **run.contents}
+        changes = changed_settings(state["config"], run.settings, held, holds, stage_options)
         other_data = changed_data(state["net_info"].get("trained_on"), run.student.trained_on)
         earlier = list(state.get("changed", ()))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
