@@ -27,7 +27,13 @@ from losses.core.task import WeightedCrossEntropyLoss
 from models import check_classes
 from models.class_map import MappedTeacher, common_classes
 from models.prepare import check_precision, to_channels_last
-from utils.distributed import Distributed, keep_strides, send_in_bf16, synchronize_batch_norm
+from utils.distributed import (
+    Distributed,
+    MeanInOneOrder,
+    keep_strides,
+    send_in_bf16,
+    synchronize_batch_norm,
+)
 from utils.errors import UserError
 from utils.module_state import weights_digest
 from utils.options import flag
@@ -196,7 +202,10 @@ def wrap_for_processes(objective: Objective, distributed: Distributed, sync_bn: 
     unused = not fixed_graph and not objective.student.own
     model = nn.parallel.DistributedDataParallel(objective, device_ids=gpu, gradient_as_bucket_view=True,
                                                 static_graph=fixed_graph, find_unused_parameters=unused)
-    if compression == "bf16":
+    sent = torch.bfloat16 if compression == "bf16" else None
+    if gpu is None and distributed.world_size > 2:  # a resumed run is to be the same; of two, either order is
+        model.register_comm_hook(None, MeanInOneOrder(objective.parameters(), sent).mean)
+    elif sent is not None:
         model.register_comm_hook(None, send_in_bf16)
     return model
 
