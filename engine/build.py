@@ -103,7 +103,7 @@ def file_contents(teacher: nn.Module | None, criterion: nn.Module | None) -> dic
     """{setting: what the file that it names holds}, for a training state. teacher: as it was loaded."""
     net = teacher.net if isinstance(teacher, MappedTeacher) else teacher
     weights = getattr(criterion, "class_weights", None)
-    return {"teacher_pretrained": None if net is None else f"weights {weights_digest(net)}",
+    return {"teacher_pretrained": None if net is None else f"weights {weights_digest(net.state_dict())}",
             "teacher_preprocess": None if net is None else str(net.preprocess),
             "class_weights": None if weights is None else [float(f"{weight:.6g}") for weight in weights.tolist()]}
 

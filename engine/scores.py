@@ -41,7 +41,8 @@ def of_teacher_and_data(settings: Settings, teacher: nn.Module, images: data.Seg
     """What stored scores depend on, as JSON values. teacher: as it was loaded."""
     precision = settings.speed.teacher_precision or settings.speed.amp
     taps = {"taps": settings.networks.teacher_taps} if settings.networks.teacher_taps else {}
-    return {"teacher": {"name": teacher.name, "weights": weights_digest(teacher, teacher.preprocess), **taps},
+    weights = weights_digest(teacher.state_dict(), teacher.preprocess)
+    return {"teacher": {"name": teacher.name, "weights": weights, **taps},
             "data": data.fingerprint([images]), "crop": list(images.crop_size), "images": len(images),
             "precision": "float32" if precision == "off" else precision}
 
