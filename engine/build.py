@@ -25,10 +25,17 @@ from losses.core.facts import NetInfo, RunFacts
 from losses.core.objective import Objective, build_distillers, views
 from losses.core.task import WeightedCrossEntropyLoss
 from models import check_classes
-from models.class_map import common_classes
+from models.class_map import MappedTeacher, common_classes
 from models.prepare import check_precision, to_channels_last
-from utils.distributed import Distributed, keep_strides, send_in_bf16, synchronize_batch_norm
+from utils.distributed import (
+    Distributed,
+    MeanInOneOrder,
+    keep_strides,
+    send_in_bf16,
+    synchronize_batch_norm,
+)
 from utils.errors import UserError
+from utils.module_state import weights_digest
 from utils.options import flag
 from utils.randomness import seed_everything
 
@@ -61,8 +68,9 @@ def build_run(settings: Settings, distributed: Distributed, files: RunFiles | No
         stored = use_scores(settings, run_facts(settings, student.num_class), student, teacher, train_set, unlabeled)
         settings = replace(settings, networks=replace(settings.networks, stored_scores=stored))
     files = files or RunFiles(settings)
-    objective = build_objective(settings, student, teacher, bool(files.resume_from),
-                                build_criterion(settings, train_set, distributed.device))
+    criterion = build_criterion(settings, train_set, distributed.device)
+    contents = file_contents(teacher, criterion)
+    objective = build_objective(settings, student, teacher, bool(files.resume_from), criterion)
     check_readers(settings, objective.distillers)
     passes = distributed.world_size * settings.speed.grad_accumulation
     objective.images_without_labels = images_without_labels(settings) // passes
@@ -88,7 +96,16 @@ def build_run(settings: Settings, distributed: Distributed, files: RunFiles | No
                         parts=speed.grad_accumulation, warmup=settings.recipe.warmup,
                         may_skip=settings.running.skip_nonfinite > 0)
     return Run(settings, distributed, spec, train_set, val_set, report_sets, student, teacher, objective, model,
-               optimizer, step_fn, files, unlabeled)
+               optimizer, step_fn, files, unlabeled, contents)
+
+
+def file_contents(teacher: nn.Module | None, criterion: nn.Module | None) -> dict[str, object]:
+    """{setting: what the file that it names holds}, for a training state. teacher: as it was loaded."""
+    net = teacher.net if isinstance(teacher, MappedTeacher) else teacher
+    weights = getattr(criterion, "class_weights", None)
+    return {"teacher_pretrained": None if net is None else f"weights {weights_digest(net.state_dict())}",
+            "teacher_preprocess": None if net is None else str(net.preprocess),
+            "class_weights": None if weights is None else [float(f"{weight:.6g}") for weight in weights.tolist()]}
 
 
 def head_widths(student: nn.Module, teacher: nn.Module | None) -> dict[str, int]:
@@ -181,9 +198,14 @@ def wrap_for_processes(objective: Objective, distributed: Distributed, sync_bn: 
         objective, objective.unsynchronized())
     keep_strides(objective)
     gpu = [distributed.device.index] if distributed.device.type == "cuda" else None
+    # parameters that no step uses: a fixed graph shows them; else they are looked for in the networks that have some
+    unused = not fixed_graph and not objective.student.own
     model = nn.parallel.DistributedDataParallel(objective, device_ids=gpu, gradient_as_bucket_view=True,
-                                                static_graph=fixed_graph)
-    if compression == "bf16":
+                                                static_graph=fixed_graph, find_unused_parameters=unused)
+    sent = torch.bfloat16 if compression == "bf16" else None
+    if gpu is None and distributed.world_size > 2:  # a resumed run is to be the same; of two, either order is
+        model.register_comm_hook(None, MeanInOneOrder(objective.parameters(), sent).mean)
+    elif sent is not None:
         model.register_comm_hook(None, send_in_bf16)
     return model
 

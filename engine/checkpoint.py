@@ -21,6 +21,7 @@ from models.preprocess import Preprocess
 from models.weights import check_values, describe, save_state_dict
 from utils.distributed import same_everywhere
 from utils.errors import UserError
+from utils.module_state import weights_digest
 from utils.tensor_files import first_line, in_plain_order, load_tensors, save_tensors
 
 FORMAT = 1
@@ -70,10 +71,11 @@ def save_state(run: Run, keep: Path | None = None) -> None:
         "format": FORMAT, "versions": versions(), "model": run.student.state_dict(), "net_info": describe(run.student),
         "distillers": run.objective.distillers.state_dict(), "optimizer": run.optimizer.state_dict(),
         "scaler": run.step_fn.scaler.state_dict(), "step": run.step, "best": run.best,
+        "best_weights": run.best_weights,
         # without a validation set, none is missing
         "validated": run.step if run.val_set is None else run.validated, "config": plain(run.settings),
         "processes": run.distributed.world_size, "skipped": run.step_fn.skipped,
-        "changed": run.changed}), keep)
+        "changed": run.changed, "contents": run.contents}), keep)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -120,12 +122,16 @@ def resume(run: Run, *, trains: bool = False) -> bool:
         load_optimizer(run.optimizer, state["optimizer"])
         if state.get("scaler"):  # only --amp fp16 has one
             run.step_fn.scaler.load_state_dict(state["scaler"])
-        run.student.preprocess = Preprocess.from_dict(state["net_info"]["preprocess"])
-        run.step, run.best = int(state["step"]), float(state["best"])
+        preprocess = Preprocess.from_dict(state["net_info"]["preprocess"])
+        if run.settings.networks.student_preprocess is None:  # what its weights said may not be here any more
+            run.student.preprocess = preprocess
+        run.step, best = int(state["step"]), float(state["best"])
         run.step_fn.skipped = int(state.get("skipped", 0))
         run.validated = int(state.get("validated", run.step))  # earlier programs validated first
         stage_options = {name for d in run.objective.distillers.values() for name in d.stage_options}
-        changes = changed_settings(state["config"], run.settings, stage_options)
+        held = {"student_preprocess": str(preprocess), **state.get("contents", {})}  # none of earlier programs
+        holds = {"student_preprocess": str(run.student.preprocess), **run.contents}
+        changes = changed_settings(state["config"], run.settings, held, holds, stage_options)
         other_data = changed_data(state["net_info"].get("trained_on"), run.student.trained_on)
         earlier = list(state.get("changed", ()))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -143,8 +149,8 @@ def resume(run: Run, *, trains: bool = False) -> bool:
                              for name, (before, after) in changes.items()]
     if damaged and run.lock is not None:  # not while others may be writing
         run.files.set_damaged_aside()
-    if path.parent.resolve() != run.files.directory.resolve() or not run.files.best.is_file():
-        run.best = -1.0  # the best model so far is not in this folder
+    if path.parent.resolve() == run.files.directory.resolve() and has_best(run, state.get("best_weights"), trains):
+        run.best, run.best_weights = best, state.get("best_weights")
     why = "no step is left to be made with it" if is_finished(run) else \
         "the continuation will differ from an uninterrupted run"
     for change in [*(changed(name, *values) for name, values in changes.items()), *other_data]:
@@ -152,6 +158,38 @@ def resume(run: Run, *, trains: bool = False) -> bool:
     best = f", best mIoU {100 * run.best:.2f}" if run.best >= 0 else ""
     LOG.info("resumed from %s at step %d%s", path, run.step, best)
     return True
+
+
+def has_best(run: Run, expected: str | None, trains: bool) -> bool:
+    """Whether the best model so far is in the folder; if it is the state itself, it is written there.
+
+    expected: digest of its weights; None in a state of an earlier version, of which any file is taken for it. A run
+    that goes back to an older state finds the best model of what came after. So does one that was killed between its
+    next best model and the state: these weights are validated again first, and kept, since nothing is to be exceeded.
+    """
+    if expected is None:
+        return run.files.best.is_file()
+    found = weights_in(run.files.best)
+    if found == expected:
+        return True
+    now = weights_digest(run.student.state_dict())
+    if expected == now:
+        if trains and run.distributed.is_main_process:
+            run.check_lock()
+            save_state_dict(run.student, run.files.best)
+        return True
+    if found not in (None, now):
+        LOG.warning("--resume: %s is not the best model of this state, which is lost: that of the validations to come "
+                    "will be", run.files.best)
+    return False
+
+
+def weights_in(path: Path) -> str | None:
+    """The digest of the weights in a file; None when there is none that can be read."""
+    try:
+        return weights_digest(load_tensors(path, "weights file"))
+    except (UserError, AttributeError, TypeError):  # the latter: of what are no weights
+        return None
 
 
 def check_state(run: Run, path: Path, state: dict[str, Any]) -> None:
@@ -184,13 +222,16 @@ def changed_data(before: dict[str, Any] | None, now: dict[str, Any] | None) -> l
     return [f"other data: {'; '.join(found)}"] if found else []
 
 
-def changed_settings(saved: dict, settings: Settings,
+def changed_settings(saved: dict, settings: Settings, held: Mapping[str, object], holds: Mapping[str, object],
                      finished: Collection[str] = ()) -> dict[str, tuple[object, object]]:
     """{name: (old, new)} of every setting that matters and differs from the saved run.
 
+    held, holds: {setting: what the file that it names held then, or holds now}, which counts in the place of the name.
     finished: settings of a stage that a resumed run does not repeat.
     """
-    now, saved = plain(settings), {**without_recipe(), **saved}
-    free = FREE_TO_CHANGE - {k for k in OF_PRESENCE if (saved[k] is None) != (now[k] is None)}
+    known = held.keys() & holds.keys()
+    now = {**plain(settings), **{k: holds[k] for k in known}}
+    saved = {**without_recipe(), **saved, **{k: held[k] for k in known}}
+    free = FREE_TO_CHANGE - known - {k for k in OF_PRESENCE if (saved[k] is None) != (now[k] is None)}
     return {k: (saved[k], now[k]) for k in now
             if k in saved and saved[k] != now[k] and k not in free and k not in finished}

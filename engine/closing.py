@@ -8,7 +8,7 @@ from engine.build import build_dataset, selection_split
 from engine.journal import Journal
 from engine.layout import INDENT, WIDTH, fold
 from engine.log import LOG
-from engine.results import read_log
+from engine.results import best_validation, read_log
 from engine.run import Run
 from models import is_outside
 from utils.errors import UserError
@@ -21,11 +21,11 @@ def summarize(run: Run, journal: Journal) -> None:
     records = read_log(journal.logger.path)
     seconds = sum(r.get("seconds", 0.0) for r in records if r["kind"] in ("train", "val", "stages"))
     lines = [f"done: {run.step} iterations in {timedelta(seconds=round(seconds))}"]
-    scores = [(r["mIoU"], r["step"]) for r in records if r["kind"] == "val"]
-    if scores:
-        (best, step), last = max(scores, key=lambda score: (score[0], -score[1])), scores[-1]
-        lines.append(f"{INDENT}mIoU on {run.val_set.split}: best {100 * best:.2f} at step {step}, last "
-                     f"{100 * last[0]:.2f} at step {last[1]}")
+    validations = [r for r in records if r["kind"] == "val"]
+    if validations:
+        best, last = (f"{100 * r['mIoU']:.2f} at step {r['step']}" for r in (
+            best_validation(validations), validations[-1]))
+        lines.append(f"{INDENT}mIoU on {run.val_set.split}: best {best}, last {last}")
     elif run.val_set is None:
         lines.append(f"{INDENT}not validated (--skip-val)")
     weights = (("best weights", run.files.best), ("last weights", run.files.student))

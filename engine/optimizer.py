@@ -25,11 +25,18 @@ def build_optimizer(settings: Settings, objective: Objective) -> torch.optim.Opt
         return torch.optim.AdamW(decayed_apart(groups), lr=o.lr, weight_decay=o.weight_decay, fused=fused or None)
     optimizer = torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay, nesterov=o.nesterov,
                                 fused=fused or None)
-    if fused and o.momentum:
-        # torch allocates them in the first step, and leaves them as they are if that one is skipped (fp16)
-        for parameter in parameters:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    allocate_momentum(optimizer)
     return optimizer
+
+
+def allocate_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Momentum of 0 for the parameters of a fused SGD that have none: torch allocates it in the first step, and leaves
+    it as it is if that one is skipped (fp16)."""
+    for group in optimizer.param_groups:
+        if group["fused"] and group.get("momentum"):
+            for parameter in group["params"]:
+                if optimizer.state[parameter].get("momentum_buffer") is None:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def student_groups(student: nn.Module, head_lr_factor: float) -> list[dict[str, Any]]:
@@ -59,17 +66,22 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take up a saved state, but for what says how the update is computed: that stays as the optimizer was built.
-    ValueError for the state of another optimizer."""
+    """Take up what a saved optimizer held of each parameter. How the update is computed stays as this run's settings
+    have built it; the learning rate is set in every step. ValueError for the state of another optimizer."""
     if any(("betas" in group) != isinstance(optimizer, torch.optim.AdamW) for group in state["param_groups"]):
         raise ValueError(f"its optimizer is not this run's, {type(optimizer).__name__}: --optimizer")
-    kept = ("fused", "foreach", "nesterov", "lr_factor")
-    kernels = [{name: group[name] for name in kept if name in group} for group in optimizer.param_groups]
+    then, now = len(state["param_groups"]), len(optimizer.param_groups)
+    if then != now:
+        raise ValueError(f"its optimizer divides the parameters into {then} groups, this run's into {now}: "
+                         "--head-lr-factor")
+    built = [{name: value for name, value in group.items() if name not in ("params", "lr")}
+             for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, kernel in zip(optimizer.param_groups, kernels, strict=True):
-        group.update(kernel)
+    for group, values in zip(optimizer.param_groups, built, strict=True):
+        group.update(values)
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 # the fused update walks through the memory of both: it needs the momentum in the weight's layout
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    allocate_momentum(optimizer)

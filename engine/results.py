@@ -89,7 +89,7 @@ def digest(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     train = [r for r in records if r["kind"] == "train"]
     val = [r for r in records if r["kind"] == "val"]
     stages = [r for r in records if r["kind"] == "stages"]  # before the first iteration
-    best = max(val, key=lambda r: r["mIoU"], default=None)
+    best = best_validation(val)
     chosen = {best["split"]: _scores(best)} if best else {}
     reported = {r["split"]: _scores(r) for r in records if r["kind"] == "report"}
     loads = [r["load"] for r in train if r["load"] is not None]
@@ -107,6 +107,13 @@ def digest(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "diagnoses": [{key: r[key] for key in ("step", "terms")} for r in records if r["kind"] == "diagnose"],
         "best_step": best["step"] if best else None,
         "scores": {**chosen, **reported}, "last": _scores(val[-1]) if val else None}
+
+
+def best_validation(validations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The record of the best model: the last that says so, since one before it can have got lost when a run went back
+    to an older state; of the logs of earlier versions the best score."""
+    kept = [record for record in validations if record.get("best")]
+    return kept[-1] if kept else max(validations, key=lambda record: record["mIoU"], default=None)
 
 
 def _scores(record: Mapping[str, Any]) -> dict[str, Any]:

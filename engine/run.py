@@ -26,10 +26,12 @@ from utils.watchdog import in_time
 @dataclass
 class Run:
     """Everything that ``engine.build.build_run`` made, and the state of training: iterations done, best validation
-    mIoU (below 0: none yet), iterations done at the last validation. val_set: None without validation. teacher: None
-    when no method reads one. unlabeled: images without labels that join every batch. lock: on the folders, while the
-    main process trains. changed: settings that a resumed run has changed on its way, each with the step after which it
-    did. teacher_predictions: {index: int64 [H, W]} of the validation images that are drawn."""
+    mIoU (below 0: none yet), a digest of the weights that reached it (None where an earlier version chose them),
+    iterations done at the last validation. val_set: None without validation. teacher: None when no method reads one.
+    unlabeled: images without labels that join every batch. contents: {setting: what the file that it names holds}, as
+    JSON values. lock: on the folders, while the main process trains. changed: settings that a resumed run has changed
+    on its way, each with the step after which it did. teacher_predictions: {index: int64 [H, W]} of the validation
+    images that are drawn."""
 
     settings: Settings
     distributed: Distributed
@@ -45,8 +47,10 @@ class Run:
     step_fn: TrainStep
     files: RunFiles
     unlabeled: data.SegmentationDataset | None = None
+    contents: dict[str, object] = field(default_factory=dict)
     step: int = 0
     best: float = -1.0
+    best_weights: str | None = None
     validated: int = 0
     lock: RunLock | None = None
     changed: list[dict[str, object]] = field(default_factory=list)

@@ -1,7 +1,6 @@
 """Stored scores of the teacher in place of its passes: where they can be equal, and whose they are."""
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from losses.core.facts import NetInfo, RunFacts
 from losses.core.objective import active_methods
 from models.output import CLASS_TAPS
 from utils.errors import UserError
-from utils.module_state import add_weights
+from utils.module_state import weights_digest
 
 
 def scores_read(settings: Settings, facts: RunFacts, student: nn.Module, teacher: nn.Module | None) -> dict[str, int]:
@@ -41,10 +40,9 @@ def scores_read(settings: Settings, facts: RunFacts, student: nn.Module, teacher
 def of_teacher_and_data(settings: Settings, teacher: nn.Module, images: data.SegmentationDataset) -> dict[str, Any]:
     """What stored scores depend on, as JSON values. teacher: as it was loaded."""
     precision = settings.speed.teacher_precision or settings.speed.amp
-    digest = hashlib.sha256(repr(teacher.preprocess).encode())
-    add_weights(digest, teacher)
     taps = {"taps": settings.networks.teacher_taps} if settings.networks.teacher_taps else {}
-    return {"teacher": {"name": teacher.name, "weights": digest.hexdigest()[:16], **taps},
+    weights = weights_digest(teacher.state_dict(), teacher.preprocess)
+    return {"teacher": {"name": teacher.name, "weights": weights, **taps},
             "data": data.fingerprint([images]), "crop": list(images.crop_size), "images": len(images),
             "precision": "float32" if precision == "off" else precision}
 

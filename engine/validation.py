@@ -16,6 +16,7 @@ from engine.log import LOG, RunLogger
 from engine.run import Run
 from models.weights import load_weights, save_state_dict
 from utils.distributed import Distributed, barrier, broadcast_buffers
+from utils.module_state import weights_digest
 from utils.score import absent_classes
 from utils.visualize import comparison
 
@@ -32,8 +33,9 @@ class Validator:
         self.dataset, self.distributed, self.options = dataset, distributed, options
         self.logger, self.panels, self.taught = logger, panels, taught or {}
 
-    def __call__(self, net: nn.Module, step: int, kind: str = "val") -> dict:
-        """Metrics of ``net`` (fractions) over the whole split and all processes; net goes back to its mode."""
+    def __call__(self, net: nn.Module, step: int, kind: str = "val", best: float | None = None) -> dict:
+        """Metrics of ``net`` (fractions) over the whole split and all processes; net goes back to its mode. best: mIoU
+        that it has to exceed to be the best model."""
         broadcast_buffers(net)
         start = time.perf_counter()
         pictures: list[np.ndarray] = []
@@ -46,7 +48,8 @@ class Validator:
         say_scores("validation" if kind == "val" else kind, self.dataset, step, result)
         if self.logger is not None:
             self.logger.record(kind, step, split=self.dataset.split, seconds=round(time.perf_counter() - start, 3),
-                               **{k: result[k] for k in ("mIoU", "pixAcc", "mAcc", "mIoU_present", "iou_per_class")})
+                               **{k: result[k] for k in ("mIoU", "pixAcc", "mAcc", "mIoU_present", "iou_per_class")},
+                               **({} if best is None else {"best": result["mIoU"] > best}))
             for i, picture in enumerate(pictures):
                 self.logger.picture(f"{kind}/{i}", picture, step)
         return result
@@ -80,11 +83,12 @@ def validate(run: Run, journal: Journal) -> None:
     so far."""
     validator = Validator(run.val_set, run.distributed, journal.logger, run.settings.running.panels,
                           run.teacher_predictions, **_options(run))
-    score = validator(run.student, run.step)["mIoU"]
+    score = validator(run.student, run.step, best=run.best)["mIoU"]
     if score > run.best:
         run.best = score
         if run.distributed.is_main_process:
             run.check_lock()
+            run.best_weights = weights_digest(run.student.state_dict())
             save_state_dict(run.student, run.files.best)
     run.validated = run.step
     journal.clock.skip()

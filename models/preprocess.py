@@ -65,6 +65,9 @@ class Preprocess:
         """Plain values for JSON; :meth:`from_dict` reads them back."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
+    def __str__(self) -> str:
+        return next((name for name, known in _NAMED.items() if known == self), repr(self))
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
         """The inverse of :meth:`to_dict`. Raises ValueError when a field is missing, unknown or out of range."""

@@ -196,6 +196,38 @@ def send_in_bf16(_, bucket):  # no annotations: DDP refuses them as text
     return future.then(lambda done: bucket.buffer().copy_(done.value()[0]))
 
 
+class MeanInOneOrder:
+    """Hook of DDP like :func:`send_in_bf16`, for a mean that is the same to the last bit however DDP divides the
+    gradients: it does so in another way after the first step of a process, and in which order a sum of more than two is
+    made depends on where in its part a value lies. So all are sent as one, in the order of the parameters.
+
+    dtype: what they are rounded to on the way, None for none."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], dtype: torch.dtype | None = None) -> None:
+        self._place, self._dtype = {id(p): i for i, p in enumerate(parameters)}, dtype
+        self._waiting = []  # (part of the gradients, what DDP waits for), since the first of this step
+
+    def mean(self, _, bucket):  # no annotations, as above
+        """The future of a part; all of them end with the last."""
+        future = torch.futures.Future()
+        self._waiting.append((bucket, future))
+        if bucket.is_last():
+            waiting, self._waiting = self._waiting, []
+            self._average([part for part, _ in waiting])
+            for part, done in waiting:
+                done.set_result(part.buffer())
+        return future
+
+    def _average(self, buckets: Iterable[dist.GradBucket]) -> None:
+        found = [(self._place[id(p)], values) for bucket in buckets for p, values in zip(
+            bucket.parameters(), bucket.buffer().split([p.numel() for p in bucket.parameters()]), strict=True)]
+        ordered = [values for _, values in sorted(found, key=lambda one: one[0])]
+        sent = torch.cat(ordered).to(self._dtype or ordered[0].dtype).div_(dist.get_world_size())
+        dist.all_reduce(sent)
+        for values, mean in zip(ordered, sent.split([len(values) for values in ordered]), strict=True):
+            values.copy_(mean)
+
+
 def broadcast_buffers(module: nn.Module) -> None:
     """Give every process rank 0's buffers (batch-norm statistics that were not synchronized)."""
     if is_distributed():

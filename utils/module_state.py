@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class HeldState:
@@ -45,8 +45,16 @@ def modules_kept(module: nn.Module) -> Iterator[None]:
         held.restore()
 
 
-def add_weights(digest: hashlib._Hash, net: nn.Module) -> None:
-    """Let a digest depend on the names, shapes and values of a module's parameters and buffers."""
-    for name, tensor in sorted(net.state_dict().items()):
+def weights_digest(tensors: Mapping[str, Tensor], *also: object) -> str:
+    """The first 16 hexadecimal digits of a digest of a state dict, as in :func:`add_weights`, and of the texts of other
+    values."""
+    digest = hashlib.sha256("".join(map(repr, also)).encode())
+    add_weights(digest, tensors)
+    return digest.hexdigest()[:16]
+
+
+def add_weights(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
+    """Let a digest depend on the names, shapes and values of a state dict."""
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -217,5 +217,5 @@ def stage_digest(net: nn.Module, settings: StageSettings, data: str) -> str:
     if settings.train_mode and not settings.shared_norm:  # batch norm sees the images of one process
         known["processes"] = rank_and_world()[1]
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
-    add_weights(digest, net)
+    add_weights(digest, net.state_dict())
     return digest.hexdigest()[:16]

@@ -1,6 +1,7 @@
 """Real runs with two processes (gloo) against the same run with one."""
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,20 @@ def test_batch_norm_over_processes_equals_one_process() -> None:
     done = launch_forked(str(program), [])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "FutureWarning" not in done.stderr
+
+
+def test_parameters_that_no_step_uses(tmp_path) -> None:
+    """In a network from elsewhere, also where the graph is not taken to be fixed."""
+    data, jobs = write_folder_dataset(tmp_path / "set", train=4, val=1), tmp_path / "jobs.json"
+    forms = {"fast": (), "no-fast": ("--no-fast",), "parts": ("--grad-accumulation", "2")}
+    jobs.write_text(json.dumps({name: train_arguments(
+        data, tmp_path / name, "--method", "none", "--student-model", "module:tests.partly_used:PartlyUsed",
+        "--crop-size", "32", "32", "--batch-size", "8", "--max-iterations", "3", "--skip-val", *more)
+        for name, more in forms.items()}))
+    program = ROOT / "tests" / "programs" / "train_methods.py"
+    done = launch_forked(str(program), [str(jobs), str(tmp_path / "results.json")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "results.json").read_text()) == dict.fromkeys(forms, "")
 
 
 class OtherStrides(torch.autograd.Function):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ from torch import nn
 
 import train_kd
 from engine.build import build_run
+from engine.checkpoint import resume, save_state
 from engine.optimizer import load_optimizer
 from engine.run import Run, network_inputs, train_batch, training_batches
 from engine.settings import parse_settings
+from models.preprocess import IMAGENET_RGB
 from utils.distributed import init_distributed
+from utils.errors import UserError
 from utils.schedule import poly_lr
 
 
@@ -57,6 +61,49 @@ def test_a_state_of_before_the_factors_is_taken_up(tmp_path) -> None:
         del group["lr_factor"]
     load_optimizer(run.optimizer, state)
     assert [group["lr_factor"] for group in run.optimizer.param_groups] == [1.0]
+
+
+@pytest.mark.parametrize("flags", [(), ("--no-fast",), ("--optimizer", "adamw", "--lr", "0.02")])
+def test_settings_that_a_resumed_run_changes_are_applied(tmp_path, flags) -> None:
+    """To the groups that have them; what the state does not hold for them is made."""
+    data = write_folder_dataset(tmp_path / "set", train=4, val=1)
+    of_sgd = "--optimizer" not in flags
+    first, then = (["--momentum", "0"], ["--nesterov"]) if of_sgd else ([], [])
+    run = small_run(data, tmp_path / "run", *flags, *first)
+    other = small_run(data, tmp_path / "run", *flags, *then, "--weight-decay", "0.5", "--preprocess", "rgb")
+    for batch in islice(training_batches(run), 1):
+        train_batch(run, batch)
+        run.step += 1
+    save_state(run)
+    other.files.resume_from = [other.files.state]
+    assert resume(other)
+    for group in other.optimizer.param_groups:
+        assert group["weight_decay"] == (0.0 if not of_sgd and group["params"][0].ndim == 1 else 0.5)
+        assert not of_sgd or (group["momentum"], group["nesterov"]) == (0.9, True)
+        assert group["fused"] or "--no-fast" in flags
+    assert other.student.preprocess == IMAGENET_RGB
+    changed = {one["setting"]: (one["before"], one["after"]) for one in other.changed}
+    assert changed.pop("student_preprocess") == ("bgr", "rgb")
+    assert changed.keys() == {"weight_decay", *["momentum", "nesterov"] * of_sgd}
+    assert all(train_batch(other, batch).fault is None for batch in training_batches(other))
+
+
+def test_a_preprocessing_that_is_named_as_it_is_is_no_change(tmp_path) -> None:
+    data = write_folder_dataset(tmp_path / "set", train=4, val=1)
+    for given, then in (((), ("--preprocess", "bgr")), (("--preprocess", "rgb"), ())):
+        run, other = (small_run(data, tmp_path / "run", *more) for more in (given, then))
+        save_state(run)
+        other.files.resume_from = [other.files.state]
+        assert resume(other) and not other.changed and other.student.preprocess == run.student.preprocess
+
+
+def test_a_state_with_other_groups_names_the_flag(tmp_path) -> None:
+    data = write_folder_dataset(tmp_path / "set", train=4, val=1)
+    run, other = (small_run(data, tmp_path / "run", "--head-lr-factor", factor) for factor in ("1", "10"))
+    save_state(run)
+    other.files.resume_from = [other.files.state]
+    with pytest.raises(UserError, match="into 1 groups, this run's into 2: --head-lr-factor"):
+        resume(other)
 
 
 @pytest.mark.parametrize("step", [0, 1, 399, 20000, 39999])

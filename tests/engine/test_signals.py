@@ -162,8 +162,10 @@ def test_a_stage_before_training_saves_too(method, tmp_path, capsys, monkeypatch
 
 
 def test_processes_stop_after_the_same_step(method, tmp_path) -> None:
+    """Three: their sums depend on the order of what is added."""
     folders = [str(tmp_path / name) for name in ("whole", "stopped")]
     done = launch_forked(str(ROOT / "tests" / "programs" / "stop_together.py"), [
-        *folders, *method, "--workers", "0", "--max-iterations", "3", "--val-per-iters", "3"])
+        *folders, *method, "--workers", "0", "--max-iterations", "3", "--val-per-iters", "3", "--batch-size",
+        "6"], 3)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(*map(Path, folders))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,32 @@ class TestResume:
         (result,) = (tmp_path / "results").rglob("0.json")
         for path in (result, tmp_path / f"{STEM}_config.json"):
             assert json.loads(path.read_text())["changed"] == expected
+
+    def test_another_teacher_or_other_class_weights_are_a_change(self, data, teacher, tmp_path, capsys,
+                                                                 monkeypatch) -> None:
+        """Under the same names too; the same under another name are none, and a finished run takes no others."""
+        own, classes = tmp_path / "teacher.pth", tmp_path / "classes.json"
+        shutil.copy(teacher, own)
+        classes.write_text("[1, 1, 1, 1, 1]")
+
+        def arguments(own: Path, classes: Path) -> list[str]:
+            return train_arguments(data, tmp_path / "run", *distil_arguments(own), "--class-weights", str(classes),
+                                   "--max-iterations", "2", "--save-per-iters", "1", "--skip-val")
+
+        interrupted(monkeypatch, arguments(own, classes), at=1)
+        moved = shutil.copy(own, tmp_path / "moved.pth"), shutil.copy(classes, tmp_path / "moved.json")
+        interrupted(monkeypatch, [*arguments(*moved), "--resume", "auto"], at=1)
+        assert "will differ" not in capsys.readouterr().out
+        write_teacher(own)
+        classes.write_text("[1, 1, 1, 2, 1]")
+        assert train_kd.main([*arguments(own, classes), "--resume", "auto"]) == 0
+        said = capsys.readouterr().out
+        changed = json.loads((tmp_path / "run" / f"{STEM}_config.json").read_text())["changed"]
+        assert [(one["step"], one["setting"]) for one in changed] == [(1, "class_weights"), (1, "teacher_pretrained")]
+        assert changed[0]["after"] == [1, 1, 1, 2, 1] and changed[1]["before"] != changed[1]["after"]
+        assert all(f"{one['setting']}: {one['before']} -> {one['after']}" in said for one in changed)
+        assert_refused(capsys, train_kd.main, [*arguments(*moved), "--resume", "auto"], "the run is finished",
+                       "teacher_pretrained: weights")
 
     def test_a_run_may_end_where_it_is(self, data, tmp_path, monkeypatch) -> None:
         argv = train_arguments(data, tmp_path, "--method", "none", "--skip-val")

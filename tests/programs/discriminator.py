@@ -29,6 +29,8 @@ BATCH, STEPS, LOSSES, NET = 4, 2, ("hinge", "wgan-gp"), NetInfo("net", {"logits"
 class Student(nn.Module):
     """One convolution gives the logits."""
 
+    own = True
+
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Conv2d(3, 3, 3, padding=1)

@@ -1,6 +1,6 @@
-"""Two processes of which one gets a signal: both stop after the same step, and the continuation is the whole run.
+"""Processes of which one gets a signal: all stop after the same step, and the continuation is the whole run.
 
-    torchrun --nproc_per_node 2 stop_together.py FOLDER_OF_WHOLE FOLDER_OF_STOPPED ARGUMENT ...
+    torchrun --nproc_per_node 3 stop_together.py FOLDER_OF_WHOLE FOLDER_OF_STOPPED ARGUMENT ...
 
 The arguments are those of ``train_kd.py`` without folders.
 """
