@@ -16,6 +16,7 @@ from engine.run import Run
 from engine.run_files import RunFiles
 from engine.scores import use_scores
 from engine.settings import Settings
+from engine.sources import sources
 from engine.step import TrainStep
 from engine.teacher import build_teacher
 from engine.unlabelled import check_readers, check_unlabeled, images_without_labels
@@ -96,7 +97,7 @@ def build_run(settings: Settings, distributed: Distributed, files: RunFiles | No
                         parts=speed.grad_accumulation, warmup=settings.recipe.warmup,
                         may_skip=settings.running.skip_nonfinite > 0)
     return Run(settings, distributed, spec, train_set, val_set, report_sets, student, teacher, objective, model,
-               optimizer, step_fn, files, unlabeled, contents)
+               optimizer, step_fn, files, unlabeled, contents, sources(settings))
 
 
 def file_contents(teacher: nn.Module | None, criterion: nn.Module | None) -> dict[str, object]:

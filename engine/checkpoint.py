@@ -17,6 +17,7 @@ from engine.recipe import without_recipe
 from engine.run import Run
 from engine.run_files import changed, plain
 from engine.settings import Settings
+from engine.sources import differing
 from models.preprocess import Preprocess
 from models.weights import check_values, describe, save_state_dict
 from utils.distributed import same_everywhere
@@ -75,7 +76,7 @@ def save_state(run: Run, keep: Path | None = None) -> None:
         # without a validation set, none is missing
         "validated": run.step if run.val_set is None else run.validated, "config": plain(run.settings),
         "processes": run.distributed.world_size, "skipped": run.step_fn.skipped,
-        "changed": run.changed, "contents": run.contents}), keep)
+        "changed": run.changed, "contents": run.contents, "sources": run.sources}), keep)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -145,6 +146,8 @@ def resume(run: Run, *, trains: bool = False) -> bool:
     processes = state.get("processes", run.distributed.world_size)
     if processes != run.distributed.world_size and not is_finished(run):
         changes["processes"] = processes, run.distributed.world_size
+    if not is_finished(run):
+        changes |= differing(state.get("sources", {}), run.sources)  # none of earlier programs
     run.changed = earlier + [{"step": run.step, "setting": name, "before": before, "after": after}
                              for name, (before, after) in changes.items()]
     if damaged and run.lock is not None:  # not while others may be writing

@@ -20,7 +20,6 @@ from engine.options import DEAD_OPTIONS
 from engine.run import Run
 from engine.run_files import plain
 from engine.settings import given_teacher_flags, ineffective_backbones, ineffective_options
-from engine.sources import sources
 from engine.step import StepResult
 from engine.tracker import Tracker
 from utils.distributed import reduce_mean
@@ -52,7 +51,7 @@ class Journal:
             write_json(run.files.config, {
                 "config": plain(run.settings), "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
                 "processes": distributed.world_size, "versions": versions(), "revision": revision(),
-                "sources": sources(run.settings),
+                "sources": run.sources,
                 **({"changed": run.changed} if run.changed else {})})
             self._introduce()
         # a bar on a terminal; elsewhere the log lines carry the same numbers

@@ -29,9 +29,9 @@ class Run:
     mIoU (below 0: none yet), a digest of the weights that reached it (None where an earlier version chose them),
     iterations done at the last validation. val_set: None without validation. teacher: None when no method reads one.
     unlabeled: images without labels that join every batch. contents: {setting: what the file that it names holds}, as
-    JSON values. lock: on the folders, while the main process trains. changed: settings that a resumed run has changed
-    on its way, each with the step after which it did. teacher_predictions: {index: int64 [H, W]} of the validation
-    images that are drawn."""
+    JSON values. sources: {file of its own code: SHA-256}. lock: on the folders, while the main process trains. changed:
+    settings that a resumed run has changed on its way, each with the step after which it did. teacher_predictions:
+    {index: int64 [H, W]} of the validation images that are drawn."""
 
     settings: Settings
     distributed: Distributed
@@ -48,6 +48,7 @@ class Run:
     files: RunFiles
     unlabeled: data.SegmentationDataset | None = None
     contents: dict[str, object] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
     step: int = 0
     best: float = -1.0
     best_weights: str | None = None

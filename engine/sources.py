@@ -33,7 +33,7 @@ def shown(path: Path) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
-def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """'losses/mine.py 1a2b3c4 -> 5d6e7f8' for the files that both have and that are not the same."""
-    return [f"{name} {before[name][:7]} -> {now[name][:7]}" for name in sorted(before.keys() & now.keys())
-            if before[name] != now[name]]
+def differing(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """{"code of FILE": (start of the old SHA-256, of the new one)} of the files that both have and that differ."""
+    return {f"code of {name}": (before[name][:7], now[name][:7]) for name in sorted(before.keys() & now.keys())
+            if before[name] != now[name]}

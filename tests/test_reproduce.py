@@ -353,7 +353,7 @@ class TestRunning:
         made_with(job, {"losses/afdcd.py": "5d6e7f8" * 9}, {"commit": "a" * 40, "changed": False})
         assert status(job).state == DONE  # of another revision, which can be had
         made_with(job, {"losses/afdcd.py": "5d6e7f8" * 9}, {"commit": "a" * 40, "changed": True})
-        with pytest.raises(UserError, match=r"1.json was made with other code .* losses/afdcd.py 5d6e7f8 -> "):
+        with pytest.raises(UserError, match=r"1.json was made with code .* code of losses/afdcd.py: 5d6e7f8 -> "):
             status(job)
         made_with(job, again, {"commit": "a" * 40, "changed": True})
         assert status(job).state == DONE

@@ -1,14 +1,19 @@
 """The files of a run's own code, and how they are named."""
 from __future__ import annotations
 
+import json
 import sys
 
-from helpers import ROOT
+import torch
+from helpers import ROOT, STEM, TEACHER, train_arguments, write_folder_dataset, write_teacher
 
+import train_kd
 from engine.settings import parse_settings
 from engine.sources import differing, sources
 from losses.core import Distiller, Needs, Term, distiller
 from utils.files import sha256
+
+TEACHER_FLAGS = ("--teacher-model", "deeplab_mobile", "--teacher-backbone", TEACHER, "--teacher-pretrained")
 
 
 def test_methods_that_count_and_networks_of_modules_are_named_from_the_root() -> None:
@@ -39,4 +44,24 @@ def test_a_method_that_was_typed_in_has_no_file(monkeypatch) -> None:
 
 def test_what_differs_is_said_in_short() -> None:
     before, now = {"a.py": "1" * 64, "b.py": "2" * 64}, {"a.py": "3" * 64, "b.py": "2" * 64, "c.py": "4" * 64}
-    assert differing(before, now) == ["a.py 1111111 -> 3333333"] and differing(now, now) == []
+    assert differing(before, now) == {"code of a.py": ("1111111", "3333333")} and differing(now, now) == {}
+
+
+def test_a_run_that_goes_on_with_other_code_says_so(tmp_path, capsys) -> None:
+    def with_other_code() -> None:
+        state = torch.load(path, weights_only=True)
+        assert state["sources"] == {"losses/kd.py": sha256(ROOT / "losses/kd.py")}
+        torch.save({**state, "sources": {"losses/kd.py": "1a2b3c4d" * 8}}, path)
+
+    data, teacher = write_folder_dataset(tmp_path / "set", train=4, val=1), write_teacher(tmp_path / "t.pth")
+    argv = train_arguments(data, tmp_path / "run", "--method", "kd", *TEACHER_FLAGS, str(teacher), "--skip-val")
+    path, change = tmp_path / "run" / f"{STEM}_state.pth", f"1a2b3c4 -> {sha256(ROOT / 'losses/kd.py')[:7]}"
+    assert train_kd.main([*argv, "--max-iterations", "1"]) == 0
+    with_other_code()
+    assert train_kd.main([*argv, "--max-iterations", "2", "--resume", "auto"]) == 0
+    assert f"code of losses/kd.py: {change} (the continuation will differ" in capsys.readouterr().out
+    told = json.loads((tmp_path / "run" / f"{STEM}_config.json").read_text())["changed"]
+    assert {"code of losses/kd.py", "max_iterations"} == {one["setting"] for one in told}
+    with_other_code()  # a run that is finished has not used it
+    assert train_kd.main([*argv, "--max-iterations", "2", "--resume", "auto"]) == 0
+    assert "code of" not in capsys.readouterr().out

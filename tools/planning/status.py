@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from engine.results import differences, read_result, uncommitted
-from engine.run_files import plain
+from engine.run_files import changed, plain
 from engine.sources import differing, sources
 from tools.planning.plan import ROOT, Job
 from utils.errors import UserError
@@ -71,8 +71,9 @@ def refuse_code(job: Job, result: Mapping[str, Any]) -> None:
     """UserError when a run's own code, which no commit has, is another one now."""
     changes = differing(uncommitted(result), sources(job.settings))
     if changes:
-        raise UserError(f"{job.result} was made with other code than there is now, which was not committed: "
-                        f"{'; '.join(changes)} (SHA-256). {remedy(job)}")
+        raise UserError(f"{job.result} was made with code that was not committed and is another one now: "
+                        f"{'; '.join(changed(name, *values) for name, values in changes.items())} (SHA-256). "
+                        f"{remedy(job)}")
 
 
 def remedy(job: Job) -> str:
