@@ -84,11 +84,12 @@ def settings_of(row: str, method: str, batch: int, flags: list[str], short: bool
 
 
 def build(settings: Settings, device: torch.device) -> Run:
-    """The run as the program builds it, without data, hence with the teacher itself where its scores are stored; stages
-    before training change no size."""
+    """The run as the program builds it, without data, hence with the teacher itself where its scores are stored; its
+    weights have no values. Stages before training change no size."""
     settings = replace(settings, networks=replace(settings.networks, teacher_scores=None))
     with mock.patch.object(engine.build, "build_dataset", lambda *args, **kwargs: None), \
             mock.patch.object(engine.build, "build_unlabeled", lambda *args: None), \
+            mock.patch.object(engine.build, "weights_digest", lambda tensors: ""), \
             mock.patch.object(engine.build.data, "fingerprint", lambda splits: None):
         run = engine.build.build_run(settings, Distributed(0, 1, 0, device))
     get_ready(run)

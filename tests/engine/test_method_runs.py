@@ -49,13 +49,17 @@ def material(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def two_processes(material, tmp_path_factory) -> dict[str, str]:
-    """{method: "" or what went wrong} of a run of every method with two processes; "unlabelled": with such images."""
+def two_processes(request, material, tmp_path_factory) -> dict[str, str]:
+    """{method: "" or what went wrong} of a run with two processes of every method whose test was chosen, which may be
+    one (-k); "unlabelled": with such images."""
     base = tmp_path_factory.mktemp("two_processes")
     assert set(NAMES) >= TALKING
-    jobs = {n: run_arguments(n, *material, base / n, *(MEASURED if n in TALKING else ())) for n in NAMES}
-    jobs["unlabelled"] = run_arguments("cirkd", *material, base / "unlabelled", "--unlabelled",
-                                       str(material[0] / "images/val"))
+    chosen = {item.callspec.params["name"] for item in request.session.items
+              if item.name.startswith(test_two_processes_train_and_agree.__name__)}
+    jobs = {n: run_arguments(n, *material, base / n, *(MEASURED if n in TALKING else ())) for n in NAMES if n in chosen}
+    if "unlabelled" in chosen:
+        jobs["unlabelled"] = run_arguments("cirkd", *material, base / "unlabelled", "--unlabelled",
+                                           str(material[0] / "images/val"))
     (base / "jobs.json").write_text(json.dumps(jobs))
     program = ROOT / "tests" / "programs" / "train_methods.py"
     done = launch(str(program), [str(base / "jobs.json"), str(base / "results.json")])

@@ -52,9 +52,11 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def gpu(monkeypatch) -> Iterator[torch.device]:
-    """The simulated device. Weights are not read: there is nothing to put them into."""
+    """The simulated device. Weights are not read: there is nothing to put them into, and no value to make a digest of.
+    """
     monkeypatch.setattr("models.registry.load_weights", lambda *args, **kwargs: None)
     monkeypatch.setattr("models.registry._open_own", lambda *args: None)
+    monkeypatch.setattr("engine.build.weights_digest", lambda tensors: "")
     _per_channel.cache_clear()
     with simulated_gpu() as device:
         yield device

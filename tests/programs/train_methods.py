@@ -29,13 +29,12 @@ SECONDS = 280
 
 
 def differences(run: Run) -> list[str]:
-    """Parameters, and buffers that DDP does not copy, that are not the same in both processes (or not finite).
+    """Parameters, and what methods keep, that are not the same in both processes (or not finite).
 
     Running statistics are left out: a batch norm that is never evaluated does not read its own.
     """
     shared = dict(run.objective.named_parameters())
-    buffers = dict(run.objective.named_buffers())
-    shared.update({n: buffers[n] for n in run.objective.unsynchronized() if n in buffers and "running_" not in n})
+    shared.update({n: kept for n, kept in run.objective.distillers.named_buffers() if "running_" not in n})
     differing = []
     for name, value in shared.items():
         first = value.detach().clone()
@@ -53,7 +52,8 @@ def attempt(arguments: list[str], distributed: Distributed) -> str:
     except Exception:
         return traceback.format_exc()
     differing = differences(run)
-    return f"processes disagree or not finite: {', '.join(differing)}" if differing else ""
+    return f"processes disagree (see 'A running state' in docs/extending.md) or not finite: {', '.join(differing)}" \
+        if differing else ""
 
 
 def main() -> None:
