@@ -199,7 +199,8 @@ def wrap_for_processes(objective: Objective, distributed: Distributed, sync_bn: 
         objective, objective.unsynchronized())
     keep_strides(objective)
     gpu = [distributed.device.index] if distributed.device.type == "cuda" else None
-    # parameters that no step uses: a fixed graph shows them; else they are looked for in the networks that have some
+    # parameters that no step uses: a fixed graph shows them; else they are looked for where there may be some. In a
+    # network without any, torch then says that it found none
     unused = not fixed_graph and not objective.student.own
     model = nn.parallel.DistributedDataParallel(objective, device_ids=gpu, gradient_as_bucket_view=True,
                                                 static_graph=fixed_graph, find_unused_parameters=unused)

@@ -146,10 +146,10 @@ def resume(run: Run, *, trains: bool = False) -> bool:
     processes = state.get("processes", run.distributed.world_size)
     if processes != run.distributed.world_size and not is_finished(run):
         changes["processes"] = processes, run.distributed.world_size
-    if not is_finished(run):
-        changes |= differing(state.get("sources", {}), run.sources)  # none of earlier programs
-    run.changed = earlier + [{"step": run.step, "setting": name, "before": before, "after": after}
-                             for name, (before, after) in changes.items()]
+    before = {} if is_finished(run) else state.get("sources", {})  # none of earlier programs
+    other_code = differing(before, run.sources)
+    run.changed = earlier + [{"step": run.step, "setting": name, "before": then, "after": now}
+                             for name, (then, now) in (changes | other_code).items()]
     if damaged and run.lock is not None:  # not while others may be writing
         run.files.set_damaged_aside()
     if path.parent.resolve() == run.files.directory.resolve() and has_best(run, state.get("best_weights"), trains):
@@ -158,6 +158,8 @@ def resume(run: Run, *, trains: bool = False) -> bool:
         "the continuation will differ from an uninterrupted run"
     for change in [*(changed(name, *values) for name, values in changes.items()), *other_data]:
         LOG.warning("--resume: %s (%s)", change, why)
+    for name, values in other_code.items():
+        LOG.warning("--resume: %s (the continuation may differ from an uninterrupted run)", changed(name, *values))
     best = f", best mIoU {100 * run.best:.2f}" if run.best >= 0 else ""
     LOG.info("resumed from %s at step %d%s", path, run.step, best)
     return True

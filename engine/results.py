@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from engine.log import LOG
-from engine.options import Data, Networks, Optimization, Running, Speed
+from engine.options import Data, Distillation, Networks, Optimization, Running, Speed
 from engine.recipe import Recipe, without_recipe
 from engine.run import Run
 from engine.run_files import RunFiles, changed, plain
 from engine.settings import Settings, default_settings
+from engine.sources import is_own_code
 from models import network_name
 from utils.errors import UserError
 from utils.files import sha256, write_json
@@ -47,7 +48,10 @@ FILES = frozenset(("data", "teacher_pretrained", "teacher_pretrained_base", "stu
 SHARED = {name: default for group in (Networks, Data, Optimization, Recipe, Speed)
           for name, default in asdict(group()).items()
           if name not in UNIMPORTANT | {"seed", "epochs", "scale_weights", "class_map", "stored_scores", "student_taps"}
-          and not name.startswith("teacher_")} | {"val_per_iters": Running().val_per_iters}
+          and not name.startswith("teacher_")}
+SHARED |= {"val_per_iters": Running().val_per_iters, "group_size": Distillation().group_size}
+#: data sets that are nothing but a folder
+FOLDERS = frozenset(("folder", "toy_streets"))
 
 
 def unimportant(dataset: str) -> frozenset[str]:
@@ -217,7 +221,12 @@ def uncommitted(result: Mapping[str, Any]) -> dict[str, str]:
     """{file: SHA-256} of the run's own code that its revision does not tell: changed, or from elsewhere."""
     files = result.get("sources", {})
     told = result["revision"]["commit"] is not None and not result["revision"]["changed"]
-    return {name: digest for name, digest in files.items() if not (told and "/" in name)}
+    return {name: digest for name, digest in files.items() if not (told and is_own_code(name))}
+
+
+def folder_of_images(settings: Mapping[str, Any]) -> str | None:
+    """The name of the folder that decides which images a run is scored on; None for a published data set."""
+    return Path(settings["data"]).name if settings["dataset"] in FOLDERS else None
 
 
 def read_results(folder: Path, protocol: str | None = None) -> list[dict[str, Any]]:

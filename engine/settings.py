@@ -234,14 +234,15 @@ def given_teacher_flags(settings: Settings) -> list[str]:
 
 
 def unread(settings: Settings) -> frozenset[str]:
-    """The settings that nothing in a run reads: of the teacher, of methods and of hard pixels, where it has none."""
+    """The settings that nothing in a run reads: of the teacher, of methods and of hard pixels, where it has none. The
+    cross entropy reads ``group_size`` in any run."""
     owners: dict[str, set[str]] = {}
     for name, cls in methods().items():
         for one in options_of(cls.Options):
             owners.setdefault(one.name, set()).add(name)
     names = {name for name, of in owners.items() if not of & settings.methods.keys()}
     if not settings.methods:
-        names |= {"group_size", "compat"}
+        names.add("compat")
     if not settings.recipe.ohem:
         names |= {"ohem_threshold", "ohem_kept"}
     if not settings.needs_teacher:

@@ -9,15 +9,26 @@ from engine.settings import Settings
 from losses.core import Distiller
 from models.outside import module_file
 from utils.files import sha256
-from utils.machine import ROOT
+from utils.machine import CODE, ROOT
 
 
 def sources(settings: Settings) -> dict[str, str]:
-    """{file: its SHA-256}, named from the root of this code; one that lies elsewhere by its name alone."""
+    """{file: its SHA-256}, named from the root of this code. One that lies elsewhere has its name alone, or with its
+    folder's where two have the same."""
     networks = settings.networks
     models = [networks.student_model, *([networks.teacher_model] if settings.needs_teacher else [])]
     files = [*map(class_file, settings.methods.values()), *map(module_file, models)]
-    return {shown(path): sha256(path) for path in dict.fromkeys(files) if path is not None and path.is_file()}
+    found: dict[str, str] = {}
+    for path in dict.fromkeys(files):
+        if path is not None and path.is_file():
+            name = shown(path)
+            found[f".../{path.parent.name}/{name}" if name in found else name] = sha256(path)
+    return found
+
+
+def is_own_code(name: str) -> bool:
+    """Whether the revision of this code tells what is in a file, unless it was changed."""
+    return name.split("/")[0] in CODE
 
 
 def class_file(cls: type[Distiller]) -> Path | None:

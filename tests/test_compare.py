@@ -231,7 +231,9 @@ def test_a_teacher_of_other_images_sets_no_goal(place) -> None:
     runs = {role: read_run("--x", place / role) for role in ("plain", "distilled")}
     best = max(point["mIoU"] for point in runs["plain"].digest["curve"])
     assert goal(runs) is None and goal({**runs, "teacher": runs["plain"]}) == best
-    for change in ({"dataset": "camvid"}, {"val_list": "/a/b.txt"}, {"selection_split": "train"}):
+    moved = changed(runs["plain"], data=f"/elsewhere/{Path(runs['plain'].settings.data.data).name}")
+    assert goal({**runs, "teacher": moved}) == best
+    for change in ({"dataset": "camvid"}, {"data": "/a/b"}, {"val_list": "/a/b.txt"}, {"selection_split": "train"}):
         assert goal({**runs, "teacher": changed(runs["plain"], **change)}) is None
 
 

@@ -275,7 +275,7 @@ def test_seeds_of_a_row_that_differ_are_named() -> None:
 def test_settings_that_changed_while_a_run_went_on_are_named() -> None:
     change = {"step": 50, "setting": "lr", "before": 0.02, "after": 0.5}
     text, = warnings(only([*runs("none", NONE), {**make_result("afdcd", 0, 40), "changed": [change, change]}]))
-    assert text.endswith("settings were changed while a run went on: `lr` in afdcd.")
+    assert text.endswith("settings or code were changed while a run went on: `lr` in afdcd.")
 
 
 def test_teachers_may_differ_by_seed_but_not_by_row() -> None:
@@ -316,11 +316,12 @@ def test_a_row_of_two_versions_of_a_method_is_warned_of(name, changed, told) -> 
 
 
 def test_a_teacher_of_other_images_is_said() -> None:
-    def found(folder: str) -> list[str]:
-        teacher = make_result("none", 0, 60, student=TEACHER, weights="t0", flags=("--data", folder))
-        rows = [make_result(label, 0, 40, flags=("--data", "/here/streets")) for label in ("none", "kd")]
+    def found(folder: str, dataset: str = "toy_streets") -> list[str]:
+        flags = ("--dataset", dataset, "--data")
+        teacher = make_result("none", 0, 60, student=TEACHER, weights="t0", flags=(*flags, folder))
+        rows = [make_result(label, 0, 40, flags=(*flags, "/here/streets")) for label in ("none", "kd")]
         return notes(only([teacher, *rows]))
 
-    assert found("/there/streets") == []
+    assert found("/there/streets") == [] and found("/here/camvid", "camvid") == []
     text, = found("/here/wide")
-    assert text.endswith("own training, on the images of wide; those of the rows are in streets.")
+    assert text.startswith("The teacher was trained and scored in wide, the rows in streets: its score can be compared")

@@ -355,6 +355,8 @@ class TestRunning:
         made_with(job, {"losses/afdcd.py": "5d6e7f8" * 9}, {"commit": "a" * 40, "changed": True})
         with pytest.raises(UserError, match=r"1.json was made with code .* code of losses/afdcd.py: 5d6e7f8 -> "):
             status(job)
+        made_with(job, {"losses/afdcd.py": "5d6e7f8" * 9}, {"commit": None, "changed": None})
+        assert status(job).state == DONE  # without git
         made_with(job, again, {"commit": "a" * 40, "changed": True})
         assert status(job).state == DONE
         teacher.write_bytes(teacher.read_bytes() + b" ")

@@ -16,7 +16,7 @@ from utils.distributed import available_cpus
 
 ROOT = Path(__file__).resolve().parent.parent
 #: what decides a training
-CODE = ("train_kd.py", "engine", "losses", "models", "dataset", "utils")
+CODE = ("train_kd.py", "engine", "losses", "models", "dataset", "utils", "examples")
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -95,7 +95,8 @@ def test_what_differs_from_defaults_and_preset() -> None:
     ("--method dist --kd-temperature 4 --ohem-threshold 0.5", ["--kd-temperature", "--ohem-threshold"]),
     ("--method dist --kd-temperature 4 --lambda-kd 1 --ohem --ohem-threshold 0.5", []),
     ("--method dist --kd-temperature 1", []),  # the default
-    ("--method none --cwd-norm spatial", ["--cwd-norm"])])
+    ("--method none --cwd-norm spatial", ["--cwd-norm"]),
+    ("--method none --group-size 8", [])])  # of the cross entropy
 def test_options_that_nothing_reads_are_named_and_not_called_unusual(flags, unused) -> None:
     settings = parse_settings([*flags.split(), "--teacher-pretrained", "t.pth"])
     assert ineffective_options(settings) == unused

@@ -9,7 +9,7 @@ from helpers import ROOT, STEM, TEACHER, train_arguments, write_folder_dataset, 
 
 import train_kd
 from engine.settings import parse_settings
-from engine.sources import differing, sources
+from engine.sources import differing, is_own_code, sources
 from losses.core import Distiller, Needs, Term, distiller
 from utils.files import sha256
 
@@ -32,6 +32,19 @@ def test_files_elsewhere_have_their_name_alone(tmp_path, monkeypatch) -> None:
     assert sources(settings) == {"mynet.py": sha256(tmp_path / "mynet.py")}
     other = parse_settings(["--method", "none", "--student-model", "module:no_such_package.net:build"])
     assert sources(other) == {}
+
+
+def test_two_files_of_one_name_are_both_there(tmp_path, monkeypatch) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "net.py").write_text(f"# {name}\ndef build(num_class): ...\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    settings = parse_settings(["--method", "mse", "--student-model", "module:one.net:build", "--teacher-model",
+                               "module:two.net:build", "--teacher-pretrained", "t.pth"])
+    files = {"net.py": sha256(tmp_path / "one/net.py"), ".../two/net.py": sha256(tmp_path / "two/net.py")}
+    assert sources(settings) == {"losses/feature_mse.py": sha256(ROOT / "losses/feature_mse.py"), **files}
+    assert [is_own_code(name) for name in sources(settings)] == [True, False, False]
 
 
 def test_a_method_that_was_typed_in_has_no_file(monkeypatch) -> None:
@@ -59,7 +72,7 @@ def test_a_run_that_goes_on_with_other_code_says_so(tmp_path, capsys) -> None:
     assert train_kd.main([*argv, "--max-iterations", "1"]) == 0
     with_other_code()
     assert train_kd.main([*argv, "--max-iterations", "2", "--resume", "auto"]) == 0
-    assert f"code of losses/kd.py: {change} (the continuation will differ" in capsys.readouterr().out
+    assert f"code of losses/kd.py: {change} (the continuation may differ" in capsys.readouterr().out
     told = json.loads((tmp_path / "run" / f"{STEM}_config.json").read_text())["changed"]
     assert {"code of losses/kd.py", "max_iterations"} == {one["setting"] for one in told}
     with_other_code()  # a run that is finished has not used it

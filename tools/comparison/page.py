@@ -11,6 +11,7 @@ import numpy as np
 from plotly.offline import get_plotlyjs
 
 from dataset import SegmentationDataset
+from engine.results import folder_of_images
 from tools.comparison import figures
 from tools.comparison.answers import Answers, by_change, row_shares
 from tools.comparison.pictures import ERRORS, as_css, views
@@ -108,7 +109,8 @@ def goal(runs: Mapping[str, TrainedRun]) -> float | None:
     """The teacher's best mIoU, a fraction, where its run is known and was validated on the students' images."""
     def images(run: TrainedRun) -> tuple:
         data = run.settings.data
-        return data.dataset, data.selection_split, data.val_list and Path(data.val_list).name
+        return (data.dataset, folder_of_images(run.settings.flat()), data.selection_split,
+                data.val_list and Path(data.val_list).name)
 
     if "teacher" not in runs or images(runs["teacher"]) != images(runs["distilled"]):
         return None

@@ -25,7 +25,7 @@
     seeds = [0]                         # default: the plan's
 
     [scan.lambda-fd]                    # more runs, of the first seed and of protocol camvid-cpu-1-scan
-    of = "afdcd"                        # the run whose weight is looked for; chosen on val, before test is looked at
+    of = "afdcd"                        # the run, or a list, whose weight is looked for; each in one scan
     values = [2e-4, 1e-3, 5e-3]
     flags = {max-iterations = 500}      # on top of that run's
 """

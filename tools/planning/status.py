@@ -10,7 +10,7 @@ import torch
 
 from engine.results import differences, read_result, uncommitted
 from engine.run_files import changed, plain
-from engine.sources import differing, sources
+from engine.sources import differing, is_own_code, sources
 from tools.planning.plan import ROOT, Job
 from utils.errors import UserError
 from utils.files import sha256
@@ -68,8 +68,12 @@ def refuse_teacher(job: Job, result: Mapping[str, Any]) -> None:
 
 
 def refuse_code(job: Job, result: Mapping[str, Any]) -> None:
-    """UserError when a run's own code, which no commit has, is another one now."""
-    changes = differing(uncommitted(result), sources(job.settings))
+    """UserError when a run's own code, which no commit has, is another one now. Without git nothing is known of this
+    code; what lies elsewhere is compared in any case."""
+    loose = uncommitted(result)
+    if result["revision"]["commit"] is None:
+        loose = {name: digest for name, digest in loose.items() if not is_own_code(name)}
+    changes = differing(loose, sources(job.settings))
     if changes:
         raise UserError(f"{job.result} was made with code that was not committed and is another one now: "
                         f"{'; '.join(changed(name, *values) for name, values in changes.items())} (SHA-256). "

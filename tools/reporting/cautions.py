@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from engine.results import shared_settings, uncommitted
+from engine.results import folder_of_images, shared_settings, uncommitted
 from tools.reporting.figures import Clock, had_machine, machine_of
 from tools.reporting.groups import PLAIN, Group, Result, Row
 
@@ -58,7 +58,7 @@ def warnings(group: Group) -> list[str]:
         found.append(sentence("runs of one row had different code, not all of it committed", codes))
     changes = changed_on_the_way(group)
     if changes:
-        found.append(sentence("settings were changed while a run went on", changes))
+        found.append(sentence("settings or code were changed while a run went on", changes))
     return [f"**Warning**, {text}" for text in found]
 
 
@@ -122,15 +122,14 @@ def notes(group: Group) -> list[str]:
 
 
 def images_of_teachers(group: Group) -> str | None:
-    """A sentence where the teacher's score is not of the images that the rows were scored on, by what settings say."""
-    def folder(run: Result) -> str:
-        return Path(run["settings"]["data"]).name
-
-    theirs, ours = ({folder(run) for row in rows for run in row.runs} for rows in (group.teachers, group.compared))
+    """A sentence where the teacher may have been scored on other images than the rows, by what settings say."""
+    theirs, ours = ({folder_of_images(run["settings"]) for row in rows for run in row.runs}
+                    for rows in (group.teachers, group.compared))
     if theirs <= ours:
         return None
-    return (f"The teacher's score is of its own training, on the images of {', '.join(sorted(theirs))}; those of the "
-            f"rows are in {', '.join(sorted(ours))}.")
+    where = [", ".join(sorted(map(str, folders))) for folders in (theirs, ours)]
+    return (f"The teacher was trained and scored in {where[0]}, the rows in {where[1]}: its score can be compared "
+            "where both have the same images to be scored on.")
 
 
 def commit(run: Result) -> str:
