@@ -16,7 +16,7 @@ import pytest
 from helpers import ROOT, STUDENT, TEACHER, write_folder_dataset, write_teacher
 
 from engine.results import read_result, read_results
-from engine.settings import parse_settings
+from engine.settings import ineffective_options, parse_settings
 from engine.sources import sources
 from tools import reproduce
 from tools.planning import painting
@@ -184,6 +184,7 @@ class TestMeaning:
         jobs = Expansion(read_plan(name), Places()).jobs()
         assert jobs and len({job.name for job in jobs}) == len(jobs)
         assert all(job.result.is_relative_to(ROOT / "results") for job in jobs)
+        assert not [(job.name, unused) for job in jobs if (unused := ineffective_options(job.settings))]
 
     def test_a_teacher_from_elsewhere(self) -> None:
         """Its runs lie beside those of the other teacher, in the same protocol and with the same flags."""
