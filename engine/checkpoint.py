@@ -183,7 +183,7 @@ def has_best(run: Run, expected: str | None, trains: bool) -> bool:
             run.check_lock()
             save_state_dict(run.student, run.files.best)
         return True
-    if found not in (None, now):
+    if run.files.best.is_file() and found != now:
         LOG.warning("--resume: %s is not the best model of this state, which is lost: that of the validations to come "
                     "will be", run.files.best)
     return False

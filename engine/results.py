@@ -50,13 +50,13 @@ SHARED = {name: default for group in (Networks, Data, Optimization, Recipe, Spee
           if name not in UNIMPORTANT | {"seed", "epochs", "scale_weights", "class_map", "stored_scores", "student_taps"}
           and not name.startswith("teacher_")}
 SHARED |= {"val_per_iters": Running().val_per_iters, "group_size": Distillation().group_size}
-#: data sets that are nothing but a folder
+#: data sets whose folder says which images they are
 FOLDERS = frozenset(("folder", "toy_streets"))
 
 
 def unimportant(dataset: str) -> frozenset[str]:
-    """:data:`UNIMPORTANT` on a data set. The folder of "folder" is the data set itself."""
-    return UNIMPORTANT - {"data"} if dataset == "folder" else UNIMPORTANT
+    """:data:`UNIMPORTANT` on a data set."""
+    return UNIMPORTANT - {"data"} if dataset in FOLDERS else UNIMPORTANT
 
 
 def shared_settings(dataset: str) -> dict[str, Any]:

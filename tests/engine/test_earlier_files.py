@@ -118,6 +118,7 @@ def test_an_earlier_result_is_not_one_of_later_settings() -> None:
     ("--aux", "", None),  # left open: the network says it
     ("--dataset folder --data /one/shoes", "--dataset folder --data /one/hats", "data: shoes -> hats"),
     ("--dataset folder --data /one/shoes", "--dataset folder --data /two/shoes/", None),
+    ("--dataset toy_streets --data /one/few", "--dataset toy_streets --data /one/many", "data: few -> many"),
     ("--dataset camvid --data /one/camvid", "--dataset camvid --data /two/CamVid", None)])
 def test_a_result_of_another_network_or_other_images_is_another_one(before, now, difference) -> None:
     made, wanted = (plain(parse_settings(["--method", "none", *flags.split()])) for flags in (before, now))

@@ -87,13 +87,16 @@ def test_a_run_that_goes_back_has_the_best_model_of_its_state(few_images, tmp_pa
     assert content(tmp_path, "_state")["best"] == 0.1
 
 
-def test_a_best_model_that_is_lost_is_not_reported(few_images, tmp_path, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_best_model_that_is_lost_is_not_reported(few_images, tmp_path, capsys, monkeypatch, damaged) -> None:
     six = ("--max-iterations", "6", "--results", str(tmp_path / "results"))
     with monkeypatch.context() as patch:
         scored(patch, {2: 0.3, 4: 0.1, 6: 0.4})
         assert train_kd.main(four_steps(few_images, tmp_path, *six)) == 0
     scored(monkeypatch, {6: 0.05})
     previous = str(tmp_path / f"{STEM}_state_previous.pth")
+    if damaged:
+        (tmp_path / f"{STEM}_best_model.pth").write_bytes(b"PK")
     capsys.readouterr()
     assert train_kd.main(four_steps(few_images, tmp_path, *six, "--resume", previous)) == 0
     said = capsys.readouterr().out
