@@ -25,7 +25,7 @@ from engine.tracker import Tracker
 from utils.distributed import reduce_mean
 from utils.files import write_json
 from utils.flops import peak_flops
-from utils.machine import load, peak_memory, revision
+from utils.machine import load, others_memory, peak_memory, revision
 from utils.options import flag
 
 LONG_RUN = 100  # iterations
@@ -114,13 +114,15 @@ class Journal:
         window = self.clock.read()
         speed = window["images_per_second"]
         flops, said = self._utilization(speed)
+        device, others = run.distributed.device, others_memory(run.distributed.device)
         diagnostics = {k: float(v) for k, v in run.objective.diagnostics().items()}
         if run.step_fn.scaler.is_enabled():
             diagnostics["loss_scale"] = run.step_fn.scaler.get_scale()
         self.logger.record("train", run.step, lr=result.lr, loss=values[-1].item(), raw=raw, weighted=weighted,
                            grad_norm={k: float(v) if v.isfinite() else None for k, v in result.grad_norms.items()},
                            diagnostics=diagnostics, load=load(),
-                           memory_mb=round(peak_memory(run.distributed.device) / 1e6),
+                           memory_mb=round(peak_memory(device) / 1e6),
+                           others_mb=None if others is None else round(others / 1e6),
                            **{k: round(v, 4) for k, v in window.items()}, **flops)
         total, waiting = values[-1].item(), f"data {100 * window['waiting_for_data']:.0f}%"
         self.progress.set_postfix_str(f"loss {total:.3g} {speed:.1f} img/s", refresh=False)

@@ -97,6 +97,7 @@ def digest(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     chosen = {best["split"]: _scores(best)} if best else {}
     reported = {r["split"]: _scores(r) for r in records if r["kind"] == "report"}
     loads = [r["load"] for r in train if r["load"] is not None]
+    others = [r["others_mb"] for r in train if r.get("others_mb") is not None]
     return {
         "seconds": {"stages": round(sum(r["seconds"] for r in stages), 2),
                     "stages_cpu": round(sum(r["cpu_seconds"] for r in stages), 2),
@@ -106,6 +107,7 @@ def digest(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "images_per_second": round(statistics.median(r["images_per_second"] for r in train), 3) if train else None,
         "peak_memory_mb": max((r["memory_mb"] for r in train), default=None),
         "load": statistics.median(loads) if loads else None,
+        "others_mb": statistics.median(others) if others else None,
         "curve": [{"step": r["step"], **{k: round(r[k], 6) for k in SCORES}} for r in val],
         "losses": _losses(train),
         "diagnoses": [{key: r[key] for key in ("step", "terms")} for r in records if r["kind"] == "diagnose"],

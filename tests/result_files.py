@@ -31,13 +31,13 @@ def make_result(label: str, seed: int, val: float, test: float | None = None, *,
                 protocol: str = "p-1", dataset: str = "camvid", student: tuple[str, str] = STUDENT,
                 teacher: tuple[str, str] = TEACHER, teacher_file: str = "t0", weights: str | None = None,
                 iterations: int = 100, seconds: float = 50.0, cpu_seconds: float = 40.0, load: float | None = 1.0,
-                stages: float = 0, flags: tuple[str, ...] = (), weight: float = 1.0, commit: str = "a" * 40,
-                hardware: dict[str, Any] | None = None) -> dict[str, Any]:
+                others: int | None = None, stages: float = 0, flags: tuple[str, ...] = (), weight: float = 1.0,
+                commit: str = "a" * 40, hardware: dict[str, Any] | None = None) -> dict[str, Any]:
     """A run of 8 images a step with these scores in percent and these times. label 'none...': plain training."""
     method = method or ("none" if label.startswith("none") else label)
     train = {"kind": "train", "step": iterations, "loss": 1.0, "raw": {"task": 1.0}, "weighted": {"task": 1.0},
              "seconds": seconds, "cpu_seconds": cpu_seconds, "images_per_second": 8 * iterations / seconds,
-             "memory_mb": 500 + seed, "load": load}
+             "memory_mb": 500 + seed, "load": load, "others_mb": others}
     reports = [] if test is None else [score("test", "report", iterations, test)]
     before = {"kind": "stages", "step": 1, "seconds": stages, "cpu_seconds": stages}
     records = [before, train, score("val", "val", iterations, val), *reports]

@@ -5,6 +5,7 @@ import csv
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import ROOT, assert_refused
@@ -28,7 +29,7 @@ def test_the_table_of_gains_says_all_of_it(results) -> None:
         "run": "afdcd", "n": "3", "mIoU test %": "27.00 ± 2.00", "val %": "50.00 ± 0.00",
         "over `none`": "+5.00 [+5.00, +5.00]",
         "over `kd`": "+5.00 [+4.00, +6.00]", "at equal time": "-4.00 [-5.00, -3.00]", "plain run": "none-long",
-        "its time": "0.94×", "iterations": "100"}
+        "plain's time": "0.94×", "iterations": "100"}
     assert by_name(text)["kd"]["at equal time"] == "-" and by_name(text)["teacher"]["mIoU test %"] == "60.00"
     brief = by_name(render("gains p-1 brief rows=afdcd,none", results))
     assert list(brief) == ["teacher", "afdcd", "none"] and "over `kd`" not in brief["afdcd"]
@@ -48,10 +49,14 @@ def test_gains_without_a_common_seed_say_both_numbers(results) -> None:
 
 
 def test_intervals_of_few_seeds_have_a_note(results) -> None:
-    assert "three of four cases" in render("gains p-1", results)
-    assert "three of four cases" not in render("gains p-1 brief", results)
-    enough = [*runs("none", (20.0,) * 5), *runs("afdcd", (20.0, 21.0, 22.0, 23.0, 24.0))]
-    assert "three of four cases" not in render("gains p-1", enough)
+    def said(what: str, found: list[dict[str, Any]]) -> str:
+        return " ".join(render(what, found).replace("\n  ", " ").split())
+
+    assert "75 with 3, not in 95. With three seeds" in said("gains p-1", results)
+    assert "too narrow" not in said("gains p-1 brief", results)
+    more = [*runs("none", (20.0,) * 24), *runs("afdcd", (20.0, 21.0, 22.0, 23.0, 24.0)), *runs("kd", (20.0, 30.0) * 12)]
+    assert "85 with 5, not in 95." in said("gains p-1", more) and "three seeds" not in said("gains p-1", more)
+    assert "too narrow" not in said("gains p-1", [run for run in more if run["label"] != "afdcd"])
 
 
 def test_a_title_says_how_large_the_training_was(results) -> None:

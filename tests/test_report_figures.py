@@ -1,11 +1,12 @@
 """The figures of ``tools/report.py`` worked out by hand, what it compares, and what it warns of."""
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from result_files import KD, LONG, NONE, OURS, STUDENT, TEACHER, by_name, example, make_result, runs
 
 from tools.reporting.cautions import notes, time_notes, warnings
-from tools.reporting.figures import Clock, equal_time, figures, gain
+from tools.reporting.figures import Clock, coverage, equal_time, figures, gain
 from tools.reporting.groups import Group, groups
 from tools.reporting.pages import render
 from utils.errors import UserError
@@ -58,12 +59,22 @@ def test_more_seeds_have_the_percentiles_of_the_binomial() -> None:
 
 @pytest.mark.parametrize(("seeds", "text"), [
     ((1, 1), "n seeds:"), ((3, 3), "n seeds [bootstrap interval, of few seeds]:"),
-    ((5, 5), "n seeds [95 % bootstrap interval]:"), ((3, 5), "n seeds [95 % bootstrap interval, some of few seeds]:")])
+    ((5, 24), "n seeds [bootstrap interval, of few seeds]:"), ((24, 24), "n seeds [95 % bootstrap interval]:")])
 def test_the_title_of_a_table_says_what_its_brackets_are(seeds, text) -> None:
     rows = [make_result(label, seed, 40 + seed) for label, count in zip(("kd", "dist"), seeds, strict=True)
             for seed in range(count)]
     found = render("gains p-1", [*rows, *(make_result("none", seed, 30) for seed in range(max(seeds)))])
     assert text in " ".join(found.split("|")[0].split())
+
+
+@pytest.mark.parametrize(("seeds", "t"), [(3, 4.303), (5, 2.776), (10, 2.262)])
+def test_the_coverage_is_that_of_the_t_distribution(seeds, t) -> None:
+    """A bootstrap interval reaches 1.96 sqrt((n - 1) / n) standard errors, Student's ``t`` in 95 of 100 cases."""
+    assert coverage(seeds) < 0.95
+    samples = np.random.default_rng(1).standard_normal((100_000, seeds))
+    ratio = abs(samples.mean(1)) / samples.std(1, ddof=1) * seeds ** 0.5
+    assert (ratio <= t).mean() == pytest.approx(0.95, abs=0.004)
+    assert (ratio <= 1.96 * ((seeds - 1) / seeds) ** 0.5).mean() == pytest.approx(coverage(seeds), abs=0.008)
 
 
 def test_only_common_seeds_count() -> None:
@@ -109,23 +120,31 @@ def test_another_machine_is_not_compared_by_time() -> None:
 
 
 def test_on_a_shared_cpu_times_are_cpu_seconds() -> None:
-    # one thread and one loading process: 2 on its own
-    group = only([*runs("none", NONE, load=2.2), *runs("afdcd", OURS, load=2.3, cpu_seconds=60)])
+    # one thread: 1 on its own; what is more may be its loading process or another run
+    group = only([*runs("none", NONE, load=1.2), *runs("afdcd", OURS, load=1.3, cpu_seconds=60)])
     clock = Clock.of(group)
     assert clock.cpu and clock.seconds(row_of(group, "none")) == pytest.approx(40)
     assert clock.speed(row_of(group, "none")) == pytest.approx(100 * 8 / 40)
-    assert "shared their machine: afdcd" in " ".join(time_notes(group, clock))
+    assert "runs of afdcd may have shared their machine." in " ".join(time_notes(group, clock))
     assert by_name(render("cost p-1", [run for row in group.rows for run in row.runs]))["afdcd"]["× `none`"] == "1.50"
 
 
-@pytest.mark.parametrize("load", [9.0, None])
-def test_on_a_shared_gpu_times_are_not_shown(load) -> None:
-    gpu = {"hardware": {"gpu": "a GPU"}}
-    results = [*runs("none", NONE, **gpu), *runs("afdcd", OURS, load=load, **gpu)]
+@pytest.mark.parametrize(("load", "others"), [(3.3, 600), (None, 600), (2.0, 2001), (2.0, None)])
+def test_on_a_shared_gpu_times_are_not_shown(load, others) -> None:
+    gpu = {"hardware": {"gpu": "a GPU", "threads": 16}}  # kept at work by two threads and one loading process
+    results = [*runs("none", NONE, load=3.2, others=0, **gpu), *runs("afdcd", OURS, load=load, others=others, **gpu)]
     table = by_name(render("cost p-1", results))
     assert (table["none"]["s"], table["none"]["images/s"]) == ("50", "16.0")
     assert (table["afdcd"]["s"], table["afdcd"]["images/s"], table["afdcd"]["× `none`"]) == ("busy", "-", "-")
     assert by_name(render("gains p-1", results))["afdcd"]["at equal time"] == "-"
+
+
+def test_times_that_differ_within_a_row_are_told() -> None:
+    group = only([*runs("none", NONE), make_result("kd", 0, 50, 30, cpu_seconds=80, load=9),
+                  make_result("kd", 1, 50, 30, cpu_seconds=100, load=9)])
+    assert "the longest over the shortest: kd 1.25×." in " ".join(time_notes(group, Clock.of(group)))
+    even = only([*runs("none", NONE), *(make_result("kd", seed, 50, 30, seconds=50 + 7 * seed) for seed in (0, 1))])
+    assert not time_notes(even, Clock.of(even))
 
 
 def test_stages_before_training_count(results) -> None:

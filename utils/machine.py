@@ -41,6 +41,15 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def others_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU that are not of this process's tensors: what other processes hold, and the few hundred MB of this
+    one's libraries. None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return max(total - free - torch.cuda.memory_reserved(device), 0)
+
+
 def load() -> float | None:
     """Processes that wanted to run in the last minute, on average (None where the system does not say)."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None

@@ -16,6 +16,7 @@ from tools.comparison import figures
 from tools.comparison.answers import Answers, by_change, row_shares
 from tools.comparison.pictures import ERRORS, as_css, views
 from tools.comparison.runs import TrainedRun, differences, only_distilled, unfair
+from tools.reporting.figures import seconds_of
 from utils.files import sha256
 from utils.machine import revision
 from utils.visualize import IGNORE_COLOR
@@ -47,7 +48,8 @@ def build_page(comparison: Comparison, images: int) -> str:
         unfair=unfair(plain, distilled), differences=differences(plain, distilled),
         only_distilled=only_distilled(plain, distilled), figures=drawn,
         class_rows=class_rows(comparison), bars_left_out=spec.num_class > figures.MOST_BARS,
-        time_ratio=time_ratio(comparison), cost_roles=list(ordered_runs(comparison)), cost_rows=cost_rows(comparison),
+        time_ratio=time_ratio(comparison, cpu=False), processor_ratio=time_ratio(comparison, cpu=True),
+        cost_roles=list(ordered_runs(comparison)), cost_rows=cost_rows(comparison),
         shots=shown, commit=revision()["commit"], legend=legend(comparison, shown),
         error_legend=[(name, as_css(color)) for name, color in ERRORS.values()], plotly=get_plotlyjs())
 
@@ -83,10 +85,11 @@ def ordered_runs(comparison: Comparison) -> dict[str, TrainedRun]:
     return {role: comparison.runs[role] for role in ("teacher", "plain", "distilled") if role in comparison.runs}
 
 
-def time_ratio(comparison: Comparison) -> float:
-    """How many times as long the distilled run trained as the plain one."""
-    seconds = {role: run.digest["seconds"]["training"] for role, run in comparison.runs.items()}
-    return seconds["distilled"] / max(seconds["plain"], 1e-9)
+def time_ratio(comparison: Comparison, cpu: bool) -> float:
+    """How many times as long the distilled run trained as the plain one, with what it learned before; cpu: in processor
+    time."""
+    plain, distilled = (seconds_of(comparison.runs[role].digest, cpu) for role in ("plain", "distilled"))
+    return distilled / max(plain, 1e-9)
 
 
 def draw(comparison: Comparison) -> dict[str, dict[str, Any]]:
@@ -140,8 +143,8 @@ def cost_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
         row("network", lambda role, _: comparison.answers[role].name),
         row("parameters", lambda role, _: f"{comparison.answers[role].parameters / 1e6:.2f} M"),
         row("iterations", lambda _, log: f"{log['iterations']:,}".replace(",", " ")),
-        row("training time", lambda _, log: duration(log["seconds"]["training"])),
-        row("processor time in training", lambda _, log: duration(log["seconds"]["training_cpu"])),
+        row("training time", lambda _, log: duration(seconds_of(log, cpu=False))),
+        row("processor time in training", lambda _, log: duration(seconds_of(log, cpu=True))),
         row("validation time", lambda _, log: duration(log["seconds"]["validation"])),
         row("images per second, median", lambda _, log: f"{log['images_per_second']:.1f}"),
         row("peak memory", lambda _, log: f"{log['peak_memory_mb']:,} MB".replace(",", " ")),

@@ -7,7 +7,7 @@ from textwrap import fill
 from typing import Any
 
 from engine.results import folder_of_images, shared_settings, uncommitted
-from tools.reporting.figures import Clock, had_machine, machine_of
+from tools.reporting.figures import SAME_TIME, Clock, had_machine, machine_of
 from tools.reporting.groups import PLAIN, Group, Result, Row
 
 #: settings that a table has a row or a sentence for
@@ -147,10 +147,16 @@ def time_notes(group: Group, clock: Clock) -> list[str]:
     shared = [group.name(row) for row in rows if not all(map(had_machine, row.runs))]
     found = []
     if clock.cpu:
+        which = "runs" if len(shared) == len(rows) else f"runs of {', '.join(shared)}"
         found.append("Times are CPU seconds of the training process, without its loading processes, since the "
-                     f"runs of these rows shared their machine: {', '.join(shared)}.")
+                     f"{which} may have shared their machine.")
     elif shared:
         found.append(f"busy: other processes ran on the machine of {', '.join(shared)}, or nothing says that none did.")
+    uneven = [f"{group.name(row)} {spread:.2f}×" for row in rows
+              if (spread := clock.spread(row)) is not None and spread > 1 + SAME_TIME]
+    if uneven:
+        found.append("Times differ much between the runs of a row, the longest over the shortest: "
+                     f"{', '.join(uneven)}.")
     machines = differing(group, rows, lambda run: machine_text(machine_of(run)))
     if machines:
         found.append(sentence("Machines differ", machines))

@@ -1,9 +1,11 @@
 """Figures of rows: gains with their intervals, times, the plain run that took as long, published figures."""
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -15,8 +17,11 @@ RESAMPLES, CONFIDENCE = 20000, 0.95
 INTERVAL_SEEDS = 3
 #: a plain run that took as long as a method: their times differ by no more than this share
 SAME_TIME = 0.15
-#: what other processes may add to the load of a machine that is still called a run's own
-OTHERS_LOAD = 0.25
+#: what others may add to the load of a machine, and hold of a GPU's memory in MB, that is still called a run's own; the
+#: second with the libraries of the run itself
+OTHERS_LOAD, OTHERS_MB = 0.25, 2000
+#: threads of a training process that keep a GPU at work: the main one and that of backward
+FEEDERS = 2
 #: the protocol whose results are compared with published figures
 PAPER = "paper"
 
@@ -61,10 +66,29 @@ def gain(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Gain:
 
 
 def had_machine(run: Result) -> bool:
-    """Whether the machine was the run's own: no more wanted to run than its threads and its loading processes."""
+    """Whether the machine was the run's own: no more wanted to run than its threads, and on a GPU, whose memory nobody
+    else held, its loading processes. With those a CPU may as well have been shared, so it counts as such."""
     hardware = run["hardware"]
-    own = hardware["processes"] * (hardware["threads"] + run["settings"]["workers"])
-    return run["load"] is not None and run["load"] <= own + OTHERS_LOAD
+    threads = hardware["threads"] if hardware["gpu"] is None else FEEDERS + run["settings"]["workers"]
+    load, others = run["load"], run.get("others_mb")
+    quiet = load is not None and load <= hardware["processes"] * threads + OTHERS_LOAD
+    return quiet and (hardware["gpu"] is None or (others is not None and others <= OTHERS_MB))
+
+
+@cache
+def coverage(seeds: int) -> float:
+    """The share of cases in which the bootstrap interval of so many differences holds the true one, where they are
+    normally distributed; for many seeds :data:`CONFIDENCE`. Its width is the resampled mean's, whose standard error is
+    the ordinary one times sqrt((n - 1) / n)."""
+    samples = np.random.default_rng(0).standard_normal((50_000, seeds))
+    errors = samples.std(axis=1) / math.sqrt(seeds)
+    return float((abs(samples.mean(axis=1)) <= statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * errors).mean())
+
+
+def seconds_of(run: Result, cpu: bool) -> float:
+    """Time of the iterations and of the stages before them, without validation; cpu: processor time of the training
+    process."""
+    return sum(run["seconds"][f"{part}_cpu" if cpu else part] for part in ("stages", "training"))
 
 
 def machine_of(run: Result) -> tuple:
@@ -97,10 +121,14 @@ class Clock:
 
     def seconds(self, row: Row) -> float | None:
         """Mean time of the iterations and of the stages before them, without validation; None where it is not known."""
-        parts = [f"{part}_cpu" if self.cpu else part for part in ("stages", "training")]
+        return statistics.fmean(seconds_of(run, self.cpu) for run in row.runs) if self.is_known(row) else None
+
+    def spread(self, row: Row) -> float | None:
+        """The longest time of a row's runs over the shortest; None where times are not known."""
         if not self.is_known(row):
             return None
-        return statistics.fmean(sum(run["seconds"][part] for part in parts) for run in row.runs)
+        times = [seconds_of(run, self.cpu) for run in row.runs]
+        return max(times) / max(min(times), 1e-9)
 
     def speed(self, row: Row) -> float | None:
         """Mean images per second (of CPU time with that clock); None where it is not known."""

@@ -6,12 +6,12 @@ from textwrap import fill
 
 from tools.markdown import spread, table
 from tools.reporting.cautions import WIDTH, bullets, notes, time_notes, warnings
-from tools.reporting.figures import Clock, Figures, Gain, figures
+from tools.reporting.figures import INTERVAL_SEEDS, Clock, Figures, Gain, coverage, figures
 from tools.reporting.groups import KD, PLAIN, Group, chosen_on
 
 NOTHING = "-"
-#: from so many seeds on an interval is taken for what it says
-ENOUGH_SEEDS = 5
+#: an interval is told to be too narrow where it holds the true gain in this share of cases or less
+NARROW = 0.93
 #: header, and the cell of a row
 Column = tuple[str, Callable[[Figures], str]]
 
@@ -77,7 +77,7 @@ def gains(group: Group, brief: bool = False) -> str:
     columns.append(("at equal time", lambda f: gain_text(f.same_time and f.same_time.gain, len(f.scores))))
     if not brief:
         columns += [("plain run", lambda f: f.same_time.plain.label if f.same_time else NOTHING),
-                    ("its time", lambda f: f"{f.same_time.ratio:.2f}×" if f.same_time else NOTHING),
+                    ("plain's time", lambda f: f"{f.same_time.ratio:.2f}×" if f.same_time else NOTHING),
                     ("iterations", lambda f: f.iterations)]
     if not brief and any(f.published is not None for f in rows):
         columns += [("published", lambda f: number(f.published, ".2f")),
@@ -106,16 +106,18 @@ def interval_text(rows: Sequence[Figures]) -> str:
     seeds = [min(one.seeds) for one in all_gains(rows)]
     if not seeds:
         return ""
-    few = "" if min(seeds) >= ENOUGH_SEEDS else ", of few seeds" if max(seeds) < ENOUGH_SEEDS else ", some of few seeds"
-    return f" [{'95 % ' if max(seeds) >= ENOUGH_SEEDS else ''}bootstrap interval{few}]"
+    return " [bootstrap interval, of few seeds]" if coverage(min(seeds)) <= NARROW else " [95 % bootstrap interval]"
 
 
 def few_seeds(rows: Sequence[Figures]) -> list[str]:
     """What an interval of few seeds is worth, where the table has one."""
-    if not any(min(one.seeds) < ENOUGH_SEEDS for one in all_gains(rows)):
+    few = sorted({n for one in all_gains(rows) if coverage(n := min(one.seeds)) <= NARROW})
+    if not few:
         return []
-    return [f"Intervals of fewer than {ENOUGH_SEEDS} seeds are too narrow. With three they reach from the smallest "
-            "difference to the largest, and such a range holds the true gain in three of four cases, not in 95 of 100."]
+    worth = ", ".join(f"{100 * coverage(n):.0f} with {n}" for n in few)
+    text = f"Intervals of few seeds are too narrow: of a hundred they hold the true gain in {worth}, not in 95."
+    return [f"{text} With three seeds they reach from the smallest difference to the largest."
+            if INTERVAL_SEEDS in few else text]
 
 
 def cost(group: Group, brief: bool = False) -> str:
