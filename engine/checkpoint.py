@@ -76,7 +76,7 @@ def save_state(run: Run, keep: Path | None = None) -> None:
         # without a validation set, none is missing
         "validated": run.step if run.val_set is None else run.validated, "config": plain(run.settings),
         "processes": run.distributed.world_size, "skipped": run.step_fn.skipped,
-        "changed": run.changed, "contents": run.contents, "sources": run.sources}), keep)
+        "changed": run.changed, "contents": run.contents, "sources": run.sources, "revisions": run.revisions}), keep)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -150,6 +150,7 @@ def resume(run: Run, *, trains: bool = False) -> bool:
     other_code = differing(before, run.sources)
     run.changed = earlier + [{"step": run.step, "setting": name, "before": then, "after": now}
                              for name, (then, now) in (changes | other_code).items()]
+    run.revisions = list(state.get("revisions", ()))  # none of earlier programs
     if damaged and run.lock is not None:  # not while others may be writing
         run.files.set_damaged_aside()
     if path.parent.resolve() == run.files.directory.resolve() and has_best(run, state.get("best_weights"), trains):

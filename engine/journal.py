@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from engine.checkpoint import versions
+from engine.checkpoint import is_finished, versions
 from engine.introduction import introduce
 from engine.layout import INDENT, fold
 from engine.log import LOG, RunLogger, setup_logging
@@ -48,6 +48,8 @@ class Journal:
             setup_logging(True, run.files.text_log)
             self.logger = RunLogger(run.files.log_directory, run.files.log_name, run.step, running.tensorboard,
                                     run.validated, self._tracker())
+            if not is_finished(run):  # else the code of now makes no step
+                run.revisions = [one for one in run.revisions if one != revision()] + [revision()]
             write_json(run.files.config, {
                 "config": plain(run.settings), "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
                 "processes": distributed.world_size, "versions": versions(), "revision": revision(),

@@ -153,17 +153,19 @@ def build_result(run: Run, records: Sequence[Mapping[str, Any]]) -> dict[str, An
         source = Path(n.teacher_pretrained).expanduser()
         teacher = _network(n, "teacher") | {"sha256": sha256(source) if source.is_file() else None}
     config = json.loads(files.config.read_text(encoding="utf-8"))
+    *earlier, last = run.revisions or [config["revision"]]
     return {
         "format": FORMAT, "protocol": r.protocol, "dataset": settings.data.dataset, "teacher": teacher,
         "student": _network(n, "student") | {"parameters": sum(p.numel() for p in run.student.parameters())},
         "method": settings.distillation.method or "afdcd", "label": result_path(settings).parent.name,
         "seed": settings.optimization.seed, "iterations": run.step, "active": settings.active,
         "classes": list(run.spec.classes), **digest(records), "command": config["command"],
-        "settings": plain(settings), "revision": config["revision"], "sources": config.get("sources", {}),
+        "settings": plain(settings), "revision": last, "sources": config.get("sources", {}),
         "versions": config["versions"],
         "hardware": machine(run.distributed.device.type) | {
             "processes": run.distributed.world_size, "threads": torch.get_num_threads()},
-        "weights": _hashes(files), **({"changed": run.changed} if run.changed else {})}
+        "weights": _hashes(files), **({"changed": run.changed} if run.changed else {}),
+        **({"earlier_revisions": earlier} if earlier else {})}
 
 
 def _network(networks: Networks, role: str) -> dict[str, str]:
@@ -219,10 +221,15 @@ def read_result(path: Path) -> dict[str, Any]:
     return content
 
 
+def revisions(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Those that a run was trained with, in order: more than one where it was resumed with another."""
+    return [*result.get("earlier_revisions", ()), result["revision"]]
+
+
 def uncommitted(result: Mapping[str, Any]) -> dict[str, str]:
-    """{file: SHA-256} of the run's own code that its revision does not tell: changed, or from elsewhere."""
+    """{file: SHA-256} of the run's own code that its revisions do not tell: changed, or from elsewhere."""
     files = result.get("sources", {})
-    told = result["revision"]["commit"] is not None and not result["revision"]["changed"]
+    told = all(one["commit"] is not None and not one["changed"] for one in revisions(result))
     return {name: digest for name, digest in files.items() if not (told and is_own_code(name))}
 
 

@@ -30,8 +30,9 @@ class Run:
     iterations done at the last validation. val_set: None without validation. teacher: None when no method reads one.
     unlabeled: images without labels that join every batch. contents: {setting: what the file that it names holds}, as
     JSON values. sources: {file of its own code: SHA-256}. lock: on the folders, while the main process trains. changed:
-    settings that a resumed run has changed on its way, each with the step after which it did. teacher_predictions:
-    {index: int64 [H, W]} of the validation images that are drawn."""
+    settings that a resumed run has changed on its way, each with the step after which it did. revisions: of this code,
+    of all processes that made steps, known to the main process while it trains. teacher_predictions: {index: int64
+    [H, W]} of the validation images that are drawn."""
 
     settings: Settings
     distributed: Distributed
@@ -55,6 +56,7 @@ class Run:
     validated: int = 0
     lock: RunLock | None = None
     changed: list[dict[str, object]] = field(default_factory=list)
+    revisions: list[dict[str, object]] = field(default_factory=list)
     teacher_predictions: dict[int, Tensor] = field(default_factory=dict)
 
     @property

@@ -11,7 +11,11 @@ import pytest
 from helpers import ROOT, assert_refused
 from result_files import OURS, by_name, cells, example, make_result, runs, write_results
 
+from engine.results import read_results
 from tools import report
+from tools.markdown import spread
+from tools.reporting.figures import Clock, Figures, figures
+from tools.reporting.groups import groups
 from tools.reporting.pages import render
 from utils.errors import UserError
 
@@ -183,6 +187,22 @@ def test_a_file_that_is_no_result_is_named(page, tmp_path, capsys) -> None:
 
 def test_the_pages_of_the_repository_agree_with_its_results() -> None:
     assert report.main(["--check"]) == 0
+
+
+def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
+    def rows(protocol: str, **which: str) -> dict[str, Figures]:
+        group, = groups(read_results(ROOT / "results", protocol), protocol, **which)
+        return {one.name: one for one in figures(group, Clock.of(group))}
+
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    toy, few = rows("toy-5"), rows("camvid-few-3")
+    full = rows("camvid-cpu-1", teacher="deeplab_mobile_mobilenetv2")
+    names = {"plain": "none", "KD": "kd-tuned", "Af-DCD": "afdcd-tuned", "DIST": "dist"}
+    assert ", ".join(f"{name} {spread(toy[row].scores, '.1f')}" for name, row in names.items()) in text
+    cwd, afdcd, with_ten, afdcd_with_ten = (f"{row.plain.mean:.1f}" for row in (
+        full["cwd"], full["afdcd"], few["cwd"], few["afdcd"]))
+    assert f"CWD gains {cwd} points, Af-DCD {afdcd}, with ten labels {with_ten} and {afdcd_with_ten}" in text
+    assert f"at equal time only CWD's {few['cwd'].same_time.gain.mean:.1f}" in text
 
 
 def test_a_table_that_was_changed_by_hand_is_found_among_the_pages_of_the_repository(tmp_path, capsys) -> None:

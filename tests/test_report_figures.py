@@ -310,6 +310,9 @@ def test_teachers_may_differ_by_seed_but_not_by_row() -> None:
 def test_revisions_are_listed_where_they_differ() -> None:
     other = runs("kd", KD, commit="b" * 40)
     assert "Revisions: aaaaaaa in none; bbbbbbb in kd." in notes(only([*runs("none", NONE), *other]))
+    other[1]["earlier_revisions"] = [{"commit": "c" * 40, "changed": False}]
+    assert "ccccccc then bbbbbbb in kd." in " ".join(notes(only([*runs("none", NONE), *other])))
+    other[1].pop("earlier_revisions")
     other[0]["revision"]["changed"] = True
     assert "bbbbbbb* in kd; bbbbbbb in kd" in " ".join(notes(only([*runs("none", NONE), *other])))
 

@@ -213,14 +213,14 @@ def shell_job(folder: Path, name: str, script: str) -> SimpleNamespace:
 
 
 class TestRunning:
-    def test_an_interrupted_plan_goes_on_to_the_same_results(self, place) -> None:
-        """Stopped in the middle of the second run, then run to the end: the first is skipped, the second goes on, and
-        ends as one that was never stopped."""
-        text = (place / "tiny.toml").read_text()  # long enough to be stopped in its middle, however busy the machine
-        longer = "[runs.none]\nseeds = [1]\nflags = {max-iterations = 20, val-per-iters = 10}"
-        (place / "tiny.toml").write_text(text.replace("[runs.none]", longer))
-        command = [sys.executable, "tools/reproduce.py", *arguments(place, "--only", "/none/")]
-        second = next(job for job in expand(place) if job.name.endswith(f"{PLAIN}/none/1"))
+    def test_the_toy_plan_goes_on_where_it_was_interrupted_to_the_same_results(self, place) -> None:
+        """The plan of the repository with small images and few steps: stopped in the middle of the second run, then run
+        to the end: the first is skipped, the second goes on, and ends as one that was never stopped."""
+        plan, places = self.small_toy_plan(place), Places(place / "results", place / "work")
+        arguments = [str(plan), "--only", "/dist/", "--seeds", "0", "1"]
+        folders = ["--results", str(places.results), "--work", str(places.work)]
+        first, second = (job for job in Expansion(read_plan(plan), places, [0, 1]).jobs() if "/dist/" in job.name)
+        command = [sys.executable, "tools/reproduce.py", *arguments, *folders]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 240
         while not second.states and process.poll() is None and time.monotonic() < deadline:
@@ -228,20 +228,52 @@ class TestRunning:
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=60)
         assert process.returncode == 130 and "stopped" in said and "the same command goes on" in said
-        first = expand(place)[0]
         assert status(first).state == DONE and status(second).state == BEGUN
         made = first.result.stat().st_mtime_ns
-        assert reproduce.main(arguments(place, "--only", "/none/", "--jobs", "2")) == 0
-        assert first.result.stat().st_mtime_ns == made
-        assert {status(job).state for job in expand(place) if "/none/" in job.name} == {DONE}
+        assert reproduce.main([*arguments, *folders, "--jobs", "2"]) == 0
+        assert first.result.stat().st_mtime_ns == made and status(second).state == DONE
         told = (second.folder / "output.txt").read_text()
         assert "resumed" in told and re.search(r"stopped by SIGTERM (after step \d|outside of its steps)", told)
         whole = place / "whole"
-        assert reproduce.main([*arguments(place, "--only", f"{PLAIN}/none/1"), "--results", str(whole / "results"),
-                               "--work", str(whole / "work")]) == 0
+        assert reproduce.main([*arguments[:3], "--seeds", "1", "--results", str(whole / "results"), "--work",
+                               str(whole / "work")]) == 0
         alone, = read_results(whole / "results")
         one = json.loads(second.result.read_text())
         assert (one["weights"], one["curve"]) == (alone["weights"], alone["curve"])
+
+    @staticmethod
+    def small_toy_plan(place: Path) -> Path:
+        text = (ROOT / "train_scripts/plans/toy.toml").read_text()
+        smaller = {"data/toy_streets_240x320_200_points5": str(place / "streets"),
+                   "train = 200, val = 40, test = 100": "train = 4, val = 2, test = 2",
+                   "height = 240, width = 320": "height = 48, width = 64", "[128, 160]": "[48, 64]",
+                   "batch-size = 8": "batch-size = 2", "max-iterations = 640": "max-iterations = 20",
+                   "workers = 1": "workers = 0", "log-iter = 25": "log-iter = 1",
+                   "val-per-iters = 160": "val-per-iters = 10", "save-per-iters = 160": "save-per-iters = 1"}
+        for old, new in smaller.items():
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        path = place / "toy.toml"
+        path.write_text(text)
+        return path
+
+    def test_a_plan_without_anything_left_says_how_it_is_run_anew(self, place, capsys) -> None:
+        argv = arguments(place, "--only", f"{PLAIN}/none/1")
+        assert reproduce.main(argv) == 0 and "nothing is left" not in capsys.readouterr().out
+        assert reproduce.main(argv) == 0
+        assert f"{place / 'results'} has all results; to run them anew, give another" in capsys.readouterr().out
+
+    def test_minutes_of_the_time_budget_are_counted(self, place, capsys, monkeypatch) -> None:
+        class Recorder(Runner):
+            def __init__(self, *given) -> None:
+                super().__init__(*given)
+                budgets.append(given[3])
+                self.deadline = 0.0
+
+        budgets = []
+        monkeypatch.setattr(reproduce, "Runner", Recorder)
+        assert reproduce.main(arguments(place, "--only", f"{PLAIN}/none/", "--time-budget", "1.5")) == 0
+        assert budgets == [90] and "0 runs done now, 0 failed, 2 left to do" in capsys.readouterr().out
 
     def test_a_teacher_is_trained_before_its_student(self, place, capsys) -> None:
         assert reproduce.main(arguments(place, "--only", "/fd/1", "--jobs", "2")) == 0

@@ -147,6 +147,10 @@ def main(argv: list[str] | None = None) -> int:
     sources = {job.name: source for job in jobs if states[job.name].state != DONE
                and (source := find_finished(repeats.get(job.name, ()))) is not None}
     missing = to_run(jobs, {**states, **dict.fromkeys(sources, Status(DONE))})
+    if all(one.state == DONE for one in states.values()):
+        print(f"nothing is left to run: {places_of(options).results} has all results; to run them anew, give another "
+              "--results and --work")
+        return 0
     absent = absent_teachers(missing, everything)
     for line in absent if options.dry_run or options.slurm else ():
         print(f"missing: {line}")

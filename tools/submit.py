@@ -136,12 +136,12 @@ def write_zip(out: Path, folder: Path, files: Sequence[Expected], spec: DatasetS
 
 def check_officially(files: Sequence[Expected], spec: DatasetSpec) -> str:
     """Ask Cityscapes' own evaluation for the prediction of every image, and its table for every id; a line that says
-    so, or that it is not installed. UserError when it finds none, or two, or knows no such class."""
+    so, or that it cannot be imported. UserError when it finds none, or two, or knows no such class."""
     try:
         from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
         from cityscapesscripts.helpers.labels import id2label
-    except ImportError:
-        return "cityscapesscripts is not installed: its own check was skipped"
+    except ImportError as error:
+        return f"cityscapesscripts cannot be imported ({error}): its own check was skipped"
     for train, stored in enumerate(spec.train_to_id.tolist()):
         label = id2label.get(stored)
         if label is None or label.trainId != train or label.ignoreInEval:

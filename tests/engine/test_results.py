@@ -1,13 +1,14 @@
 """The result of a run: made of its log, whole after an interruption, refused when it is something else."""
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from helpers import ROOT, assert_refused, distil_arguments, train_arguments, write_folder_dataset, write_teacher
 
 import train_kd
-from engine.results import POINTS, add_weights, digest, read_log, read_result, read_results
+from engine.results import POINTS, add_weights, digest, read_log, read_result, read_results, revisions
 from utils.errors import UserError
 from utils.files import sha256, write_json
 
@@ -96,14 +97,24 @@ def test_an_interrupted_run_has_the_same_curve(place, distilled, monkeypatch) ->
 
     original = train_kd.train_batch
     argv = arguments(place, "resumed", *distil_arguments(place / "teacher.pth"))
+    first, second, third = ({"commit": letter * 40, "changed": False} for letter in "abc")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_kd, "train_batch", dying)
+        patch.setattr("engine.journal.revision", lambda: first)
         train_kd.main(argv)
-    assert not list((place / "resumed" / "results").glob("**/*.json"))
-    assert train_kd.main([*argv, "--resume", "auto"]) == 0
-    one, = read_results(place / "resumed" / "results")
+    results = place / "resumed" / "results"
+    assert not list(results.glob("**/*.json"))
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.journal.revision", lambda: second)
+        assert train_kd.main([*argv, "--resume", "auto"]) == 0
+    one, = read_results(results)
     same = ("curve", "losses", "scores", "last", "weights", "best_step")
     assert {k: one[k] for k in same} == {k: distilled[k] for k in same}
+    assert revisions(one) == [first, second] and revisions(distilled) == [distilled["revision"]]
+    shutil.rmtree(results)
+    monkeypatch.setattr("engine.journal.revision", lambda: third)  # which makes no step
+    assert train_kd.main([*argv, "--resume", "auto"]) == 0
+    assert [revisions(one) for one in read_results(results)] == [[first, second]]
 
 
 def test_another_run_does_not_overwrite_it(place, capsys) -> None:

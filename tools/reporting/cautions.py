@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from engine.results import folder_of_images, shared_settings, uncommitted
+from engine.results import folder_of_images, revisions, shared_settings, uncommitted
 from tools.reporting.figures import SAME_TIME, Clock, had_machine, machine_of
 from tools.reporting.groups import PLAIN, Group, Result, Row
 
@@ -133,10 +133,9 @@ def images_of_teachers(group: Group) -> str | None:
 
 
 def commit(run: Result) -> str:
-    """The revision of the code that made a result, with a star where the code of training was changed, and the run's
-    own files that it does not tell."""
-    revision = run["revision"]
-    text = f"{(revision['commit'] or 'unknown')[:7]}{'*' if revision['changed'] else ''}"
+    """The revision of the code that made a result, or those one after the other, with a star where the code of training
+    was changed, and the run's own files that it does not tell."""
+    text = " then ".join(f"{(one['commit'] or 'unknown')[:7]}{'*' if one['changed'] else ''}" for one in revisions(run))
     files = [f"{name} {digest[:7]}" for name, digest in sorted(uncommitted(run).items())]
     return f"{text} with {', '.join(files)}" if files else text
 
