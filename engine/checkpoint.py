@@ -146,7 +146,9 @@ def resume(run: Run, *, trains: bool = False) -> bool:
     processes = state.get("processes", run.distributed.world_size)
     if processes != run.distributed.world_size and not is_finished(run):
         changes["processes"] = processes, run.distributed.world_size
-    before = {} if is_finished(run) else state.get("sources", {})  # none of earlier programs
+    before = state.get("sources", {})  # none of earlier programs
+    if is_finished(run) and before:
+        run.sources = before  # the code of now makes no step
     other_code = differing(before, run.sources)
     run.changed = earlier + [{"step": run.step, "setting": name, "before": then, "after": now}
                              for name, (then, now) in (changes | other_code).items()]

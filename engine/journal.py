@@ -1,6 +1,7 @@
 """What a run says while it trains: its files are opened, every logged iteration is written down, the speed is kept."""
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -48,11 +49,10 @@ class Journal:
             setup_logging(True, run.files.text_log)
             self.logger = RunLogger(run.files.log_directory, run.files.log_name, run.step, running.tensorboard,
                                     run.validated, self._tracker())
-            if not is_finished(run):  # else the code of now makes no step
-                run.revisions = [one for one in run.revisions if one != revision()] + [revision()]
+            run.revisions = self._revisions()
             write_json(run.files.config, {
                 "config": plain(run.settings), "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-                "processes": distributed.world_size, "versions": versions(), "revision": revision(),
+                "processes": distributed.world_size, "versions": versions(), "revision": run.revisions[-1],
                 "sources": run.sources,
                 **({"changed": run.changed} if run.changed else {})})
             self._introduce()
@@ -60,6 +60,16 @@ class Journal:
         self.progress = tqdm(total=run.settings.optimization.max_iterations, initial=run.step, unit="it",
                              disable=not (distributed.is_main_process and sys.stderr.isatty()), dynamic_ncols=True,
                              smoothing=0.1)
+
+    def _revisions(self) -> list[dict[str, object]]:
+        """Those that make the steps of the run: what its state says (of an earlier version: its configuration), and the
+        code of now where a step is left."""
+        found, config = self.run.revisions, self.run.files.config
+        if not found and self.resumed and self.run.files.goes_on_here and config.is_file():
+            found = [json.loads(config.read_text(encoding="utf-8"))["revision"]]
+        if found and (is_finished(self.run) or found[-1] == revision()):
+            return found
+        return [*found, revision()]
 
     def _tracker(self) -> Tracker | None:
         running, files = self.run.settings.running, self.run.files

@@ -153,7 +153,7 @@ def build_result(run: Run, records: Sequence[Mapping[str, Any]]) -> dict[str, An
         source = Path(n.teacher_pretrained).expanduser()
         teacher = _network(n, "teacher") | {"sha256": sha256(source) if source.is_file() else None}
     config = json.loads(files.config.read_text(encoding="utf-8"))
-    *earlier, last = run.revisions or [config["revision"]]
+    *earlier, last = run.revisions
     return {
         "format": FORMAT, "protocol": r.protocol, "dataset": settings.data.dataset, "teacher": teacher,
         "student": _network(n, "student") | {"parameters": sum(p.numel() for p in run.student.parameters())},
@@ -227,9 +227,9 @@ def revisions(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def uncommitted(result: Mapping[str, Any]) -> dict[str, str]:
-    """{file: SHA-256} of the run's own code that its revisions do not tell: changed, or from elsewhere."""
+    """{file: SHA-256} of the run's own code that its revision does not tell: changed, or from elsewhere."""
     files = result.get("sources", {})
-    told = all(one["commit"] is not None and not one["changed"] for one in revisions(result))
+    told = result["revision"]["commit"] is not None and not result["revision"]["changed"]
     return {name: digest for name, digest in files.items() if not (told and is_own_code(name))}
 
 

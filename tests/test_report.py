@@ -56,10 +56,11 @@ def test_intervals_of_few_seeds_have_a_note(results) -> None:
     def said(what: str, found: list[dict[str, Any]]) -> str:
         return " ".join(render(what, found).replace("\n  ", " ").split())
 
-    assert "75 with 3, not in 95. With three seeds" in said("gains p-1", results)
+    assert "about 75 (3 seeds) of 100 cases, not in 95. Those of three seeds" in said("gains p-1", results)
     assert "too narrow" not in said("gains p-1 brief", results)
     more = [*runs("none", (20.0,) * 24), *runs("afdcd", (20.0, 21.0, 22.0, 23.0, 24.0)), *runs("kd", (20.0, 30.0) * 12)]
-    assert "85 with 5, not in 95." in said("gains p-1", more) and "three seeds" not in said("gains p-1", more)
+    assert "(5 seeds) of 100 cases, not in 95." in said("gains p-1", more)
+    assert "three seeds" not in said("gains p-1", more)
     assert "too narrow" not in said("gains p-1", [run for run in more if run["label"] != "afdcd"])
 
 

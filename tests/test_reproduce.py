@@ -222,11 +222,14 @@ class TestRunning:
         first, second = (job for job in Expansion(read_plan(plan), places, [0, 1]).jobs() if "/dist/" in job.name)
         command = [sys.executable, "tools/reproduce.py", *arguments, *folders]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 240
-        while not second.states and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=60)
+        try:
+            deadline = time.monotonic() + 240
+            while not second.states and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            process.send_signal(signal.SIGTERM)
+            said, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
         assert process.returncode == 130 and "stopped" in said and "the same command goes on" in said
         assert status(first).state == DONE and status(second).state == BEGUN
         made = first.result.stat().st_mtime_ns
@@ -247,9 +250,9 @@ class TestRunning:
         smaller = {"data/toy_streets_240x320_200_points5": str(place / "streets"),
                    "train = 200, val = 40, test = 100": "train = 4, val = 2, test = 2",
                    "height = 240, width = 320": "height = 48, width = 64", "[128, 160]": "[48, 64]",
-                   "batch-size = 8": "batch-size = 2", "max-iterations = 640": "max-iterations = 20",
+                   "batch-size = 8": "batch-size = 2", "max-iterations = 640": "max-iterations = 40",
                    "workers = 1": "workers = 0", "log-iter = 25": "log-iter = 1",
-                   "val-per-iters = 160": "val-per-iters = 10", "save-per-iters = 160": "save-per-iters = 1"}
+                   "val-per-iters = 160": "val-per-iters = 20", "save-per-iters = 160": "save-per-iters = 1"}
         for old, new in smaller.items():
             assert text.count(old) == 1
             text = text.replace(old, new)
@@ -261,7 +264,7 @@ class TestRunning:
         argv = arguments(place, "--only", f"{PLAIN}/none/1")
         assert reproduce.main(argv) == 0 and "nothing is left" not in capsys.readouterr().out
         assert reproduce.main(argv) == 0
-        assert f"{place / 'results'} has all results; to run them anew, give another" in capsys.readouterr().out
+        assert f"{place / 'results'} holds the results; to run anew, give another" in capsys.readouterr().out
 
     def test_minutes_of_the_time_budget_are_counted(self, place, capsys, monkeypatch) -> None:
         class Recorder(Runner):

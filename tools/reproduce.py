@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
                and (source := find_finished(repeats.get(job.name, ()))) is not None}
     missing = to_run(jobs, {**states, **dict.fromkeys(sources, Status(DONE))})
     if all(one.state == DONE for one in states.values()):
-        print(f"nothing is left to run: {places_of(options).results} has all results; to run them anew, give another "
+        print(f"nothing is left to run: {places_of(options).results} holds the results; to run anew, give another "
               "--results and --work")
         return 0
     absent = absent_teachers(missing, everything)

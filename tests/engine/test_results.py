@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import ROOT, assert_refused, distil_arguments, train_arguments, write_folder_dataset, write_teacher
 
 import train_kd
@@ -89,32 +90,54 @@ def test_the_revision_is_that_of_the_start(place, monkeypatch) -> None:
     assert one["revision"] == {"commit": "at the start", "changed": False}
 
 
-def test_an_interrupted_run_has_the_same_curve(place, distilled, monkeypatch) -> None:
+def interrupted(place: Path, name: str, monkeypatch, now: dict[str, object]) -> list[str]:
+    """Begin a run with this revision, which dies after step 4; its command line."""
     def dying(run, batch):
         if run.step == 4:
             raise KeyboardInterrupt
         return original(run, batch)
 
     original = train_kd.train_batch
-    argv = arguments(place, "resumed", *distil_arguments(place / "teacher.pth"))
-    first, second, third = ({"commit": letter * 40, "changed": False} for letter in "abc")
+    argv = arguments(place, name, *distil_arguments(place / "teacher.pth"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_kd, "train_batch", dying)
-        patch.setattr("engine.journal.revision", lambda: first)
+        patch.setattr("engine.journal.revision", lambda: now)
         train_kd.main(argv)
-    results = place / "resumed" / "results"
-    assert not list(results.glob("**/*.json"))
+    return argv
+
+
+def resume_with(argv: list[str], monkeypatch, now: dict[str, object], code: str = "0" * 64) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("engine.journal.revision", lambda: second)
+        patch.setattr("engine.journal.revision", lambda: now)
+        patch.setattr("engine.build.sources", lambda settings: {"losses/kd.py": code})
         assert train_kd.main([*argv, "--resume", "auto"]) == 0
+
+
+FIRST, SECOND, THIRD = ({"commit": letter * 40, "changed": False} for letter in "abc")
+
+
+def test_an_interrupted_run_has_the_same_curve(place, distilled, monkeypatch) -> None:
+    argv, results = interrupted(place, "resumed", monkeypatch, FIRST), place / "resumed" / "results"
+    assert not list(results.glob("**/*.json"))
+    resume_with(argv, monkeypatch, SECOND)
     one, = read_results(results)
     same = ("curve", "losses", "scores", "last", "weights", "best_step")
     assert {k: one[k] for k in same} == {k: distilled[k] for k in same}
-    assert revisions(one) == [first, second] and revisions(distilled) == [distilled["revision"]]
+    assert revisions(one) == [FIRST, SECOND] and revisions(distilled) == [distilled["revision"]]
     shutil.rmtree(results)
-    monkeypatch.setattr("engine.journal.revision", lambda: third)  # which makes no step
-    assert train_kd.main([*argv, "--resume", "auto"]) == 0
-    assert [revisions(one) for one in read_results(results)] == [[first, second]]
+    resume_with(argv, monkeypatch, THIRD, "1" * 64)  # which makes no step
+    again, = read_results(results)
+    assert revisions(again) == [FIRST, SECOND] and again["sources"] == one["sources"] == {"losses/kd.py": "0" * 64}
+
+
+def test_a_state_of_an_earlier_version_has_the_revision_of_its_configuration(place, monkeypatch) -> None:
+    argv = interrupted(place, "earlier", monkeypatch, FIRST)
+    state, = (path for path in (place / "earlier").glob("*_state.pth"))
+    held = torch.load(state, weights_only=True)
+    assert held.pop("revisions") == [FIRST]
+    torch.save(held, state)
+    resume_with(argv, monkeypatch, SECOND)
+    assert [revisions(one) for one in read_results(place / "earlier" / "results")] == [[FIRST, SECOND]]
 
 
 def test_another_run_does_not_overwrite_it(place, capsys) -> None:

@@ -18,6 +18,13 @@ def test_memory_of_others_is_that_of_a_gpu_without_the_tensors_of_this_process(m
 def test_tensors_of_this_process_are_not_those_of_others() -> None:
     device = torch.device("cuda", 0)
     torch.zeros(1, device=device)
-    before = others_memory(device)
-    held = torch.zeros(2 ** 30, dtype=torch.uint8, device=device)
-    assert abs(others_memory(device) - before) < 2 ** 28 and held.numel() == 2 ** 30
+
+    def change() -> int:
+        before = others_memory(device)
+        held = torch.zeros(2 ** 30, dtype=torch.uint8, device=device)
+        after = others_memory(device)
+        del held
+        torch.cuda.empty_cache()
+        return abs(after - before)
+
+    assert min(change() for _ in range(5)) < 2 ** 28  # others may come and go in some of them

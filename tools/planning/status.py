@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from engine.results import differences, read_result, revisions, uncommitted
+from engine.results import differences, read_result, uncommitted
 from engine.run_files import changed, plain
 from engine.sources import differing, is_own_code, sources
 from tools.planning.plan import ROOT, Job
@@ -71,7 +71,7 @@ def refuse_code(job: Job, result: Mapping[str, Any]) -> None:
     """UserError when a run's own code, which no commit has, is another one now. Without git nothing is known of this
     code; what lies elsewhere is compared in any case."""
     loose = uncommitted(result)
-    if any(one["commit"] is None for one in revisions(result)):
+    if result["revision"]["commit"] is None:
         loose = {name: digest for name, digest in loose.items() if not is_own_code(name)}
     changes = differing(loose, sources(job.settings))
     if changes:

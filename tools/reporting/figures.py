@@ -19,7 +19,7 @@ INTERVAL_SEEDS = 3
 SAME_TIME = 0.15
 #: what others may add to the load of a machine, and hold of a GPU's memory in MB, that is still called a run's own; the
 #: second with the libraries of the run itself
-OTHERS_LOAD, OTHERS_MB = 0.25, 2000
+OTHERS_LOAD, OTHERS_MB = 0.25, 4000
 #: threads of a training process that keep a GPU at work: the main one and that of backward
 FEEDERS = 2
 #: the protocol whose results are compared with published figures
@@ -77,9 +77,9 @@ def had_machine(run: Result) -> bool:
 
 @cache
 def coverage(seeds: int) -> float:
-    """The share of cases in which the bootstrap interval of so many differences holds the true one, where they are
-    normally distributed; for many seeds :data:`CONFIDENCE`. Its width is the resampled mean's, whose standard error is
-    the ordinary one times sqrt((n - 1) / n)."""
+    """About the share of cases in which the bootstrap interval of so many differences holds the true one, where they
+    are normally distributed; for many seeds :data:`CONFIDENCE`. Its width is the resampled mean's, whose standard error
+    is the ordinary one times sqrt((n - 1) / n)."""
     samples = np.random.default_rng(0).standard_normal((50_000, seeds))
     errors = samples.std(axis=1) / math.sqrt(seeds)
     return float((abs(samples.mean(axis=1)) <= statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * errors).mean())

@@ -114,9 +114,9 @@ def few_seeds(rows: Sequence[Figures]) -> list[str]:
     few = sorted({n for one in all_gains(rows) if coverage(n := min(one.seeds)) <= NARROW})
     if not few:
         return []
-    worth = ", ".join(f"{100 * coverage(n):.0f} with {n}" for n in few)
-    text = f"Intervals of few seeds are too narrow: of a hundred they hold the true gain in {worth}, not in 95."
-    return [f"{text} With three seeds they reach from the smallest difference to the largest."
+    worth = ", ".join(f"{100 * coverage(n):.0f} ({n} seeds)" for n in few)
+    text = f"Intervals of few seeds are too narrow: they hold the true gain in about {worth} of 100 cases, not in 95."
+    return [f"{text} Those of three seeds reach from the smallest difference to the largest."
             if INTERVAL_SEEDS in few else text]
 
 
