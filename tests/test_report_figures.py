@@ -127,6 +127,20 @@ def test_another_machine_is_not_compared_by_time() -> None:
         time_notes(group, Clock.of(group)))
 
 
+def test_times_are_compared_machine_by_machine() -> None:
+    other = {"hardware": {"cpu": "another"}}
+    group = only([*runs("none", NONE), make_result("none-long", 0, 50, 30, iterations=300, seconds=150),
+                  make_result("none-long", 1, 50, 30, iterations=300, seconds=330, **other),
+                  make_result("afdcd", 0, 50, 40, seconds=160), make_result("afdcd", 1, 50, 40, seconds=300, **other),
+                  make_result("kd", 0, 50, 40, seconds=300, **other)])
+    clock, long = Clock.of(group), row_of(group, "none-long")
+    same = equal_time(group, row_of(group, "afdcd"), clock)
+    assert same.plain is long and same.ratio == pytest.approx((150 / 160 + 330 / 300) / 2)
+    assert equal_time(group, row_of(group, "kd"), clock).ratio == pytest.approx(1.1)
+    found = {one.name: one.times_plain for one in figures(group, clock)}
+    assert (found["afdcd"], found["kd"]) == (pytest.approx(160 / 50), None)
+
+
 def test_on_a_shared_cpu_times_are_cpu_seconds() -> None:
     # one thread: 1 on its own; what is more may be its loading process or another run
     group = only([*runs("none", NONE, load=1.2), *runs("afdcd", OURS, load=1.3, cpu_seconds=60)])

@@ -123,6 +123,20 @@ class Clock:
         """Mean time of the iterations and of the stages before them, without validation; None where it is not known."""
         return statistics.fmean(seconds_of(run, self.cpu) for run in row.runs) if self.is_known(row) else None
 
+    def on_machines(self, row: Row) -> dict[tuple, float]:
+        """{machine: mean time of the row's runs on it}; empty where times are not known, or are 0."""
+        times: dict[tuple, list[float]] = {}
+        for run in row.runs if self.is_known(row) else ():
+            times.setdefault(machine_of(run), []).append(seconds_of(run, self.cpu))
+        return {machine: mean for machine, found in times.items() if (mean := statistics.fmean(found)) > 0}
+
+    def ratio(self, one: Row, other: Row) -> float | None:
+        """The time of one row as a multiple of another's: the mean of those on the machines where both have runs; None
+        where there is no such machine."""
+        ours, theirs = self.on_machines(one), self.on_machines(other)
+        ratios = [ours[machine] / theirs[machine] for machine in ours.keys() & theirs.keys()]
+        return sum(sorted(ratios)) / len(ratios) if ratios else None
+
     def spread(self, row: Row) -> float | None:
         """The longest time of a row's runs over the shortest; None where times are not known."""
         if not self.is_known(row):
@@ -157,20 +171,16 @@ class EqualTime:
 
 
 def equal_time(group: Group, row: Row, clock: Clock) -> EqualTime | None:
-    """Of the plain rows on the same machine the one whose time is closest; None when it is not within
+    """Of the plain rows the one whose time on the same machines is closest; None when it is not within
     :data:`SAME_TIME` and when times are not known."""
-    own = clock.seconds(row)
-    if not own:
+    ratios = [(one, ratio) for one in group.rows
+              if one.method == PLAIN and (ratio := clock.ratio(one, row)) is not None]
+    if not ratios:
         return None
-    machines = set(row.values(machine_of))
-    times = [(one, clock.seconds(one)) for one in group.rows
-             if one.method == PLAIN and clock.seconds(one) and set(one.values(machine_of)) == machines]
-    if not times:
+    plain, ratio = min(ratios, key=lambda pair: abs(pair[1] - 1))
+    if abs(ratio - 1) > SAME_TIME:
         return None
-    plain, seconds = min(times, key=lambda pair: abs(pair[1] - own))
-    if abs(seconds / own - 1) > SAME_TIME:
-        return None
-    return EqualTime(plain, seconds / own, gain(row.scores(group.split), plain.scores(group.split)))
+    return EqualTime(plain, ratio, gain(row.scores(group.split), plain.scores(group.split)))
 
 
 def published(group: Group, row: Row) -> float | None:
@@ -236,7 +246,6 @@ class Figures:
 def figures(group: Group, clock: Clock) -> list[Figures]:
     """Those of the teachers, then of the rows that are shown."""
     base = group.plain
-    base_seconds = clock.seconds(base) if base else None
 
     def above(row: Row, other: Row | None) -> Gain | None:
         return None if other in (None, row) else gain(row.scores(group.split), other.scores(group.split))
@@ -244,11 +253,9 @@ def figures(group: Group, clock: Clock) -> list[Figures]:
     found = []
     for row in (*group.teachers, *group.shown):
         ours, distilled = row not in group.teachers, row.method != PLAIN
-        seconds = clock.seconds(row)
         found.append(Figures(
             group.name(row), row, tuple(row.scores(group.split).values()), above(row, base) if ours else None,
             above(row, group.kd_of(row)) if distilled else None, equal_time(group, row, clock) if distilled else None,
-            published(group, row), seconds,
-            seconds / base_seconds if ours and base_seconds and seconds is not None else None, clock.speed(row),
-            memory(row)))
+            published(group, row), clock.seconds(row), clock.ratio(row, base) if ours and base else None,
+            clock.speed(row), memory(row)))
     return found
