@@ -30,6 +30,8 @@ from utils.machine import load, others_memory, peak_memory, revision
 from utils.options import flag
 
 LONG_RUN = 100  # iterations
+#: the revision of a run of which nothing says it
+UNKNOWN = {"commit": None, "changed": None}
 
 
 class Journal:
@@ -62,11 +64,11 @@ class Journal:
                              smoothing=0.1)
 
     def _revisions(self) -> list[dict[str, object]]:
-        """Those that make the steps of the run: what its state says (of an earlier version: its configuration), and the
-        code of now where a step is left."""
-        found, config = self.run.revisions, self.run.files.config
-        if not found and self.resumed and self.run.files.goes_on_here and config.is_file():
-            found = [json.loads(config.read_text(encoding="utf-8"))["revision"]]
+        """Those that make the steps of the run: what its state says (of an earlier version: its configuration, where it
+        does), and the code of now where a step is left."""
+        found = self.run.revisions
+        if not found and self.resumed:
+            found = [revision_in(self.run.files.config) if self.run.files.goes_on_here else UNKNOWN]
         if found and (is_finished(self.run) or found[-1] == revision()):
             return found
         return [*found, revision()]
@@ -160,6 +162,14 @@ class Journal:
         self.progress.close()
         if self.logger is not None:
             self.logger.close()
+
+
+def revision_in(config: Path) -> dict[str, object]:
+    """That of a run's configuration; :data:`UNKNOWN` where that does not say it."""
+    try:
+        return json.loads(config.read_text(encoding="utf-8"))["revision"]
+    except (OSError, ValueError, KeyError):
+        return UNKNOWN
 
 
 class Stopwatch:

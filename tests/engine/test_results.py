@@ -130,14 +130,19 @@ def test_an_interrupted_run_has_the_same_curve(place, distilled, monkeypatch) ->
     assert revisions(again) == [FIRST, SECOND] and again["sources"] == one["sources"] == {"losses/kd.py": "0" * 64}
 
 
-def test_a_state_of_an_earlier_version_has_the_revision_of_its_configuration(place, monkeypatch) -> None:
-    argv = interrupted(place, "earlier", monkeypatch, FIRST)
-    state, = (path for path in (place / "earlier").glob("*_state.pth"))
+@pytest.mark.parametrize(("config", "before"), [
+    (None, FIRST), ("{}", {"commit": None, "changed": None}), ("{cut off", {"commit": None, "changed": None})])
+def test_an_earlier_versions_state_has_the_revision_of_its_configuration(place, monkeypatch, config, before) -> None:
+    name = f"earlier-{config}"
+    argv = interrupted(place, name, monkeypatch, FIRST)
+    (state,), (written,) = ((place / name).glob(f"*_{kind}") for kind in ("state.pth", "config.json"))
     held = torch.load(state, weights_only=True)
     assert held.pop("revisions") == [FIRST]
     torch.save(held, state)
+    if config is not None:
+        written.write_text(config)
     resume_with(argv, monkeypatch, SECOND)
-    assert [revisions(one) for one in read_results(place / "earlier" / "results")] == [[FIRST, SECOND]]
+    assert [revisions(one) for one in read_results(place / name / "results")] == [[before, SECOND]]
 
 
 def test_another_run_does_not_overwrite_it(place, capsys) -> None:
