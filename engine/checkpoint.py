@@ -72,7 +72,7 @@ def save_state(run: Run, keep: Path | None = None) -> None:
         "format": FORMAT, "versions": versions(), "model": run.student.state_dict(), "net_info": describe(run.student),
         "distillers": run.objective.distillers.state_dict(), "optimizer": run.optimizer.state_dict(),
         "scaler": run.step_fn.scaler.state_dict(), "step": run.step, "best": run.best,
-        "best_weights": run.best_weights,
+        "best_weights": run.best_weights, "window": run.clock.held(),
         # without a validation set, none is missing
         "validated": run.step if run.val_set is None else run.validated, "config": plain(run.settings),
         "processes": run.distributed.world_size, "skipped": run.step_fn.skipped,
@@ -129,6 +129,8 @@ def resume(run: Run, *, trains: bool = False) -> bool:
         run.step, best = int(state["step"]), float(state["best"])
         run.step_fn.skipped = int(state.get("skipped", 0))
         run.validated = int(state.get("validated", run.step))  # earlier programs validated first
+        logged = state["config"].get("log_iter") or 1
+        run.clock.take_up(state.get("window", {"steps": run.step % logged}))  # none of earlier programs
         stage_options = {name for d in run.objective.distillers.values() for name in d.stage_options}
         held = {"student_preprocess": str(preprocess), **state.get("contents", {})}  # none of earlier programs
         holds = {"student_preprocess": str(run.student.preprocess), **run.contents}

@@ -3,10 +3,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -43,7 +39,9 @@ class Journal:
 
     def __init__(self, run: Run, resumed: bool) -> None:
         self.run, self.logger, self.resumed = run, None, resumed
-        self.clock, self._peak = Stopwatch(), None  # FLOP/s of a device
+        self.clock, self._peak = run.clock, None  # FLOP/s of a device
+        if not resumed:
+            self.clock.restart()
         running, distributed = run.settings.running, run.distributed
         if distributed.is_main_process:
             if not (resumed and run.files.goes_on_here):
@@ -170,53 +168,3 @@ def revision_in(config: Path) -> dict[str, object]:
         return json.loads(config.read_text(encoding="utf-8"))["revision"]
     except (OSError, ValueError, KeyError):
         return UNKNOWN
-
-
-class Stopwatch:
-    """Speed since the last reading, and the share of the time that was spent waiting for data."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Start a new window now."""
-        self.start = self.mark = time.perf_counter()
-        self.cpu_start = self.cpu_mark = time.process_time()
-        self.waited, self.images, self.steps = 0.0, 0, 0
-
-    def skip(self) -> None:
-        """What passed since the last step, such as a validation, does not count."""
-        now, cpu_now = time.perf_counter(), time.process_time()
-        self.start, self.mark = self.start + now - self.mark, now
-        self.cpu_start, self.cpu_mark = self.cpu_start + cpu_now - self.cpu_mark, cpu_now
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside, between a batch and its step, does not count."""
-        start, cpu_start = time.perf_counter(), time.process_time()
-        yield
-        self.start += time.perf_counter() - start
-        self.cpu_start += time.process_time() - cpu_start
-
-    def got_batch(self) -> None:
-        """A batch has arrived: what passed since the last step was waiting."""
-        self.waited += time.perf_counter() - self.mark
-
-    def count(self, images: int) -> None:
-        """One step over that many images is done."""
-        self.images += images
-        self.steps += 1
-        self.mark, self.cpu_mark = time.perf_counter(), time.process_time()
-
-    def time_of(self, steps: int) -> timedelta:
-        """How long so many steps take at the speed since the last reading (of one step at least), in whole seconds."""
-        return timedelta(seconds=int(steps * (time.perf_counter() - self.start) / self.steps))
-
-    def read(self) -> dict[str, float]:
-        """The window, and start the next one: images per second of all processes, share of the time waiting for data,
-        seconds, and seconds of CPU time of this process without its loading processes."""
-        passed = max(time.perf_counter() - self.start, 1e-9)
-        window = {"images_per_second": max(self.images / passed, 1e-9), "waiting_for_data": self.waited / passed,
-                  "seconds": passed, "cpu_seconds": time.process_time() - self.cpu_start}
-        self.restart()
-        return window

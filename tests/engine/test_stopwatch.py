@@ -3,15 +3,15 @@ from __future__ import annotations
 
 import pytest
 
-from engine import journal
-from engine.journal import Stopwatch
+from engine import stopwatch
+from engine.stopwatch import Stopwatch
 
 
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
     """[seconds]: what the time is."""
     now = [100.0]
-    monkeypatch.setattr(journal.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: now[0])
     return now
 
 
@@ -36,3 +36,22 @@ def test_a_validation_does_not_count(clock) -> None:
         clock[0] += waits
         watch.skip()
     assert watch.time_of(10).total_seconds() == 20
+
+
+def test_a_resumed_run_goes_on_with_the_window_of_its_state(clock) -> None:
+    watch, resumed = Stopwatch(), Stopwatch()
+    for _ in range(3):
+        watch.got_batch()
+        clock[0] += 2.0
+        watch.count(4)
+    held = watch.held()
+    clock[0] += 1000
+    resumed.take_up(held)
+    assert resumed.held() == held
+    clock[0] += 1000
+    resumed.restart()
+    clock[0] += 4.0
+    resumed.count(4)
+    window = resumed.read()
+    assert (window["seconds"], window["steps"]) == (10.0, 4) and window["images_per_second"] == pytest.approx(1.6)
+    assert resumed.held()["steps"] == 0

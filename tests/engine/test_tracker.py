@@ -12,6 +12,7 @@ import train_kd
 from engine.journal import Journal
 from engine.log import RunLogger
 from engine.settings import parse_settings
+from engine.stopwatch import Stopwatch
 from engine.tracker import Tracker
 
 
@@ -97,8 +98,8 @@ def test_a_service_that_fails_is_left_out(broken, tmp_path, monkeypatch, caplog)
 def test_other_processes_send_nothing(monkeypatch) -> None:
     service = use(monkeypatch, "wandb")
     settings = parse_settings(["--method", "none", "--tracker", "wandb"])
-    journal = Journal(SimpleNamespace(settings=settings, step=0, distributed=SimpleNamespace(is_main_process=False)),
-                      resumed=False)
+    journal = Journal(SimpleNamespace(settings=settings, step=0, clock=Stopwatch(),
+                                      distributed=SimpleNamespace(is_main_process=False)), resumed=False)
     journal.close()
     assert service.begun == []
 
