@@ -228,6 +228,14 @@ def test_the_teachers_row_is_the_training_of_its_file_in_any_protocol() -> None:
         assert group.teachers[0].seeds == (0, 1, 2) and "not the very file" in notes(group)[0]
 
 
+def test_of_two_trainings_of_the_same_weights_that_of_the_protocol_is_the_teachers_row() -> None:
+    for others in ("a", "z"):
+        same = [make_result("none", 0, 70, 60, student=TEACHER, weights="t0", protocol=name, iterations=steps)
+                for name, steps in (("p-1", 100), (others, 200))]
+        teacher, = only([*runs("kd", KD), *same]).teachers
+        assert [run["iterations"] for run in teacher.runs] == [100]
+
+
 def test_two_teachers_have_rows_of_their_own() -> None:
     results = [*runs("none", NONE), *runs("kd", KD), *runs("afdcd", OURS),
                *runs("kd", (26.0, 28.0, 30.0), teacher=R101), *runs("afdcd", OURS, teacher=R101)]
@@ -327,6 +335,32 @@ def test_teachers_may_differ_by_seed_but_not_by_row() -> None:
     assert not warnings(only(results("t", "t")))
     text, = warnings(only(results("t", "u")))
     assert "teacher's file differs" in text and "t0 in kd" in text and "u0 in afdcd" in text
+
+
+def test_a_row_whose_runs_have_another_teacher_than_the_one_shown_is_warned_of() -> None:
+    def found(*files: str) -> list[str]:
+        teacher = [make_result("none", seed, 70, 60, student=TEACHER, weights=f"t{seed}") for seed in (0, 1)]
+        rows = [make_result("kd", seed, 40, teacher_file=file) for seed, file in enumerate(files)]
+        return warnings(only([*teacher, *runs("none", NONE), *rows]))
+
+    assert not found("t0", "t0", "t0") and not found("t0", "t1", "t0") and not found("u0", "u0")
+    text, = found("t0", "t0", "u0")
+    assert text.endswith("t0 in kd (seed 0, 1); u0 in kd (seed 2).") and "learned from different files" in text
+
+
+def images(number: int, **parts: str) -> dict:
+    return {"trained_on": {"splits": {"train": {"images": number, "names": "n", "sizes": "s", "pixels": "p", **parts}}}}
+
+
+@pytest.mark.parametrize(("other", "told"), [
+    (images(8), None), (images(8, sizes="s2"), None), (images(8, pixels="p2"), None), ({}, None),
+    (images(9), "`train` differ (with the start of a digest): 8 images (n) in none; 9 images (n) in kd."),
+    (images(8, names="m"), "8 images (n) in none; 8 images (m) in kd."),
+    (images(8, sizes="s2", pixels="p2"), "8 images (p) in none; 8 images (p2) in kd.")])
+def test_rows_of_other_images_are_warned_of(other, told) -> None:
+    """Files of other sizes, or other pixels, alone may come of another machine."""
+    found = warnings(only([*(one | images(8) for one in runs("none", NONE)), *(one | other for one in runs("kd", KD))]))
+    assert len(found) == (told is not None) and all(text.endswith(told) for text in found)
 
 
 def test_revisions_are_listed_where_they_differ() -> None:

@@ -51,9 +51,14 @@ def warnings(group: Group) -> list[str]:
             run["settings"].get(name, default)))
         if values:
             found.append(sentence(f"`{name}` differs", values))
+    for split, images in images_read(group).items():
+        found.append(sentence(f"the images of `{split}` differ (with the start of a digest)", images))
     files = teacher_files(group)
     if files:
         found.append(sentence("the teacher's file differs (start of its SHA-256)", files))
+    if files := files_within_rows(group):
+        found.append(sentence("runs of one row learned from different files, not all of which the teacher's row made "
+                              "(start of their SHA-256)", files))
     if codes := other_code(group):
         found.append(sentence("runs of one row had different code, not all of it committed", codes))
     changes = changed_on_the_way(group)
@@ -100,6 +105,40 @@ def teacher_files(group: Group) -> dict[str, list[str]]:
                 by_seed.setdefault((row.teacher, run["seed"]), set()).add(digest)
                 found.setdefault(digest, []).append(group.name(row))
     return {k: list(dict.fromkeys(v)) for k, v in found.items()} if any(len(v) > 1 for v in by_seed.values()) else {}
+
+
+def files_within_rows(group: Group) -> dict[str, list[str]]:
+    """{hash: rows with their seeds} of rows whose runs learned from several files, where the teacher's training is
+    there and did not make all of them."""
+    found: dict[str, list[str]] = {}
+    for row in group.compared if group.teachers and not group.exact else ():
+        seeds: dict[str, list[str]] = {}
+        for run in row.runs:
+            if run["teacher"]:
+                seeds.setdefault(str(run["teacher"]["sha256"])[:8], []).append(str(run["seed"]))
+        for digest, numbers in seeds.items() if len(seeds) > 1 else ():
+            found.setdefault(digest, []).append(f"{group.name(row)} (seed {', '.join(numbers)})")
+    return found
+
+
+def images_read(group: Group) -> dict[str, dict[str, list[str]]]:
+    """{split: {'N images (digest)': names of the rows}} where rows read other images or labels. Results of earlier
+    versions do not say.
+
+    The same images may have files of other sizes, or be decoded to other pixels, on another machine: one of the two has
+    to be the same."""
+    def values(split: str, *parts: str) -> dict[str, list[str]]:
+        def read(run: Result) -> str | None:
+            images = run["trained_on"]["splits"].get(split) if run.get("trained_on") else None
+            return images and f"{images['images']} images ({', '.join(images[part][:7] for part in parts)})"
+
+        found = {value: rows for value, rows in differing(group, group.compared, read).items() if value is not None}
+        return found if len(found) > 1 else {}
+
+    splits = dict.fromkeys(split for row in group.compared for run in row.runs
+                           for split in (run.get("trained_on") or {}).get("splits", ()))
+    found = {split: values(split, "names") or values(split, "sizes") and values(split, "pixels") for split in splits}
+    return {split: images for split, images in found.items() if images}
 
 
 def notes(group: Group) -> list[str]:

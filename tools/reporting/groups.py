@@ -200,6 +200,7 @@ def _teachers(results: Sequence[Result], runs: Sequence[Result], split: str) -> 
         same = [run for run in plain if run["label"] == PLAIN]
         made = [run for run in same if run["protocol"] == runs[0]["protocol"]] or same
     sources: dict[tuple[str, str, str], list[Result]] = {}
+    made = sorted(made, key=lambda run: run["protocol"] == runs[0]["protocol"])  # of equal ones the last is taken
     for run in {run["weights"].get("best", where(run)): run for run in made}.values():
         sources.setdefault((network(run["student"]), run["protocol"], run["label"]), []).append(run)
     rows = [Row("teacher" if len(sources) == 1 else f"teacher {'/'.join(key)}", None,
