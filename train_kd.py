@@ -18,7 +18,7 @@ from engine.log import setup_logging
 from engine.method_list import method_table
 from engine.nonfinite import check_step
 from engine.ready import get_ready
-from engine.results import check_result_target, write_result
+from engine.results import check_log, check_result_target, write_result
 from engine.run import Run, run_stages, train_batch, training_batches
 from engine.run_files import RunFiles
 from engine.settings import check_one_method, parse_settings
@@ -35,6 +35,8 @@ def train(run: Run, signals: StopSignals) -> bool:
     """Train from the current iteration to the last, saving and validating on the way; then report. Whether a signal has
     ended it earlier, after a step that is saved."""
     resumed = resume(run, trains=True)
+    if resumed:
+        check_log(run)
     with signals.deferred():  # the files of an earlier run move together
         journal = Journal(run, resumed)
         signals.begun = True

@@ -107,8 +107,8 @@ class RunLogger:
     def _drop_after(self, step: int, validated: int) -> None:
         if not self.path.is_file():
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        write_text(self.path, "".join(line + "\n" for line in lines if _is_within(line, step, validated)))
+        lines = [line for line, record in log_lines(self.path) if _is_within(record, step, validated)]
+        write_text(self.path, "".join(line + "\n" for line in lines))
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Append one JSON line ``{"kind", "step", ...}`` and plot its numbers (nested dicts become a/b tags)."""
@@ -158,12 +158,20 @@ class RunLogger:
             self._tracker.close()
 
 
-def _is_within(line: str, step: int, validated: int) -> bool:
-    """Whether a record is of a step up to these; False for the cut last line of a killed run."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        return False
+def log_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(line, record) of a run's JSON lines; a last line that a killed run left half-written is dropped, any other that
+    cannot be read is left out with a warning."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            yield line, json.loads(line)
+        except json.JSONDecodeError:
+            if number < len(lines):
+                LOG.warning("%s: line %d cannot be read and is left out", path, number)
+
+
+def _is_within(record: dict[str, Any], step: int, validated: int) -> bool:
+    """Whether a record is of a step up to these."""
     if record.get("kind") == "report":  # the end, which comes again
         return False
     return 0 < record.get("step", 0) <= (validated if record.get("kind") == "val" else step)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from engine.log import LOG
+from engine.log import LOG, log_lines
 from engine.options import Data, Distillation, Networks, Optimization, Running, Speed
 from engine.recipe import Recipe, without_recipe
 from engine.run import Run
@@ -29,6 +29,10 @@ from utils.machine import machine
 FORMAT = 1
 #: points that a curve of a loss term keeps
 POINTS = 60
+#: what every result has
+PARTS = ("protocol", "dataset", "teacher", "student", "method", "label", "seed", "iterations", "classes", "seconds",
+         "curve", "losses", "scores", "settings", "revision", "hardware", "weights")
+REMEDY = "remove it, and the same command makes it again"
 SCORES = ("mIoU", "mIoU_present", "pixAcc", "mAcc")
 #: settings that change no figure but time and memory, or say where things lie
 UNIMPORTANT = frozenset((
@@ -74,14 +78,8 @@ def result_path(settings: Settings) -> Path:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a run's JSON lines; a last line that a killed run left half-written is dropped."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    """The records of a run's JSON lines that can be read (:func:`engine.log.log_lines`)."""
+    return [record for _, record in log_lines(path)]
 
 
 def digest(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -164,7 +162,8 @@ def build_result(run: Run, records: Sequence[Mapping[str, Any]]) -> dict[str, An
         "versions": config["versions"],
         "hardware": machine(run.distributed.device.type) | {
             "processes": run.distributed.world_size, "threads": torch.get_num_threads()},
-        "weights": _hashes(files), **({"changed": run.changed} if run.changed else {}),
+        "weights": _hashes(files), "trained_on": run.student.trained_on,
+        **({"changed": run.changed} if run.changed else {}),
         **({"earlier_revisions": earlier} if earlier else {})}
 
 
@@ -186,13 +185,34 @@ def check_result_target(settings: Settings) -> None:
                         "--label or --protocol, or remove it")
 
 
+def check_log(run: Run) -> None:
+    """UserError where ``--results`` asks for a result of a resumed run whose log does not tell of all its iterations
+    so far: times and curves would be those of a part of it. Logs of earlier versions do not say."""
+    if run.settings.running.results is None or not run.distributed.is_main_process:
+        return
+    path = log_of(run)
+    records = [r for r in read_log(path) if r["kind"] == "train" and r["step"] <= run.step] if path.is_file() else []
+    if any("steps" not in r for r in records):
+        return
+    told = sum(r["steps"] for r in records) + run.clock.held()["steps"]
+    if told != run.step:
+        raise UserError(f"--results: the log {path} tells of {told} of the run's {run.step} iterations so far, so its "
+                        f"result would be wrong. Expected the whole log; else start anew, without --resume, or remove "
+                        f"the folder {run.files.directory}")
+
+
+def log_of(run: Run) -> Path:
+    """The JSON lines of a run."""
+    return run.files.log_directory / f"{run.files.log_name}.jsonl"
+
+
 def write_result(run: Run) -> None:
     """Write the result of a run that has ended, on the main process, where ``--results`` asks for one."""
     if run.settings.running.results is None or not run.distributed.is_main_process:
         return
     path = result_path(run.settings)
     try:
-        result = build_result(run, read_log(run.files.log_directory / f"{run.files.log_name}.jsonl"))
+        result = build_result(run, read_log(log_of(run)))
     except KeyError as error:  # begun by a version of this program that wrote down less
         LOG.warning("no result is written: the run's log lacks %s", error)
         return
@@ -213,9 +233,11 @@ def read_result(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a result that can be read ({error})") from error
+        raise UserError(f"{path}: not a result that can be read ({error}): {REMEDY}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: expected a result of format {FORMAT}, as train_kd.py --results writes it")
+        raise UserError(f"{path}: expected a result of format {FORMAT}, as train_kd.py --results writes it: {REMEDY}")
+    if missing := [key for key in PARTS if key not in content]:
+        raise UserError(f"{path}: the result lacks {', '.join(missing)}: {REMEDY}")
     # the first ones were written before stages were timed; none of them had any
     content["seconds"] = {"stages": 0.0, "stages_cpu": 0.0, **content.get("seconds", {})}
     return content

@@ -1,6 +1,7 @@
 """The result of a run: made of its log, whole after an interruption, refused when it is something else."""
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_the_revision_is_that_of_the_start(place, monkeypatch) -> None:
     assert one["revision"] == {"commit": "at the start", "changed": False}
 
 
-def interrupted(place: Path, name: str, monkeypatch, now: dict[str, object]) -> list[str]:
+def interrupted(place: Path, name: str, monkeypatch, now: dict[str, object], *more: str) -> list[str]:
     """Begin a run with this revision, which dies after step 4; its command line."""
     def dying(run, batch):
         if run.step == 4:
@@ -98,7 +99,7 @@ def interrupted(place: Path, name: str, monkeypatch, now: dict[str, object]) -> 
         return original(run, batch)
 
     original = train_kd.train_batch
-    argv = arguments(place, name, *distil_arguments(place / "teacher.pth"))
+    argv = arguments(place, name, *distil_arguments(place / "teacher.pth"), *more)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_kd, "train_batch", dying)
         patch.setattr("engine.journal.revision", lambda: now)
@@ -155,6 +156,48 @@ def test_another_run_does_not_overwrite_it(place, capsys) -> None:
     assert train_kd.main(argv) == 0  # the same run again may
 
 
+def log_of(place: Path, name: str) -> Path:
+    path, = (place / name).glob("**/*.jsonl")
+    return path
+
+
+def test_the_times_of_a_resumed_run_are_of_all_its_iterations(place, monkeypatch) -> None:
+    argv = interrupted(place, "times", monkeypatch, FIRST, "--log-iter", "4")  # saved after step 3
+    assert train_kd.main([*argv, "--resume", "auto"]) == 0
+    train = [r for r in read_log(log_of(place, "times")) if r["kind"] == "train"]
+    assert [(r["step"], r["steps"]) for r in train] == [(4, 4), (6, 2)]
+
+
+@pytest.mark.parametrize("damage", ["removed", "shortened", "elsewhere"])
+def test_a_log_that_lacks_iterations_gives_no_result(place, monkeypatch, capsys, damage) -> None:
+    argv = [*interrupted(place, damage, monkeypatch, FIRST), "--resume", "auto"]
+    log = log_of(place, damage)
+    if damage == "removed":
+        log.unlink()
+    elif damage == "shortened":
+        log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[2:]))
+    else:
+        state, = (place / damage).glob("*_state.pth")
+        argv = [*arguments(place, "other", *distil_arguments(place / "teacher.pth")), "--resume", str(state)]
+    before = log.read_text() if log.exists() else None
+    assert_refused(capsys, train_kd.main, argv, "--results: the log", "of the run's 3 iterations so far",
+                   "start anew, without --resume")
+    assert (log.read_text() if log.exists() else None) == before and not list(place.glob(f"{damage}/results/**/*.json"))
+
+
+def test_a_log_of_a_version_that_counted_no_steps_is_taken(place, monkeypatch) -> None:
+    argv = [*interrupted(place, "uncounted", monkeypatch, FIRST), "--resume", "auto"]
+    log = log_of(place, "uncounted")
+    records = [{k: v for k, v in r.items() if k != "steps"} for r in read_log(log)]
+    log.write_text("".join(json.dumps(r) + "\n" for r in records[1:]))
+    assert train_kd.main(argv) == 0 and len(read_results(place / "uncounted" / "results")) == 1
+
+
+def test_it_says_which_images_were_read(distilled) -> None:
+    assert distilled["trained_on"]["splits"].keys() == {"train", "val"}
+    assert distilled["trained_on"]["splits"]["train"]["images"] > 0
+
+
 def test_a_log_of_an_earlier_version_gives_no_result_and_no_error(place, monkeypatch, capsys) -> None:
     monkeypatch.setattr("engine.results.read_log", lambda path: [{"kind": "train", "step": 1}])
     assert train_kd.main(arguments(place, "old", "--method", "none", "--max-iterations", "1", "--skip-val")) == 0
@@ -194,10 +237,16 @@ def test_the_cut_last_line_of_a_log_is_dropped(tmp_path) -> None:
     assert read_log(tmp_path / "log.jsonl") == [{"kind": "val", "step": 1}]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": 99}'])
+def test_another_line_that_cannot_be_read_is_told(tmp_path, caplog) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 1}, {"step": 3}]
+    assert "log.jsonl: line 2 cannot be read and is left out" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 99}', '{"format": 1}'])
 def test_another_file_is_refused_by_name(tmp_path, content) -> None:
     (tmp_path / "0.json").write_text(content)
-    with pytest.raises(UserError, match=r"0\.json"):
+    with pytest.raises(UserError, match=r"0\.json.*remove it, and the same command makes it again"):
         read_results(tmp_path)
 
 
