@@ -294,6 +294,63 @@ def test_runs_of_different_data_sets_are_refused(place, tmp_path, capsys) -> Non
     assert_refused(capsys, compare.main, arguments(place, plain=tmp_path / "plain"), "--plain", "other classes")
 
 
+def test_a_plain_run_of_another_network_is_refused(place) -> None:
+    plain, distilled = (read_run(f"--{role}", place / role) for role in ("plain", "distilled"))
+    with pytest.raises(UserError, match="a run of deeplab_mobile-mobilenetv2_w0.5; the distilled run is of "
+                                        f"{STUDENT}, .* expected the plain run of the same network"):
+        check_pair(changed(plain, student_backbone="mobilenetv2_w0.5"), distilled)
+
+
+def longer(place: Path, target: Path, role: str) -> Path:
+    """A copy of a run that should have had twice as many iterations."""
+    shutil.copytree(place / role, target / role)
+    (config,) = (target / role).glob("*_config.json")
+    content = json.loads(config.read_text())
+    content["config"]["max_iterations"] *= 2
+    config.write_text(json.dumps(content))
+    return target / role
+
+
+def without_records(run: Path, kind: str, step: int) -> Path:
+    """The run, whose log loses the records of a kind and a step."""
+    (log,) = (run / "logs").glob("*.jsonl")
+    kept = [line for line in log.read_text().splitlines() if not
+            ((record := json.loads(line))["kind"] == kind and record["step"] == step)]
+    log.write_text("".join(line + "\n" for line in kept))
+    return run
+
+
+@pytest.mark.parametrize("role", ["plain", "distilled", "teacher"])
+def test_an_unfinished_run_is_refused_before_anything_is_evaluated(place, tmp_path, capsys, monkeypatch, role) -> None:
+    monkeypatch.setattr(compare, "evaluate_all", None)
+    run = longer(place, tmp_path, "plain" if role == "teacher" else role)
+    for best in run.glob("*_best_model.pth"):
+        best.unlink()  # which a run has after its first validation
+    assert_refused(capsys, compare.main, arguments(place, **{role: run}), f"--{role} {run}: an unfinished run, at step "
+                   "6 of 12; expected a finished one", "--resume auto")
+
+
+def test_how_far_a_run_is_says_the_training_state_where_the_log_does_not(place, tmp_path) -> None:
+    run = longer(place, tmp_path, "plain")
+    for kind in ("train", "val"):
+        without_records(run, kind, 6)
+    with pytest.raises(UserError, match="at step 6 of 12"):
+        read_run("--plain", run)
+    for state in run.glob("*_state*.pth"):
+        state.write_bytes(b"")
+    with pytest.raises(UserError, match="at step 5 of 12"):
+        read_run("--plain", run)
+    shutil.copytree(place / "distilled", tmp_path / "skipped")  # its last step was not finite
+    assert read_run("--distilled", without_records(tmp_path / "skipped", "train", 6)).digest["iterations"] == 5
+
+
+def test_a_run_whose_last_validation_is_still_to_come_is_unfinished(place, tmp_path) -> None:
+    shutil.copytree(place / "plain", tmp_path / "plain")
+    with pytest.raises(UserError, match="at step 6 of 6 and before its last validation"):
+        read_run("--plain", without_records(tmp_path / "plain", "val", 6))
+    assert read_run("--plain", without_records(tmp_path / "plain", "val", 3)).digest["curve"] == []
+
+
 @pytest.mark.parametrize(("records", "words"), [
     ("", "no trained iteration"), ('{"kind": "train", "step": 1, "raw": {}}\n', "have no 'load'")])
 def test_a_log_that_says_too_little_is_refused(place, tmp_path, records, words) -> None:

@@ -103,6 +103,20 @@ def test_the_log_of_a_run(place, capsys, tmp_path) -> None:
     assert set(content["verdicts"]) == {"fd", "kd"} and f"kd: {content['verdicts']['kd']}" in text
 
 
+def test_a_log_that_lies_elsewhere_is_read_where_log_dir_says(place, capsys, tmp_path) -> None:
+    """And a folder without it is an error, although the run could be measured."""
+    run = shutil.copytree(place / "logged", tmp_path / "run")
+    log, = (run / "logs").glob("*.jsonl")
+    (tmp_path / "elsewhere").mkdir()
+    log.rename(tmp_path / "elsewhere" / log.name)
+    capsys.readouterr()
+    assert diagnose.main([str(run), "--log-dir", str(tmp_path / "elsewhere")]) == 0
+    assert "2 records from its log" in capsys.readouterr().out
+    for folder, held in ((tmp_path / "nowhere", "no such folder"), (run, "no log of the run")):
+        assert_refused(capsys, diagnose.main, [str(run), "--log-dir", str(folder)],
+                       f"--log-dir {folder}: {held}; expected the folder that holds {log.name}, the log of the run")
+
+
 def test_a_run_without_records_is_measured_now(place, capsys, tmp_path) -> None:
     """Also where its data has moved to, and without changing the run's files."""
     moved, out, run = tmp_path / "data", tmp_path / "all.json", place / "silent"

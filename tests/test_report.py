@@ -246,6 +246,15 @@ def test_the_csv_file_holds_the_figures(exported) -> None:
     assert ours["teacher"] == "deeplab_mobile_mobilenetv2" and lines["none"]["over_none"] == ""
 
 
+def test_the_teacher_is_no_plain_run_of_the_student_in_the_csv_file(exported) -> None:
+    lines = list(csv.DictReader(exported[0].splitlines()))
+    assert [line["label"] for line in lines if line["method"] == "none"] == ["none", "none-long"]
+    assert {line["student"] for line in lines if line["label"] != "teacher"} == {"deeplabv3_resnet18_w0.25"}
+    teacher, = (line for line in lines if line["label"] == "teacher")
+    assert (teacher["student"], teacher["teacher"], teacher["method"], teacher["miou"]) == (
+        "deeplab_mobile_mobilenetv2", "", "teacher", "60.0")
+
+
 def test_the_latex_table_has_the_same_cells_in_every_row(exported) -> None:
     body = exported[1].split("\\midrule\n")[1].split("\\bottomrule")[0]
     rows = [line.removesuffix(r" \\").split(" & ") for line in body.strip().splitlines()]

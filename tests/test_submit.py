@@ -4,6 +4,7 @@ from __future__ import annotations
 import shutil
 import sys
 import zipfile
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 import eval as evaluation
 from dataset import get_dataset_spec
+from engine.eval_settings import parse_settings
 from models import get_segmentation_model
 from models.weights import save_state_dict
 from tools import submit
@@ -77,6 +79,26 @@ def test_the_zip_holds_what_the_server_wants(place, tmp_path, capsys, name) -> N
         np.testing.assert_array_equal(values, {"citys": spec.train_to_id, "ade20k": np.arange(1, 151)}[name][trained])
     assert f"{len(found)} files of {spec.title}, test" in said and "PUBLISHED: " in said
     assert ("cityscapesscripts" in said) == (name == "citys")
+
+
+@pytest.mark.parametrize("named", ["file", "folder"])
+def test_the_network_is_what_the_weights_say_as_in_eval(place, tmp_path, named) -> None:
+    """With no word about the network, of a file and of the folder of a run; other values of flags stay behind them."""
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(place / "citys.pth", run / "kd_net_citys_best_model.pth")
+    shutil.copy(place / "citys.pth.json", run / "kd_net_citys_best_model.pth.json")
+    (run / "kd_net_citys_config.json").write_text("{}")
+    pretrained = str({"file": place / "citys.pth", "folder": run}[named])
+    options, settings = submit.parse(arguments(place, "citys", tmp_path / "a.zip", "--scales", "0.5", "1",
+                                               "--pretrained", pretrained, "--ignore_label", "-1", "--flip-eval"))
+    wanted = parse_settings(["--dataset", "citys", "--data", str(place / "citys"), "--split", "test", "--scales", "0.5",
+                             "1", "--pretrained", pretrained, "--flip-eval"])
+    assert replace(settings, output=wanted.output) == wanted and wanted.network.model == "deeplab_mobile"
+    assert options.out == str(tmp_path / "a.zip") and settings.output.save_ids
+    out = tmp_path / "a.zip"
+    argv = arguments(place, "citys", out, "--no-cuda", "--workers", "0", "--pretrained", pretrained)
+    assert submit.main(argv) == 0 and list(read_zip(out)) == NAMES["citys"]
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -155,6 +177,9 @@ def test_what_is_refused(place, tmp_path, capsys) -> None:
     refused("--out", ".zip", out="a.tar")
     refused("--limit 1", more=("--limit", "1"))
     refused("--values", "--predictions", more=("--values", "ids"))
+    refused("submit.py: error: unrecognized arguments: --json", more=("--json", "a.json"))
+    refused("backbone mobilenetv2 was asked for", "citys.pth.json says mobilenetv2_w0.25", "--backbone",
+            more=("--pretrained", str(place / "citys.pth"), "--backbone", "mobilenetv2"))
     refused("expected a folder called ids or index", more=("--predictions", str(tmp_path)))
     refused("no such folder", more=("--predictions", str(tmp_path / "ids")))
     refused("no split 'holiday'", more=("--predictions", ids, "--split", "holiday"))

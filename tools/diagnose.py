@@ -65,17 +65,29 @@ class Options(OptionGroup):
 
 
 def settings_of(folder: Path, options: Options) -> Settings:
-    """The settings of the run in a folder, with the folders as they are now."""
+    """The settings of the run in a folder, with the folders as they are now. UserError for a --log-dir without the
+    run's log."""
     settings = read_settings(folder)
     log = find_log(folder, settings)
     log_dir = options.log_dir or (settings.running.log_dir if log is None else str(log.parent))
-    return replace(settings, running=replace(settings.running, save_dir=str(folder), log_dir=log_dir, resume="auto"))
+    settings = replace(settings, running=replace(settings.running, save_dir=str(folder), log_dir=log_dir,
+                                                 resume="auto"))
+    if options.log_dir is not None and not (wanted := log_of(settings)).is_file():
+        held = "no log of the run" if wanted.parent.is_dir() else "no such folder"
+        raise UserError(f"--log-dir {options.log_dir}: {held}; expected the folder that holds {wanted.name}, the "
+                        f"log of the run {folder}")
+    return settings
+
+
+def log_of(settings: Settings) -> Path:
+    """The JSON lines of the run, where they should be."""
+    files = RunFiles(settings)
+    return files.log_directory / f"{files.log_name}.jsonl"
 
 
 def logged(settings: Settings) -> list[Record]:
     """The diagnoses in the run's log, in the order of their steps; none without a log."""
-    files = RunFiles(settings)
-    path = files.log_directory / f"{files.log_name}.jsonl"
+    path = log_of(settings)
     return [r for r in read_log(path) if r["kind"] == "diagnose"] if path.is_file() else []
 
 

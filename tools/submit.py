@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
 """The zip file that the test server of Cityscapes or ADE20K takes, checked before it is written.
 
-    python tools/submit.py --out citys.zip --dataset citys --data data/cityscapes --model deeplabv3 \\
-        --backbone resnet18 --pretrained pretrained_ckpt/kd_deeplabv3_resnet18_citys_best_model.pth
+    python tools/submit.py --out citys.zip --dataset citys --data data/cityscapes --pretrained work_dir/student
     python tools/submit.py --out citys.zip --dataset citys --data data/cityscapes --predictions DIR/ids
 
-Predicts the test split, with any flag of eval.py (torchrun works too), or takes the folder ids/ or index/ that eval.py
+Predicts the test split, with the flags of eval.py (torchrun works too), or takes the folder ids/ or index/ that eval.py
 --save-ids or --save-pred has written.
 """
 from __future__ import annotations
@@ -16,7 +15,7 @@ import os
 import sys
 import zipfile
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,7 +28,7 @@ from dataset import DatasetSpec, get_dataset_spec
 from dataset.discovery import find_samples
 from dataset.io import read_label
 from engine.eval_settings import GROUPS as EVAL_GROUPS
-from engine.eval_settings import Data, EvalSettings, Output
+from engine.eval_settings import Data, EvalSettings, Output, parse_settings
 from engine.pictures import pictures_folder
 from utils.cli import ArgumentParser, read_options, run_main
 from utils.errors import UserError
@@ -178,12 +177,22 @@ def predict(settings: EvalSettings) -> Path:
 
 
 def parse(argv: list[str] | None) -> tuple[Submission, EvalSettings]:
-    """Parse and check the command line; it ends here."""
-    parser = ArgumentParser(prog="submit.py", description=__doc__.split("\n")[0])
+    """Parse and check the command line; it ends here. What is left of it when the own flags are taken out is a command
+    line of ``eval.py``, and read as such."""
+    everything, own = (ArgumentParser(prog="submit.py", description=__doc__.split("\n")[0]) for _ in range(2))
     for title, group in GROUPS:
-        parser.add_options(parser.add_argument_group(title), group)
-    parsed = vars(parser.parse_args(argv))
-    options, network, data, prediction, speed, running = (read_options(parsed, group) for _, group in GROUPS)
+        everything.add_options(everything.add_argument_group(title), group)
+    own.add_options(own, Submission)
+    parsed = vars(everything.parse_args(argv))
+    options, data = read_options(parsed, Submission), read_options(parsed, ServerData)
+    check(options, data)
+    settings = parse_settings(own.parse_known_args(argv)[1])
+    output = Output(save_ids=True, save_dir=Path(options.out).with_suffix(""))
+    return options, replace(settings, data=replace(settings.data, split=data.split), output=output)
+
+
+def check(options: Submission, data: ServerData) -> None:
+    """UserError for flags that do not make a submission."""
     if Path(options.out).suffix != ".zip":
         raise UserError(f"--out: expected the .zip file to write, got {options.out}")
     if data.dataset not in SERVERS:
@@ -193,8 +202,6 @@ def parse(argv: list[str] | None) -> tuple[Submission, EvalSettings]:
     if options.values and not options.predictions:
         raise UserError("--values: expected with --predictions, whose files it describes")
     check_target(Path(options.out), "--out", is_folder=False)
-    output = Output(save_ids=True, save_dir=Path(options.out).with_suffix(""))
-    return options, EvalSettings(network, data, prediction, speed, output, running)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,14 +1,16 @@
 """A finished run as its folder tells it: settings, log, weights. And in which settings two runs differ."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint import newest_state
 from engine.results import digest, read_log, shared_settings
 from engine.run_files import RunFiles
 from engine.settings import Settings, unread
-from models import NetworkChoice
+from models import NetworkChoice, network_name
 from tools.finished import find_log, log_places, read_settings
 from utils.errors import UserError
 from utils.options import flag
@@ -49,20 +51,24 @@ def read_run(flag: str, folder: Path, weights: str = "best", name: str | None = 
     """The run of a folder. flag: named in errors. weights: "best" on the validation split, or "last"; but those of a
     file called ``name`` where the run has one.
 
-    UserError for a folder without exactly one run, for files that are missing or cannot be read, and for a log without
-    an iteration, or of a version of this code that wrote down less."""
+    UserError for a folder without exactly one run, for an unfinished run, for files that are missing or cannot be read,
+    and for a log without an iteration, or of a version of this code that wrote down less."""
     settings = read_settings(folder, flag)
     files = RunFiles(replace(settings, running=replace(settings.running, save_dir=str(folder), resume=None)))
+    log = find_log(folder, settings)
+    if log is None:
+        raise UserError(f"{flag} {folder}: no log {files.log_name}.jsonl; looked into "
+                        f"{', '.join(str(path.parent) for path in log_places(folder, settings))}")
+    found = _read_digest(log)
+    if left := _left_to_do(settings, files, found):
+        raise UserError(f"{flag} {folder}: an unfinished run, {left}; expected a finished one: the command that began "
+                        "it, with --resume auto, goes on to its end")
     path = {files.best.name: files.best, files.student.name: files.student}.get(
         name, {"best": files.best, "last": files.student}[weights])
     if not path.is_file():
         other = "; of a run without validation, --weights last can be compared" if weights == "best" else ""
         raise UserError(f"{flag} {folder}: no {path.name}; expected the weights of a finished run{other}")
-    log = find_log(folder, settings)
-    if log is None:
-        raise UserError(f"{flag} {folder}: no log {files.log_name}.jsonl; looked into "
-                        f"{', '.join(str(path.parent) for path in log_places(folder, settings))}")
-    return TrainedRun(flag, folder, settings, path, log, _read_digest(log))
+    return TrainedRun(flag, folder, settings, path, log, found)
 
 
 def _read_digest(log: Path) -> dict[str, Any]:
@@ -76,8 +82,31 @@ def _read_digest(log: Path) -> dict[str, Any]:
         raise UserError(f"{log}: its records have no {error}; expected the log of a run of this version") from error
 
 
+def _left_to_do(settings: Settings, files: RunFiles, found: Mapping[str, Any]) -> str:
+    """How far a run is that has not come to its end, "" for a finished one. found: what its log says.
+
+    The log has no record of steps after the last one of --log-iter, nor of one that is skipped: where it ends early,
+    the training state is asked."""
+    last, validated = settings.optimization.max_iterations, [point["step"] for point in found["curve"]]
+    step = max([found["iterations"], *validated])
+    if step < last:
+        step = max(step, _saved_step(files))
+    if step < last:
+        return f"at step {step} of {last}"
+    waits = validated and validated[-1] < last and not settings.running.skip_val
+    return f"at step {step} of {last} and before its last validation" if waits else ""
+
+
+def _saved_step(files: RunFiles) -> int:
+    """The step of the training state; 0 where none can be read."""
+    try:
+        return int(newest_state(files.states())[1]["step"]) if files.states() else 0
+    except UserError:
+        return 0
+
+
 def check_pair(plain: TrainedRun, distilled: TrainedRun) -> None:
-    """UserError unless one run is plain, the other distilled, and both are of one data set."""
+    """UserError unless one run is plain, the other distilled, and both are of one data set and one network."""
     for run, wanted in ((plain, False), (distilled, True)):
         if bool(run.settings.methods) != wanted:
             raise UserError(f"{run.flag} {run.folder}: a run of --method {run.method}; expected "
@@ -86,6 +115,15 @@ def check_pair(plain: TrainedRun, distilled: TrainedRun) -> None:
     if names[0] != names[1]:
         raise UserError(f"{plain.flag} {plain.folder} and {distilled.flag} {distilled.folder} are runs of different "
                         f"data sets: {names[0]} and {names[1]}; expected the same")
+    students = [_student(run) for run in (plain, distilled)]
+    if students[0] != students[1]:
+        raise UserError(f"{plain.flag} {plain.folder}: a run of {students[0]}; the distilled run is of {students[1]}, "
+                        "and between two networks the method's part of a difference is not known; expected the plain "
+                        "run of the same network")
+
+
+def _student(run: TrainedRun) -> str:
+    return network_name(run.network.model, run.network.backbone, "-")
 
 
 def check_teacher(teacher: TrainedRun, distilled: TrainedRun) -> None:

@@ -8,16 +8,21 @@ from collections.abc import Sequence
 
 from tools.reporting.cautions import commit, time_notes, warnings
 from tools.reporting.figures import Clock, Figures, Gain, figures, had_machine
-from tools.reporting.groups import KD, PLAIN, Group
+from tools.reporting.groups import KD, PLAIN, Group, network
 from tools.reporting.tables import few_seeds, gain_text, training_size
 
+#: what the training of a teacher, plain as it is, has in the column of the method
+TEACHER = "teacher"
 #: characters that LaTeX takes for something else
 SPECIAL = {**{character: f"\\{character}" for character in "_%&#${}"}, "~": r"\textasciitilde{}",
            "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
 
 
 def csv_text(groups: Sequence[Group]) -> str:
-    """A line per row of every group, figures unrounded; empty: there is none, or it is not known."""
+    """A line per row of every group, figures unrounded; empty: there is none, or it is not known.
+
+    A teacher's row is no row of the group's student: its own network stands in the column of the student, and
+    :data:`TEACHER` in that of the method."""
     lines = [csv_line(group, one, clock) for group in groups for clock in [Clock.of(group)]
              for one in figures(group, clock)]
     out = io.StringIO(newline="")
@@ -30,9 +35,12 @@ def csv_text(groups: Sequence[Group]) -> str:
 def csv_line(group: Group, one: Figures, clock: Clock) -> dict[str, object]:
     """{column: value} of a row. Several values of one cell are separated by spaces."""
     row, same = one.row, one.same_time
+    student, method = group.student, row.method
+    if row in group.teachers:
+        student, method = network(row.runs[0]["student"]), TEACHER
     return {
-        "protocol": group.protocol, "dataset": group.dataset, "student": group.student, "teacher": row.teacher,
-        "label": row.label, "method": row.method, "n": len(row.seeds), "seeds": joined(row.seeds),
+        "protocol": group.protocol, "dataset": group.dataset, "student": student, "teacher": row.teacher,
+        "label": row.label, "method": method, "n": len(row.seeds), "seeds": joined(row.seeds),
         "split": group.split, "miou": one.mean, "miou_std": one.std, **gain_cells(PLAIN, one.plain),
         **gain_cells(KD, one.kd), "equal_time_run": same and same.plain.label,
         "equal_time_ratio": same and same.ratio, **gain_cells("equal_time", same and same.gain),
