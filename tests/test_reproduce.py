@@ -171,6 +171,33 @@ class TestMeaning:
         with pytest.raises(UserError, match=message):
             reproduce.main(arguments(place, "--dry-run"))
 
+    @pytest.mark.parametrize("old, new, message", [
+        ("[runs.none]", "[runs.none]\nflags = {student-backbone = 'resnet18_w0.5'}",
+         r"tiny.toml: \[runs.none\] flags: student-backbone cannot be set here, since the key student sets it$"),
+        ("[runs.none]", "[runs.none]\nflags = {backbone = 'resnet18_w0.5'}", "backbone cannot be set here"),
+        ("max-iterations = 4", "seed = 7", "toml: flags: seed cannot be set here, since the key seeds sets it"),
+        ("max-iterations = 2", "method = 'kd'", r"\[teachers.net\] flags: method cannot .*, since the key method of"),
+        ("[flags]", "[student-flags]\nteacher_pretrained = 'x.pth'\n[flags]",
+         r"student-flags: teacher_pretrained cannot .*, since the key file of \[teachers.NAME\]"),
+        ("max-iterations = 4", "no-cuda = true", "flags: no-cuda cannot .*, since the key gpus sets it"),
+        ("max-iterations = 4", "resume = 'never'", "flags: resume cannot .*, since tools/reproduce.py itself sets it"),
+        ("of = \"fd\"", "of = \"fd\"\nflags = {label = 'x'}", r"\[scan.lambda-fd\] flags: label cannot be set here"),
+        ("[scan.lambda-fd]", "[scan.seed]", r"\[scan.seed\]: seed cannot be set here, since the key seeds sets it")])
+    def test_a_flag_that_another_key_sets_is_refused(self, place, old, new, message) -> None:
+        text = (place / "tiny.toml").read_text()
+        assert old in text
+        (place / "tiny.toml").write_text(text.replace(old, new))
+        with pytest.raises(UserError, match=message):
+            reproduce.main(arguments(place, "--dry-run"))
+
+    def test_every_flag_that_a_plan_adds_is_kept_for_it(self, place) -> None:
+        """Nothing but these and the flags of the tables is in a command line."""
+        job = next(job for job in expand(place) if "/fd/" in job.name)
+        tables = {"crop_size", "batch_size", "max_iterations", "workers", "log_iter", "save_per_iters", "val_per_iters",
+                  "tensorboard", "lambda_fd", "lambda_kd", "lambda_ctr"}
+        assert job.settings.given - tables == job.settings.given & plans.flags_of_keys().keys()
+        assert not tables & plans.flags_of_keys().keys()
+
     def test_given_seeds_take_the_place_of_those_of_a_row_too(self, place, capsys) -> None:
         assert reproduce.main(arguments(place, "--dry-run", "--seeds", "5", "--only", "/none-long/")) == 0
         assert set(re.findall(r"none-long/(\d)", capsys.readouterr().out)) == {"5"}

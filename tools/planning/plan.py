@@ -8,7 +8,7 @@
     student = "deeplabv3 resnet18_w0.25"
     seeds = [0, 1, 2]
     gpus = 0                            # processes of a run; default: all GPUs of the machine
-    flags = {crop-size = [176, 176]}    # of every run; values as on the command line
+    flags = {crop-size = [176, 176]}    # of every run; values as on the command line; none that a key here sets
     student-flags = {aux = false}       # of every run but the teachers'
 
     [teachers.mbv2]                     # trained first, with the first seed
@@ -36,12 +36,13 @@ import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from engine.results import result_path
 from engine.run_files import RunFiles
-from engine.settings import Settings, parse_settings
+from engine.settings import Settings, build_parser, parse_settings
 from models import is_outside, network_name, split_backbone
 from tools.flags import parsed
 from utils.cli import describe_error
@@ -139,11 +140,20 @@ class Job:
         return [ROOT / path for path in (files.state, files.previous_state) if (ROOT / path).exists()]
 
 
-def own_flags(places: Places, protocol: str, name: str, label: str, seed: int) -> list[str]:
-    """The flags that a plan adds to every run: where its files go, and that it goes on where it stopped."""
+def running_flags(places: Places, protocol: str, name: str, label: str, seed: int) -> dict[str, list[str]]:
+    """The flags that a plan adds to every run, by what sets them: where its files go, and that it goes on where it
+    stopped."""
     folder = str(places.work / name)
-    return ["--seed", str(seed), "--save-dir", folder, "--log-dir", folder, "--results", str(places.results),
-            "--protocol", protocol, "--label", label, "--resume", "auto"]
+    return {"the key seeds": ["--seed", str(seed)],
+            "--work of tools/reproduce.py": ["--save-dir", folder, "--log-dir", folder],
+            "--results of tools/reproduce.py": ["--results", str(places.results)],
+            "the key protocol": ["--protocol", protocol], "the NAME of [runs.NAME]": ["--label", label],
+            "tools/reproduce.py itself": ["--resume", "auto"]}
+
+
+def joined(flags: Mapping[str, list[str]]) -> list[str]:
+    """The flags without what sets them."""
+    return [word for words in flags.values() for word in words]
 
 
 @dataclass(frozen=True)
@@ -173,6 +183,29 @@ class Network:
     def flags(self, role: str) -> list[str]:
         """Of the command line. role: teacher or student."""
         return [f"--{role}-model", self.model, *((f"--{role}-backbone", self.backbone) if self.backbone else ())]
+
+
+def training_flags(data: object, method: str, student: Network,
+                   teacher: tuple[Network, Path] | None) -> dict[str, list[str]]:
+    """The flags that say what a run trains, by what sets them. data: its folder, None for what common.sh says. teacher:
+    with its file."""
+    flags = {"the key data": ["--data", str(data)] if data else [],
+             "the key method of [runs.NAME]": ["--method", method], "the key student": student.flags("student")}
+    if teacher:
+        flags |= {"the key network of [teachers.NAME]": teacher[0].flags("teacher"),
+                  "the key file of [teachers.NAME]": ["--teacher-pretrained", str(teacher[1])]}
+    return flags
+
+
+@cache
+def flags_of_keys() -> dict[str, str]:
+    """{flag, without dashes and in any spelling: what sets it}: those that no table of flags may hold. train.sh makes
+    --dataset of its first word, and --no-cuda of the number of GPUs."""
+    net, parser = Network("model", "backbone"), build_parser()
+    flags = {**training_flags("data", "none", net, (net, Path("file"))), **running_flags(Places(), "", "", "", 0),
+             "the key dataset": ["--dataset", "name"], "the key gpus": ["--no-cuda"]}
+    return {spelling: key for key, words in flags.items() for setting in parser.given(words)
+            for spelling in (setting, *parser.options[setting].aliases)}
 
 
 def plan_names() -> list[str]:
@@ -220,6 +253,7 @@ def check_keys(plan: Mapping[str, Any], path: Path) -> None:
         raise UserError(f"{path}: {', '.join(sorted(missing))} is missing")
     if "paint" in plan:
         check_paint(plan, path)
+    check_flags(plan, path)
 
 
 def check_values(entry: Mapping[str, Any], where: str) -> None:
@@ -238,6 +272,18 @@ def check_paint(plan: Mapping[str, Any], path: Path) -> None:
     for name, value in plan["paint"].items():
         if type(value) is not int:
             raise UserError(f"{path}: [paint] {name}: expected an integer, got {value!r}")
+
+
+def check_flags(plan: Mapping[str, Any], path: Path) -> None:
+    """UserError for a flag that another key of the plan, or the program, sets: it would have no effect."""
+    tables = {**{key: plan.get(key, {}) for key in ("flags", "student-flags")},
+              **{f"[{kind}.{name}] flags": entry.get("flags", {}) for kind in ("teachers", "runs", "scan")
+                 for name, entry in plan.get(kind, {}).items()},
+              **{f"[scan.{name}]": {name: entry["values"]} for name, entry in plan.get("scan", {}).items()}}
+    for where, table in tables.items():
+        for name in table:
+            if key := flags_of_keys().get(name.replace("-", "_")):
+                raise UserError(f"{path}: {where}: {name} cannot be set here, since {key} sets it")
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:
@@ -313,13 +359,10 @@ class Expansion:
         pair = f"{self.teachers[teacher].name if teacher else 'none'}-{net.name}"
         name = f"{protocol}/{plan['dataset']}/{pair}/{label}/{seed}"
         data = self.places.data or plan.get("data")
-        words = [*(("--data", str(data)) if data else ()), *as_flags({**plan.get("flags", {}), **flags}), "--method",
-                 method, *net.flags("student")]
-        needs: tuple[str, ...] = ()
-        if teacher:
-            weights, needs = self._teacher_weights(teacher)
-            words += [*self.teachers[teacher].flags("teacher"), "--teacher-pretrained", str(weights)]
-        words += own_flags(self.places, protocol, name, label, seed)
+        weights, needs = self._teacher_weights(teacher) if teacher else (None, ())
+        own = {**training_flags(data, method, net, (self.teachers[teacher], weights) if teacher else None),
+               **running_flags(self.places, protocol, name, label, seed)}
+        words = [*as_flags({**plan.get("flags", {}), **flags}), *joined(own)]
         environment = {"PYTHON": sys.executable, **({"GPUS": str(plan["gpus"])} if "gpus" in plan else {})}
         try:
             settings = parsed(parse_settings, ["--dataset", plan["dataset"], *words])
