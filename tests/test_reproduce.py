@@ -375,12 +375,25 @@ class TestRunning:
     def test_a_failed_teacher_leaves_its_students_waiting(self, place, capsys) -> None:
         (place / "data" / "classes.txt").unlink()
         assert reproduce.main(arguments(place, "--only", "/fd/1")) == 1
-        assert "1 failed, 1 left" in capsys.readouterr().out
+        assert "1 failed, 2 left to do" in capsys.readouterr().out
 
     def test_a_run_that_was_stopped_from_outside_has_not_failed(self, tmp_path) -> None:
         jobs = [shell_job(tmp_path, str(code), f"exit {code}") for code in (2, 75, 130)]
         outcome = Runner(jobs, set(), side_by_side=3, say=lambda line: None).run()
         assert (outcome.failed, outcome.stopped, outcome.done) == (["2"], ["75", "130"], [])
+
+    @pytest.mark.parametrize("script, message", [
+        ("echo 'train_kd.py: error: process 7 trains here' >&2; echo 'step 9/10 of the other'; exit 2",
+         "failed after 0.0 min, with exit code 2: one\n    train_kd.py: error: process 7 trains here"),
+        ("echo 'step 3/10'; kill -9 $$", "failed after 0.0 min, killed by signal 9: one\n    its output: "),
+        ("echo 'no such thing'; exit 3", "failed after 0.0 min, with exit code 3: one\n    no such thing"),
+        ("exit 3", "failed after 0.0 min, with exit code 3: one\n    it said nothing")])
+    def test_the_line_of_a_failed_run_is_its_own(self, tmp_path, script, message) -> None:
+        """Not that of one that trains in the same folder, nor of an earlier call."""
+        (tmp_path / "output.txt").write_text("train_kd.py: error: of yesterday\n")
+        said: list[str] = []
+        assert Runner([shell_job(tmp_path, "one", script)], set(), say=said.append).run().failed == ["one"]
+        assert said[-1].startswith(message)
 
     def test_a_run_is_told_to_end_when_the_time_is_over(self, tmp_path, monkeypatch) -> None:
         script = f"trap 'echo saved > {tmp_path}/state; exit 75' TERM; touch {tmp_path}/ready; sleep 60 & wait"

@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("the same command goes on where these runs stopped", flush=True)
         raise
-    left = len(outcome.stopped) + len(outcome.waiting)
+    left = len(outcome.failed) + len(outcome.stopped) + len(outcome.waiting)
     print(f"\n{len(outcome.done)} runs done now, {len(outcome.failed)} failed, {left} left to do")
     return 1 if outcome.failed else 0
 
