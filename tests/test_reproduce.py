@@ -198,6 +198,12 @@ class TestMeaning:
         assert job.settings.given - tables == job.settings.given & plans.flags_of_keys().keys()
         assert not tables & plans.flags_of_keys().keys()
 
+    def test_a_plan_without_runs_is_refused(self, place) -> None:
+        text = (place / "tiny.toml").read_text()
+        (place / "tiny.toml").write_text(f"{text[:text.index('[teachers.net]')]}[runs]")
+        with pytest.raises(UserError, match=r"tiny.toml: \[runs\] is empty; expected at least one run"):
+            reproduce.main(arguments(place, "--dry-run"))
+
     def test_given_seeds_take_the_place_of_those_of_a_row_too(self, place, capsys) -> None:
         assert reproduce.main(arguments(place, "--dry-run", "--seeds", "5", "--only", "/none-long/")) == 0
         assert set(re.findall(r"none-long/(\d)", capsys.readouterr().out)) == {"5"}
@@ -415,6 +421,21 @@ class TestRunning:
             reproduce.main(arguments(place, "--dry-run"))
         expand(place)[1].result.unlink()  # what has only begun does not go on with other settings either
         with pytest.raises(UserError, match=r"_state\.pth was made .* batch_size: 4 -> 2"):
+            reproduce.main(arguments(place, "--dry-run"))
+
+    @pytest.mark.parametrize("content, message", [
+        ('{"format": 1}', r"1\.json: expected a whole result, .* \(KeyError: 'settings'\): remove it to have the run"),
+        ('{"format": 1, "settings": []}', r"1\.json: expected a whole result, .*: remove it to have the run"),
+        ("{", r"1\.json: not a result that can be read .*: remove it to have the run made again"),
+        (None, r"1\.json: not a result that can be read .*[Ii]s a directory.*: remove it to have the run made again")])
+    def test_what_is_no_result_is_to_be_removed(self, place, content, message) -> None:
+        path = expand(place)[1].result
+        path.parent.mkdir(parents=True)
+        if content is None:
+            path.mkdir()
+        else:
+            path.write_text(content)
+        with pytest.raises(UserError, match=message):
             reproduce.main(arguments(place, "--dry-run"))
 
     def test_a_replaced_teacher_file_or_method_does_not_keep_its_students(self, place) -> None:

@@ -251,6 +251,8 @@ def check_keys(plan: Mapping[str, Any], path: Path) -> None:
     needed = {"protocol", "dataset", "student", "seeds", "runs", *(["data"] if "paint" in plan else [])}
     if missing := needed - plan.keys():
         raise UserError(f"{path}: {', '.join(sorted(missing))} is missing")
+    if not plan["runs"]:
+        raise UserError(f"{path}: [runs] is empty; expected at least one run, such as [runs.none]")
     if "paint" in plan:
         check_paint(plan, path)
     check_flags(plan, path)
