@@ -486,6 +486,10 @@ class TestRunning:
         with pytest.raises(UserError, match="--only nothing"):
             reproduce.main(arguments(place, "--only", "nothing"))
 
+    def test_every_text_of_only_has_to_be_in_a_name(self, place) -> None:
+        with pytest.raises(UserError, match=r"--only /none-lon/: no run of plan .*; did you mean none-long\?$"):
+            reproduce.main(arguments(place, "--dry-run", "--only", "/fd/", "/none-lon/"))
+
 
 def test_a_plan_paints_its_own_images(place, monkeypatch, capsys) -> None:
     monkeypatch.setattr(painting, "available_cpus", lambda: 1)

@@ -29,7 +29,7 @@ from tools.planning.repeats import Repeats, find_finished, find_repeats, take_ov
 from tools.planning.runner import Runner, write_lists
 from tools.planning.status import BEGUN, DONE, NEW, Status, status
 from utils.cli import ArgumentParser, describe_error, read_options, run_main
-from utils.errors import UserError
+from utils.errors import UserError, did_you_mean
 from utils.options import OptionGroup, option
 
 
@@ -77,11 +77,14 @@ def all_jobs(name: str, plan: Mapping[str, Any] | None, places: Places, seeds: S
 
 
 def find_jobs(name: str, jobs: list[Job], options: Options) -> list[Job]:
-    """Those of a plan's runs that are asked for, and the teachers that they need."""
+    """Those of a plan's runs that are asked for, and the teachers that they need. UserError for a text of ``--only``
+    that is in no name."""
+    for text in options.only:
+        if not any(text in job.name for job in jobs):
+            parts = {part for job in jobs for part in job.name.split("/")}
+            raise UserError(f"--only {text}: no run of plan {name} has this in its name; one is {jobs[0].name}"
+                            f"{did_you_mean(text.strip('/'), sorted(parts))}")
     chosen = [job for job in jobs if not options.only or any(text in job.name for text in options.only)]
-    if not chosen:
-        raise UserError(f"--only {' '.join(options.only)}: no run of plan {name} has such a name; one is "
-                        f"{jobs[0].name}")
     needed = {name for job in chosen for name in job.needs}
     return [job for job in jobs if job in chosen or job.name in needed]
 
