@@ -126,7 +126,11 @@ class TestMeaning:
          r"\[paint\] train: expected an integer"),
         ("gpus = 0", "paint = true", r"\[paint\]: expected a table"),
         ("of = \"fd\"", "", r"\[scan.lambda-fd\] of is missing"), ("[runs.none]", "[runs.none", "not a TOML file"),
-        ("values = [1e-6, 1e-4]", "values = [1e-6, 1e-6]", "twice"),
+        ("values = [1e-6, 1e-4]", "values = [1e-6, 0.000001]", r"\[scan.lambda-fd\] values: 1e-06 is listed twice"),
+        ("of = \"fd\"", "of = [\"fd\", \"fd\"]", r"\[scan.lambda-fd\] of: fd is listed twice; expected each once"),
+        ("seeds = [1, 2]", "seeds = [0, 1, 0]", "tiny.toml: seeds: 0 is listed twice; expected each once"),
+        ("seeds = [1]", "seeds = [1, 1]", r"tiny.toml: \[runs.none-long\] seeds: 1 is listed twice"),
+        ("[teachers.net]\n", "[teachers.net]\nlabel = 1\n", r"\[teachers.net\] label: expected a text in quotes"),
         ("[runs.fd]", "[scan.lambda-kd]\nof = [\"fd\"]\nvalues = [1]\n[runs.fd]",
          r"\[scan.lambda-fd\]: fd is in \[scan.lambda-kd\] already"),
         ("of = \"fd\"", "of = \"x\"", r"tiny.toml: \[scan.lambda-fd\]: no run 'x'"),
@@ -203,6 +207,26 @@ class TestMeaning:
         (place / "tiny.toml").write_text(f"{text[:text.index('[teachers.net]')]}[runs]")
         with pytest.raises(UserError, match=r"tiny.toml: \[runs\] is empty; expected at least one run"):
             reproduce.main(arguments(place, "--dry-run"))
+
+    @pytest.mark.parametrize("old, new, tables", [
+        (TEACHER, STUDENT, r"\[teachers.net\] and \[runs.none\]"),
+        ("[runs.none]", f"[teachers.other]\nnetwork = 'deeplab_mobile {TEACHER}'\n[runs.none]",
+         r"\[teachers.net\] and \[teachers.other\]")])
+    def test_a_teacher_with_the_network_of_another_run_needs_a_label(self, place, old, new, tables) -> None:
+        path = place / "tiny.toml"
+        path.write_text(path.read_text().replace(old, new).replace("[runs.fd]", "[runs.fd]\nteacher = 'net'"))
+        with pytest.raises(UserError, match=rf"tiny.toml: {tables} mean the same run .*/none/1: give .* label = "):
+            reproduce.main(arguments(place, "--dry-run"))
+        path.write_text(path.read_text().replace("[teachers.net]", "[teachers.net]\nlabel = 'teacher'"))
+        jobs = {job.name: job for job in expand(place)}
+        teacher = next(name for name in jobs if name.endswith("/teacher/1"))
+        fd = next(job for name, job in jobs.items() if name.endswith("/fd/1"))
+        assert fd.needs == (teacher,) and fd.settings.networks.teacher_pretrained == str(jobs[teacher].best)
+        assert jobs[teacher].result == place / "results" / f"{teacher}.json"
+
+    def test_a_seed_is_given_once(self, place) -> None:
+        with pytest.raises(UserError, match="--seeds: 0 is listed twice; expected each once"):
+            reproduce.main(arguments(place, "--dry-run", "--seeds", "0", "0"))
 
     def test_given_seeds_take_the_place_of_those_of_a_row_too(self, place, capsys) -> None:
         assert reproduce.main(arguments(place, "--dry-run", "--seeds", "5", "--only", "/none-long/")) == 0

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.published import how_to_get
 from models.weight_files import TORCHVISION, is_given
 from tools.planning.painting import paint
-from tools.planning.plan import ROOT, Expansion, Job, Places, plan_names, read_plan
+from tools.planning.plan import ROOT, Expansion, Job, Places, plan_names, read_plan, repeated
 from tools.planning.published import published_jobs, published_names
 from tools.planning.repeats import Repeats, find_finished, find_repeats, take_over, without_repeats
 from tools.planning.runner import Runner, write_lists
@@ -48,6 +48,11 @@ class Options(OptionGroup):
     data: str | None = option(None, "folder of the data set", metavar="DIR")
     results: str | None = option(None, "folder of the result files (default: results)", metavar="DIR")
     work: str | None = option(None, "folder of weights, states and logs (default: work_dir)", metavar="DIR")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (seed := repeated(self.seeds)) is not None:
+            raise UserError(f"--seeds: {seed} is listed twice; expected each once")
 
 
 def parse(argv: list[str] | None) -> tuple[str, Options]:

@@ -14,6 +14,7 @@
     [teachers.mbv2]                     # trained first, with the first seed
     network = "deeplab_mobile mobilenetv2"
     flags = {max-iterations = 4000}
+    label = "long"                      # default: "none"; tells it from runs with the same network
     [teachers.other]                    # or a file that is there already
     network = "deeplabv3 resnet18_w0.5"
     file = "pretrained_ckpt/other.pth"
@@ -34,7 +35,7 @@ from __future__ import annotations
 import shlex
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -53,7 +54,7 @@ FOLDER = ROOT / "train_scripts" / "plans"
 KEYS = {"": {"title", "protocol", "dataset", "data", "student", "paint", "seeds", "gpus", "flags",
              "student-flags", "teachers", "runs", "scan"},
         "paint": {"train", "val", "test", "height", "width", "seed", "points"},
-        "teachers": {"network", "file", "flags"}, "runs": {"method", "teacher", "flags", "seeds"},
+        "teachers": {"network", "file", "flags", "label"}, "runs": {"method", "teacher", "flags", "seeds"},
         "scan": {"of", "values", "flags"}}
 
 
@@ -71,8 +72,18 @@ VALUES = {"seeds": (lambda v: _is_list(v, int) and min(v) >= 0, "a list of whole
           "of": (lambda v: _is_text(v) or _is_list(v, str), "the name of a run, or a list of them"),
           "gpus": (lambda v: type(v) is int and v >= 0, "a whole number"),
           **dict.fromkeys(("flags", "student-flags"), (lambda v: isinstance(v, dict), "a table, such as {lr = 0.1}")),
-          **dict.fromkeys(("title", "protocol", "dataset", "data", "method", "teacher", "file"),
+          **dict.fromkeys(("title", "protocol", "dataset", "data", "method", "teacher", "file", "label"),
                           (_is_text, "a text in quotes"))}
+
+
+#: {key of a list: its values as names of runs have them}
+NAMED = {"seeds": str, "of": str, "values": "{:g}".format}
+
+
+def repeated(values: Iterable[Any]) -> Any:
+    """The first value that is among those before it, None when all differ."""
+    seen: set[Any] = set()
+    return next((value for value in values if value in seen or seen.add(value)), None)
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,7 @@ class Job:
 
     name: protocol/data set/pair/label/seed, the path of its result; script: below the repository; flags: all that
     follow it; settings: what they mean; needs: names of the jobs that train its teacher; environment: on top of the
-    caller's."""
+    caller's; table: the one of the plan that means it, none of a published row."""
 
     name: str
     script: str
@@ -107,6 +118,7 @@ class Job:
     settings: Settings
     needs: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    table: str = ""
 
     @property
     def command(self) -> list[str]:
@@ -264,6 +276,8 @@ def check_values(entry: Mapping[str, Any], where: str) -> None:
         allowed, expected = VALUES.get(key, (None, ""))
         if allowed and not allowed(value):
             raise UserError(f"{where} {key}: expected {expected}, got {value!r}")
+        if key in NAMED and isinstance(value, list) and (name := repeated(map(NAMED[key], value))) is not None:
+            raise UserError(f"{where} {key}: {name} is listed twice; expected each once")
 
 
 def check_paint(plan: Mapping[str, Any], path: Path) -> None:
@@ -313,9 +327,10 @@ class Expansion:
     def jobs(self) -> list[Job]:
         """All of them, in the order in which they can run. UserError when two would share their files."""
         jobs = [*self._teachers(), *self._runs(), *self._scans()]
-        names = [job.name for job in jobs]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise UserError(f"the plan means {twice[0]} twice: give each its own label, or scan with other values")
+        if name := repeated(job.name for job in jobs):
+            tables = [job.table for job in jobs if job.name == name]
+            raise UserError(f"{' and '.join(tables)} mean the same run {name}: give the teacher a name of its own in "
+                            f"{tables[0]}, such as label = \"teacher\"")
         return jobs
 
     def _teachers(self) -> Iterator[Job]:
@@ -370,7 +385,7 @@ class Expansion:
             settings = parsed(parse_settings, ["--dataset", plan["dataset"], *words])
         except UserError as error:
             raise UserError(f"{where}: {describe_error(error)}") from error
-        return Job(name, "train_scripts/train.sh", (plan["dataset"], *words), settings, needs, environment)
+        return Job(name, "train_scripts/train.sh", (plan["dataset"], *words), settings, needs, environment, where)
 
     def _teacher_weights(self, name: str) -> tuple[Path, tuple[str, ...]]:
         """(file of a teacher, name of the job that trains it)."""
@@ -381,5 +396,5 @@ class Expansion:
 
     def _teacher_job(self, name: str) -> Job:
         entry = self.plan["teachers"][name]
-        return self._job(f"[teachers.{name}]", self.teachers[name], "none", "none", self.plan["seeds"][0],
-                         entry.get("flags", {}))
+        return self._job(f"[teachers.{name}]", self.teachers[name], entry.get("label", "none"), "none",
+                         self.plan["seeds"][0], entry.get("flags", {}))
