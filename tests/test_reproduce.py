@@ -137,6 +137,14 @@ class TestMeaning:
         ("[runs.fd]", "[runs.fd]\nmetod = \"fd\"", r"\[runs.fd\] unknown key 'metod'.*; did you mean method"),
         (f"deeplab_mobile {TEACHER}", TEACHER, r"\[teachers.net\]: expected 'MODEL BACKBONE'"),
         (f"deeplab_mobile {TEACHER}", f"smp:Unet:resnet18 {TEACHER}", r"\[teachers.net\]: expected 'MODEL BACKBONE'"),
+        ("dataset = \"folder\"", "dataset = \"camvidd\"",
+         r"tiny.toml: dataset: unknown data set 'camvidd'; expected one of .*; did you mean camvid\?$"),
+        (f"deeplab_mobile {TEACHER}", "deeplabv3 resnet19_w0.5",
+         r"tiny.toml: \[teachers.net\]: unknown backbone 'resnet19_w0.5' for deeplabv3; .*; did you mean resnet18\?$"),
+        (f"deeplab_mobile {STUDENT}", f"deeplabmobile {STUDENT}",
+         r"tiny.toml: student: unknown model 'deeplabmobile'; .*; did you mean deeplab_mobile\?$"),
+        (f"deeplab_mobile {TEACHER}", "modul:examples.espnet:camvid",
+         r"\[teachers.net\]: unknown source 'modul' of .*; did you mean module\?$"),
         ("method = \"afdcd\"", "method = \"afdcd\"\nteacher = \"x\"", "no teacher 'x'"),
         ("seeds = [1, 2]", "seed = [1, 2]", "unknown key 'seed'; .*; did you mean seeds"),
         ("max-iterations = 4", "max-iterations = 0", r"tiny.toml: \[runs.none\]: argument --max-iterations"),
@@ -253,6 +261,11 @@ class TestMeaning:
         assert there.networks.teacher_model == "module:examples.espnet:camvid"
         assert (there.data, there.optimization) == (here.data, here.optimization)
         assert there.distillation == here.distillation
+
+    @pytest.mark.parametrize("text", ["module:examples.espnet:camvid", "smp:Unet:resnet34", "hf:some/net",
+                                      "deeplabv3 timm:convnext_tiny", "psp resnet50_original_w0.5"])
+    def test_networks_that_a_plan_may_name(self, text) -> None:
+        assert " ".join(word for word in vars(plans.Network.read(text, "student")).values() if word) == text
 
     def test_every_published_table_is_a_plan(self) -> None:
         assert set(published_names()) == {"cityscapes", "ade20k", "coco_stuff", "voc", "camvid"}

@@ -41,10 +41,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dataset import list_datasets
 from engine.results import result_path
 from engine.run_files import RunFiles
 from engine.settings import Settings, build_parser, parse_settings
-from models import is_outside, network_name, split_backbone
+from models import is_outside, list_models, network_name, split_backbone
+from models.outside.sources import SOURCES
+from models.timm_backbone import is_timm
 from tools.flags import parsed
 from utils.cli import describe_error
 from utils.errors import UserError, did_you_mean
@@ -168,6 +171,19 @@ def joined(flags: Mapping[str, list[str]]) -> list[str]:
     return [word for words in flags.values() for word in words]
 
 
+def check_names(model: str, backbone: str, where: str) -> None:
+    """UserError for a network that this repository does not have. It is not built; timm knows its own."""
+    pairs = list_models()
+    backbones = [own for one, own in pairs if one == model]
+    if not backbones:
+        models = list(dict.fromkeys(one for one, _ in pairs))
+        raise UserError(f"{where}: unknown model {model!r}; expected one of {', '.join(models)}"
+                        f"{did_you_mean(model, models)}")
+    if not is_timm(backbone) and (base := split_backbone(backbone)[0]) not in backbones:
+        raise UserError(f"{where}: unknown backbone {backbone!r} for {model}; expected one of {', '.join(backbones)}, "
+                        f"optionally with a width such as _w0.5, or timm:NAME{did_you_mean(base, backbones)}")
+
+
 @dataclass(frozen=True)
 class Network:
     """model and backbone, as '--student-model' and '--student-backbone' take them. backbone: "" for a network of
@@ -181,10 +197,13 @@ class Network:
         """From 'deeplabv3 resnet18', or 'module:examples.espnet:camvid'. UserError for anything else."""
         words = text.split() if isinstance(text, str) else []
         if len(words) == 2 and not is_outside(words[0]):
-            split_backbone(words[1])
+            check_names(*words, where)
         elif len(words) != 1 or not is_outside(words[0]):
             raise UserError(f"{where}: expected 'MODEL BACKBONE', such as \"deeplabv3 resnet18\", or one word for a "
                             f"network from elsewhere, such as \"smp:Unet:resnet34\", got {text!r}")
+        elif (source := words[0].partition(":")[0]) not in SOURCES:
+            raise UserError(f"{where}: unknown source {source!r} of {text!r}; expected one of {', '.join(SOURCES)}"
+                            f"{did_you_mean(source, SOURCES)}")
         return cls(*words)
 
     @property
@@ -263,6 +282,9 @@ def check_keys(plan: Mapping[str, Any], path: Path) -> None:
     needed = {"protocol", "dataset", "student", "seeds", "runs", *(["data"] if "paint" in plan else [])}
     if missing := needed - plan.keys():
         raise UserError(f"{path}: {', '.join(sorted(missing))} is missing")
+    if plan["dataset"] not in list_datasets():
+        raise UserError(f"{path}: dataset: unknown data set {plan['dataset']!r}; expected one of "
+                        f"{', '.join(list_datasets())}{did_you_mean(plan['dataset'], list_datasets())}")
     if not plan["runs"]:
         raise UserError(f"{path}: [runs] is empty; expected at least one run, such as [runs.none]")
     if "paint" in plan:
@@ -329,7 +351,7 @@ class Expansion:
         jobs = [*self._teachers(), *self._runs(), *self._scans()]
         if name := repeated(job.name for job in jobs):
             tables = [job.table for job in jobs if job.name == name]
-            raise UserError(f"{' and '.join(tables)} mean the same run {name}: give the teacher a name of its own in "
+            raise UserError(f"{' and '.join(tables)} mean the same run {name}: give the teacher a label of its own in "
                             f"{tables[0]}, such as label = \"teacher\"")
         return jobs
 
