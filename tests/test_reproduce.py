@@ -21,7 +21,8 @@ from engine.sources import sources
 from tools import reproduce
 from tools.planning import painting
 from tools.planning import plan as plans
-from tools.planning.plan import Expansion, Job, Places, as_flags, plan_names, read_plan
+from tools.planning.command import Network, as_flags, flags_of_keys
+from tools.planning.plan import Expansion, Job, Places, plan_names, read_plan
 from tools.planning.published import published_jobs, published_names
 from tools.planning.repeats import find_finished
 from tools.planning.runner import Runner
@@ -207,8 +208,8 @@ class TestMeaning:
         job = next(job for job in expand(place) if "/fd/" in job.name)
         tables = {"crop_size", "batch_size", "max_iterations", "workers", "log_iter", "save_per_iters", "val_per_iters",
                   "tensorboard", "lambda_fd", "lambda_kd", "lambda_ctr"}
-        assert job.settings.given - tables == job.settings.given & plans.flags_of_keys().keys()
-        assert not tables & plans.flags_of_keys().keys()
+        assert job.settings.given - tables == job.settings.given & flags_of_keys().keys()
+        assert not tables & flags_of_keys().keys()
 
     def test_a_plan_without_runs_is_refused(self, place) -> None:
         text = (place / "tiny.toml").read_text()
@@ -265,7 +266,7 @@ class TestMeaning:
     @pytest.mark.parametrize("text", ["module:examples.espnet:camvid", "smp:Unet:resnet34", "hf:some/net",
                                       "deeplabv3 timm:convnext_tiny", "psp resnet50_original_w0.5"])
     def test_networks_that_a_plan_may_name(self, text) -> None:
-        assert " ".join(word for word in vars(plans.Network.read(text, "student")).values() if word) == text
+        assert " ".join(word for word in vars(Network.read(text, "student")).values() if word) == text
 
     def test_every_published_table_is_a_plan(self) -> None:
         assert set(published_names()) == {"cityscapes", "ade20k", "coco_stuff", "voc", "camvid"}

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.published import how_to_get
 from models.weight_files import TORCHVISION, is_given
+from tools.planning.checks import repeated
 from tools.planning.painting import paint
-from tools.planning.plan import ROOT, Expansion, Job, Places, plan_names, read_plan, repeated
+from tools.planning.plan import ROOT, Expansion, Job, Places, plan_names, read_plan
 from tools.planning.published import published_jobs, published_names
 from tools.planning.repeats import Repeats, find_finished, find_repeats, take_over, without_repeats
 from tools.planning.runner import Runner, write_lists

@@ -35,76 +35,21 @@ from __future__ import annotations
 import shlex
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dataset import list_datasets
 from engine.results import result_path
 from engine.run_files import RunFiles
-from engine.settings import Settings, build_parser, parse_settings
-from models import is_outside, list_models, network_name, split_backbone
-from models.outside.sources import SOURCES
-from models.timm_backbone import is_timm
+from engine.settings import Settings, parse_settings
 from tools.flags import parsed
+from tools.planning.checks import check_keys, repeated
+from tools.planning.command import ROOT, Network, Places, as_flags, joined, running_flags, training_flags
 from utils.cli import describe_error
 from utils.errors import UserError, did_you_mean
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = ROOT / "train_scripts" / "plans"
-KEYS = {"": {"title", "protocol", "dataset", "data", "student", "paint", "seeds", "gpus", "flags",
-             "student-flags", "teachers", "runs", "scan"},
-        "paint": {"train", "val", "test", "height", "width", "seed", "points"},
-        "teachers": {"network", "file", "flags", "label"}, "runs": {"method", "teacher", "flags", "seeds"},
-        "scan": {"of", "values", "flags"}}
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_list(value: Any, *kinds: type) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(one) in kinds for one in value)
-
-
-#: {key: (what is allowed, in words)} of those that are checked by kind, wherever they stand
-VALUES = {"seeds": (lambda v: _is_list(v, int) and min(v) >= 0, "a list of whole numbers, such as [0, 1, 2]"),
-          "values": (lambda v: _is_list(v, int, float), "a list of numbers, such as [2e-4, 1e-3]"),
-          "of": (lambda v: _is_text(v) or _is_list(v, str), "the name of a run, or a list of them"),
-          "gpus": (lambda v: type(v) is int and v >= 0, "a whole number"),
-          **dict.fromkeys(("flags", "student-flags"), (lambda v: isinstance(v, dict), "a table, such as {lr = 0.1}")),
-          **dict.fromkeys(("title", "protocol", "dataset", "data", "method", "teacher", "file", "label"),
-                          (_is_text, "a text in quotes"))}
-
-
-#: {key of a list: its values as names of runs have them}
-NAMED = {"seeds": str, "of": str, "values": "{:g}".format}
-
-
-def repeated(values: Iterable[Any]) -> Any:
-    """The first value that is among those before it, None when all differ."""
-    seen: set[Any] = set()
-    return next((value for value in values if value in seen or seen.add(value)), None)
-
-
-@dataclass(frozen=True)
-class Places:
-    """Folders. results: of result files; work: of weights, states and logs; data: of the data set, None for the plan's.
-
-    Those inside the repository are given relative to it, so that results say nothing of the machine's folders."""
-
-    results: Path = Path("results")
-    work: Path = Path("work_dir")
-    data: Path | None = None
-
-    @classmethod
-    def of(cls, **given: str | None) -> Places:
-        """From folders of the command line, relative to where it was given."""
-        paths = {name: Path(text).expanduser().resolve() for name, text in given.items() if text is not None}
-        return cls(**{name: path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-                      for name, path in paths.items()})
 
 
 @dataclass(frozen=True)
@@ -155,90 +100,6 @@ class Job:
         return [ROOT / path for path in (files.state, files.previous_state) if (ROOT / path).exists()]
 
 
-def running_flags(places: Places, protocol: str, name: str, label: str, seed: int) -> dict[str, list[str]]:
-    """The flags that a plan adds to every run, by what sets them: where its files go, and that it goes on where it
-    stopped."""
-    folder = str(places.work / name)
-    return {"the key seeds": ["--seed", str(seed)],
-            "--work of tools/reproduce.py": ["--save-dir", folder, "--log-dir", folder],
-            "--results of tools/reproduce.py": ["--results", str(places.results)],
-            "the key protocol": ["--protocol", protocol], "the NAME of [runs.NAME]": ["--label", label],
-            "tools/reproduce.py itself": ["--resume", "auto"]}
-
-
-def joined(flags: Mapping[str, list[str]]) -> list[str]:
-    """The flags without what sets them."""
-    return [word for words in flags.values() for word in words]
-
-
-def check_names(model: str, backbone: str, where: str) -> None:
-    """UserError for a network that this repository does not have. It is not built; timm knows its own."""
-    pairs = list_models()
-    backbones = [own for one, own in pairs if one == model]
-    if not backbones:
-        models = list(dict.fromkeys(one for one, _ in pairs))
-        raise UserError(f"{where}: unknown model {model!r}; expected one of {', '.join(models)}"
-                        f"{did_you_mean(model, models)}")
-    if not is_timm(backbone) and (base := split_backbone(backbone)[0]) not in backbones:
-        raise UserError(f"{where}: unknown backbone {backbone!r} for {model}; expected one of {', '.join(backbones)}, "
-                        f"optionally with a width such as _w0.5, or timm:NAME{did_you_mean(base, backbones)}")
-
-
-@dataclass(frozen=True)
-class Network:
-    """model and backbone, as '--student-model' and '--student-backbone' take them. backbone: "" for a network of
-    another library."""
-
-    model: str
-    backbone: str = ""
-
-    @classmethod
-    def read(cls, text: Any, where: str) -> Network:
-        """From 'deeplabv3 resnet18', or 'module:examples.espnet:camvid'. UserError for anything else."""
-        words = text.split() if isinstance(text, str) else []
-        if len(words) == 2 and not is_outside(words[0]):
-            check_names(*words, where)
-        elif len(words) != 1 or not is_outside(words[0]):
-            raise UserError(f"{where}: expected 'MODEL BACKBONE', such as \"deeplabv3 resnet18\", or one word for a "
-                            f"network from elsewhere, such as \"smp:Unet:resnet34\", got {text!r}")
-        elif (source := words[0].partition(":")[0]) not in SOURCES:
-            raise UserError(f"{where}: unknown source {source!r} of {text!r}; expected one of {', '.join(SOURCES)}"
-                            f"{did_you_mean(source, SOURCES)}")
-        return cls(*words)
-
-    @property
-    def name(self) -> str:
-        """In names of folders."""
-        return network_name(self.model, self.backbone)
-
-    def flags(self, role: str) -> list[str]:
-        """Of the command line. role: teacher or student."""
-        return [f"--{role}-model", self.model, *((f"--{role}-backbone", self.backbone) if self.backbone else ())]
-
-
-def training_flags(data: object, method: str, student: Network,
-                   teacher: tuple[Network, Path] | None) -> dict[str, list[str]]:
-    """The flags that say what a run trains, by what sets them. data: its folder, None for what common.sh says. teacher:
-    with its file."""
-    flags = {"the key data": ["--data", str(data)] if data else [],
-             "the key method of [runs.NAME]": ["--method", method], "the key student": student.flags("student")}
-    if teacher:
-        flags |= {"the key network of [teachers.NAME]": teacher[0].flags("teacher"),
-                  "the key file of [teachers.NAME]": ["--teacher-pretrained", str(teacher[1])]}
-    return flags
-
-
-@cache
-def flags_of_keys() -> dict[str, str]:
-    """{flag, without dashes and in any spelling: what sets it}: those that no table of flags may hold. train.sh makes
-    --dataset of its first word, and --no-cuda of the number of GPUs."""
-    net, parser = Network("model", "backbone"), build_parser()
-    flags = {**training_flags("data", "none", net, (net, Path("file"))), **running_flags(Places(), "", "", "", 0),
-             "the key dataset": ["--dataset", "name"], "the key gpus": ["--no-cuda"]}
-    return {spelling: key for key, words in flags.items() for setting in parser.given(words)
-            for spelling in (setting, *parser.options[setting].aliases)}
-
-
 def plan_names() -> list[str]:
     """The plans that there are a file of."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
@@ -258,81 +119,6 @@ def read_plan(source: str | Path, others: Sequence[str] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: not a TOML file ({error})") from error
     check_keys(plan, path)
     return plan
-
-
-def check_keys(plan: Mapping[str, Any], path: Path) -> None:
-    """UserError for a key that nobody reads, and for one that is missing."""
-    for kind in ("teachers", "runs", "scan"):
-        if not isinstance(entries := plan.get(kind, {}), dict):
-            raise UserError(f"{path}: [{kind}]: expected tables, such as [{kind}.NAME], got {entries!r}")
-    parts = [("", plan), ("paint", plan.get("paint", {})),
-             *((f"{kind}.{name}", entry) for kind in ("teachers", "runs", "scan")
-               for name, entry in plan.get(kind, {}).items())]
-    for where, entry in parts:
-        if not isinstance(entry, dict):
-            raise UserError(f"{path}: [{where}]: expected a table, got {entry!r}")
-        if where.startswith("scan.") and (missing := {"of", "values"} - entry.keys()):
-            raise UserError(f"{path}: [{where}] {', '.join(sorted(missing))} is missing")
-        known = sorted(KEYS[where.partition(".")[0]])
-        if unknown := sorted(entry.keys() - set(known)):
-            raise UserError(f"{path}: {f'[{where}] ' if where else ''}unknown key {unknown[0]!r}; expected some of "
-                            f"{', '.join(known)}{did_you_mean(unknown[0], known)}")
-        if where != "paint":
-            check_values(entry, f"{path}:{f' [{where}]' if where else ''}")
-    needed = {"protocol", "dataset", "student", "seeds", "runs", *(["data"] if "paint" in plan else [])}
-    if missing := needed - plan.keys():
-        raise UserError(f"{path}: {', '.join(sorted(missing))} is missing")
-    if plan["dataset"] not in list_datasets():
-        raise UserError(f"{path}: dataset: unknown data set {plan['dataset']!r}; expected one of "
-                        f"{', '.join(list_datasets())}{did_you_mean(plan['dataset'], list_datasets())}")
-    if not plan["runs"]:
-        raise UserError(f"{path}: [runs] is empty; expected at least one run, such as [runs.none]")
-    if "paint" in plan:
-        check_paint(plan, path)
-    check_flags(plan, path)
-
-
-def check_values(entry: Mapping[str, Any], where: str) -> None:
-    """UserError for a value of another kind than its key takes."""
-    for key, value in entry.items():
-        allowed, expected = VALUES.get(key, (None, ""))
-        if allowed and not allowed(value):
-            raise UserError(f"{where} {key}: expected {expected}, got {value!r}")
-        if key in NAMED and isinstance(value, list) and (name := repeated(map(NAMED[key], value))) is not None:
-            raise UserError(f"{where} {key}: {name} is listed twice; expected each once")
-
-
-def check_paint(plan: Mapping[str, Any], path: Path) -> None:
-    """UserError for [paint] in a plan of other images, and for what is not a number."""
-    if plan["dataset"] != "toy_streets":
-        raise UserError(f"{path}: [paint] makes toy streets; expected dataset = \"toy_streets\", got "
-                        f"{plan['dataset']!r}")
-    for name, value in plan["paint"].items():
-        if type(value) is not int:
-            raise UserError(f"{path}: [paint] {name}: expected an integer, got {value!r}")
-
-
-def check_flags(plan: Mapping[str, Any], path: Path) -> None:
-    """UserError for a flag that another key of the plan, or the program, sets: it would have no effect."""
-    tables = {**{key: plan.get(key, {}) for key in ("flags", "student-flags")},
-              **{f"[{kind}.{name}] flags": entry.get("flags", {}) for kind in ("teachers", "runs", "scan")
-                 for name, entry in plan.get(kind, {}).items()},
-              **{f"[scan.{name}]": {name: entry["values"]} for name, entry in plan.get("scan", {}).items()}}
-    for where, table in tables.items():
-        for name in table:
-            if key := flags_of_keys().get(name.replace("-", "_")):
-                raise UserError(f"{path}: {where}: {name} cannot be set here, since {key} sets it")
-
-
-def as_flags(values: Mapping[str, Any]) -> list[str]:
-    """{'crop-size': [176, 176], 'fast': False} -> ['--crop-size', '176', '176', '--no-fast']."""
-    flags: list[str] = []
-    for name, value in values.items():
-        if isinstance(value, bool):
-            flags.append(f"--{'' if value else 'no-'}{name}")
-        else:
-            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
 
 
 class Expansion:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from engine.results import result_path
 from engine.settings import Settings, parse_settings
 from tools.make_scripts import R101, TABLES, scripts
-from tools.planning.plan import ROOT, Job, Places, joined, running_flags
+from tools.planning.command import joined, running_flags
+from tools.planning.plan import ROOT, Job, Places
 from utils.errors import UserError
 
 PROTOCOL = "paper"
