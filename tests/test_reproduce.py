@@ -21,7 +21,8 @@ from engine.sources import sources
 from tools import reproduce
 from tools.planning import painting
 from tools.planning import plan as plans
-from tools.planning.plan import Expansion, Job, Places, as_flags, plan_names, read_plan
+from tools.planning.command import Network, as_flags, flags_of_keys
+from tools.planning.plan import Expansion, Job, Places, plan_names, read_plan
 from tools.planning.published import published_jobs, published_names
 from tools.planning.repeats import find_finished
 from tools.planning.runner import Runner
@@ -126,13 +127,25 @@ class TestMeaning:
          r"\[paint\] train: expected an integer"),
         ("gpus = 0", "paint = true", r"\[paint\]: expected a table"),
         ("of = \"fd\"", "", r"\[scan.lambda-fd\] of is missing"), ("[runs.none]", "[runs.none", "not a TOML file"),
-        ("values = [1e-6, 1e-4]", "values = [1e-6, 1e-6]", "twice"),
+        ("values = [1e-6, 1e-4]", "values = [1e-6, 0.000001]", r"\[scan.lambda-fd\] values: 1e-06 is listed twice"),
+        ("of = \"fd\"", "of = [\"fd\", \"fd\"]", r"\[scan.lambda-fd\] of: fd is listed twice; expected each once"),
+        ("seeds = [1, 2]", "seeds = [0, 1, 0]", "tiny.toml: seeds: 0 is listed twice; expected each once"),
+        ("seeds = [1]", "seeds = [1, 1]", r"tiny.toml: \[runs.none-long\] seeds: 1 is listed twice"),
+        ("[teachers.net]\n", "[teachers.net]\nlabel = 1\n", r"\[teachers.net\] label: expected a text in quotes"),
         ("[runs.fd]", "[scan.lambda-kd]\nof = [\"fd\"]\nvalues = [1]\n[runs.fd]",
          r"\[scan.lambda-fd\]: fd is in \[scan.lambda-kd\] already"),
         ("of = \"fd\"", "of = \"x\"", r"tiny.toml: \[scan.lambda-fd\]: no run 'x'"),
         ("[runs.fd]", "[runs.fd]\nmetod = \"fd\"", r"\[runs.fd\] unknown key 'metod'.*; did you mean method"),
         (f"deeplab_mobile {TEACHER}", TEACHER, r"\[teachers.net\]: expected 'MODEL BACKBONE'"),
         (f"deeplab_mobile {TEACHER}", f"smp:Unet:resnet18 {TEACHER}", r"\[teachers.net\]: expected 'MODEL BACKBONE'"),
+        ("dataset = \"folder\"", "dataset = \"camvidd\"",
+         r"tiny.toml: dataset: unknown data set 'camvidd'; expected one of .*; did you mean camvid\?$"),
+        (f"deeplab_mobile {TEACHER}", "deeplabv3 resnet19_w0.5",
+         r"tiny.toml: \[teachers.net\]: unknown backbone 'resnet19_w0.5' for deeplabv3; .*; did you mean resnet18\?$"),
+        (f"deeplab_mobile {STUDENT}", f"deeplabmobile {STUDENT}",
+         r"tiny.toml: student: unknown model 'deeplabmobile'; .*; did you mean deeplab_mobile\?$"),
+        (f"deeplab_mobile {TEACHER}", "modul:examples.espnet:camvid",
+         r"\[teachers.net\]: unknown source 'modul' of .*; did you mean module\?$"),
         ("method = \"afdcd\"", "method = \"afdcd\"\nteacher = \"x\"", "no teacher 'x'"),
         ("seeds = [1, 2]", "seed = [1, 2]", "unknown key 'seed'; .*; did you mean seeds"),
         ("max-iterations = 4", "max-iterations = 0", r"tiny.toml: \[runs.none\]: argument --max-iterations"),
@@ -171,6 +184,59 @@ class TestMeaning:
         with pytest.raises(UserError, match=message):
             reproduce.main(arguments(place, "--dry-run"))
 
+    @pytest.mark.parametrize("old, new, message", [
+        ("[runs.none]", "[runs.none]\nflags = {student-backbone = 'resnet18_w0.5'}",
+         r"tiny.toml: \[runs.none\] flags: student-backbone cannot be set here, since the key student sets it$"),
+        ("[runs.none]", "[runs.none]\nflags = {backbone = 'resnet18_w0.5'}", "backbone cannot be set here"),
+        ("max-iterations = 4", "seed = 7", "toml: flags: seed cannot be set here, since the key seeds sets it"),
+        ("max-iterations = 2", "method = 'kd'", r"\[teachers.net\] flags: method cannot .*, since the key method of"),
+        ("[flags]", "[student-flags]\nteacher_pretrained = 'x.pth'\n[flags]",
+         r"student-flags: teacher_pretrained cannot .*, since the key file of \[teachers.NAME\]"),
+        ("max-iterations = 4", "no-cuda = true", "flags: no-cuda cannot .*, since the key gpus sets it"),
+        ("max-iterations = 4", "resume = 'never'", "flags: resume cannot .*, since tools/reproduce.py itself sets it"),
+        ("of = \"fd\"", "of = \"fd\"\nflags = {label = 'x'}", r"\[scan.lambda-fd\] flags: label cannot be set here"),
+        ("[scan.lambda-fd]", "[scan.seed]", r"\[scan.seed\]: seed cannot be set here, since the key seeds sets it")])
+    def test_a_flag_that_another_key_sets_is_refused(self, place, old, new, message) -> None:
+        text = (place / "tiny.toml").read_text()
+        assert old in text
+        (place / "tiny.toml").write_text(text.replace(old, new))
+        with pytest.raises(UserError, match=message):
+            reproduce.main(arguments(place, "--dry-run"))
+
+    def test_every_flag_that_a_plan_adds_is_kept_for_it(self, place) -> None:
+        """Nothing but these and the flags of the tables is in a command line."""
+        job = next(job for job in expand(place) if "/fd/" in job.name)
+        tables = {"crop_size", "batch_size", "max_iterations", "workers", "log_iter", "save_per_iters", "val_per_iters",
+                  "tensorboard", "lambda_fd", "lambda_kd", "lambda_ctr"}
+        assert job.settings.given - tables == job.settings.given & flags_of_keys().keys()
+        assert not tables & flags_of_keys().keys()
+
+    def test_a_plan_without_runs_is_refused(self, place) -> None:
+        text = (place / "tiny.toml").read_text()
+        (place / "tiny.toml").write_text(f"{text[:text.index('[teachers.net]')]}[runs]")
+        with pytest.raises(UserError, match=r"tiny.toml: \[runs\] is empty; expected at least one run"):
+            reproduce.main(arguments(place, "--dry-run"))
+
+    @pytest.mark.parametrize("old, new, tables", [
+        (TEACHER, STUDENT, r"\[teachers.net\] and \[runs.none\]"),
+        ("[runs.none]", f"[teachers.other]\nnetwork = 'deeplab_mobile {TEACHER}'\n[runs.none]",
+         r"\[teachers.net\] and \[teachers.other\]")])
+    def test_a_teacher_with_the_network_of_another_run_needs_a_label(self, place, old, new, tables) -> None:
+        path = place / "tiny.toml"
+        path.write_text(path.read_text().replace(old, new).replace("[runs.fd]", "[runs.fd]\nteacher = 'net'"))
+        with pytest.raises(UserError, match=rf"tiny.toml: {tables} mean the same run .*/none/1: give .* label = "):
+            reproduce.main(arguments(place, "--dry-run"))
+        path.write_text(path.read_text().replace("[teachers.net]", "[teachers.net]\nlabel = 'teacher'"))
+        jobs = {job.name: job for job in expand(place)}
+        teacher = next(name for name in jobs if name.endswith("/teacher/1"))
+        fd = next(job for name, job in jobs.items() if name.endswith("/fd/1"))
+        assert fd.needs == (teacher,) and fd.settings.networks.teacher_pretrained == str(jobs[teacher].best)
+        assert jobs[teacher].result == place / "results" / f"{teacher}.json"
+
+    def test_a_seed_is_given_once(self, place) -> None:
+        with pytest.raises(UserError, match="--seeds: 0 is listed twice; expected each once"):
+            reproduce.main(arguments(place, "--dry-run", "--seeds", "0", "0"))
+
     def test_given_seeds_take_the_place_of_those_of_a_row_too(self, place, capsys) -> None:
         assert reproduce.main(arguments(place, "--dry-run", "--seeds", "5", "--only", "/none-long/")) == 0
         assert set(re.findall(r"none-long/(\d)", capsys.readouterr().out)) == {"5"}
@@ -196,6 +262,11 @@ class TestMeaning:
         assert there.networks.teacher_model == "module:examples.espnet:camvid"
         assert (there.data, there.optimization) == (here.data, here.optimization)
         assert there.distillation == here.distillation
+
+    @pytest.mark.parametrize("text", ["module:examples.espnet:camvid", "smp:Unet:resnet34", "hf:some/net",
+                                      "deeplabv3 timm:convnext_tiny", "psp resnet50_original_w0.5"])
+    def test_networks_that_a_plan_may_name(self, text) -> None:
+        assert " ".join(word for word in vars(Network.read(text, "student")).values() if word) == text
 
     def test_every_published_table_is_a_plan(self) -> None:
         assert set(published_names()) == {"cityscapes", "ade20k", "coco_stuff", "voc", "camvid"}
@@ -348,12 +419,25 @@ class TestRunning:
     def test_a_failed_teacher_leaves_its_students_waiting(self, place, capsys) -> None:
         (place / "data" / "classes.txt").unlink()
         assert reproduce.main(arguments(place, "--only", "/fd/1")) == 1
-        assert "1 failed, 1 left" in capsys.readouterr().out
+        assert "1 failed, 2 left to do" in capsys.readouterr().out
 
     def test_a_run_that_was_stopped_from_outside_has_not_failed(self, tmp_path) -> None:
         jobs = [shell_job(tmp_path, str(code), f"exit {code}") for code in (2, 75, 130)]
         outcome = Runner(jobs, set(), side_by_side=3, say=lambda line: None).run()
         assert (outcome.failed, outcome.stopped, outcome.done) == (["2"], ["75", "130"], [])
+
+    @pytest.mark.parametrize("script, message", [
+        ("echo 'train_kd.py: error: process 7 trains here' >&2; echo 'step 9/10 of the other'; exit 2",
+         "failed after 0.0 min, with exit code 2: one\n    train_kd.py: error: process 7 trains here"),
+        ("echo 'step 3/10'; kill -9 $$", "failed after 0.0 min, killed by signal 9: one\n    its output: "),
+        ("echo 'no such thing'; exit 3", "failed after 0.0 min, with exit code 3: one\n    no such thing"),
+        ("exit 3", "failed after 0.0 min, with exit code 3: one\n    it said nothing")])
+    def test_the_line_of_a_failed_run_is_its_own(self, tmp_path, script, message) -> None:
+        """Not that of one that trains in the same folder, nor of an earlier call."""
+        (tmp_path / "output.txt").write_text("train_kd.py: error: of yesterday\n")
+        said: list[str] = []
+        assert Runner([shell_job(tmp_path, "one", script)], set(), say=said.append).run().failed == ["one"]
+        assert said[-1].startswith(message)
 
     def test_a_run_is_told_to_end_when_the_time_is_over(self, tmp_path, monkeypatch) -> None:
         script = f"trap 'echo saved > {tmp_path}/state; exit 75' TERM; touch {tmp_path}/ready; sleep 60 & wait"
@@ -375,6 +459,21 @@ class TestRunning:
             reproduce.main(arguments(place, "--dry-run"))
         expand(place)[1].result.unlink()  # what has only begun does not go on with other settings either
         with pytest.raises(UserError, match=r"_state\.pth was made .* batch_size: 4 -> 2"):
+            reproduce.main(arguments(place, "--dry-run"))
+
+    @pytest.mark.parametrize("content, message", [
+        ('{"format": 1}', r"1\.json: expected a whole result, .* \(KeyError: 'settings'\): remove it to have the run"),
+        ('{"format": 1, "settings": []}', r"1\.json: expected a whole result, .*: remove it to have the run"),
+        ("{", r"1\.json: not a result that can be read .*: remove it to have the run made again"),
+        (None, r"1\.json: not a result that can be read .*[Ii]s a directory.*: remove it to have the run made again")])
+    def test_what_is_no_result_is_to_be_removed(self, place, content, message) -> None:
+        path = expand(place)[1].result
+        path.parent.mkdir(parents=True)
+        if content is None:
+            path.mkdir()
+        else:
+            path.write_text(content)
+        with pytest.raises(UserError, match=message):
             reproduce.main(arguments(place, "--dry-run"))
 
     def test_a_replaced_teacher_file_or_method_does_not_keep_its_students(self, place) -> None:
@@ -424,6 +523,10 @@ class TestRunning:
         assert f"{TEACHERS}/none/1" in capsys.readouterr().out
         with pytest.raises(UserError, match="--only nothing"):
             reproduce.main(arguments(place, "--only", "nothing"))
+
+    def test_every_text_of_only_has_to_be_in_a_name(self, place) -> None:
+        with pytest.raises(UserError, match=r"--only /none-lon/: no run of plan .*; did you mean none-long\?$"):
+            reproduce.main(arguments(place, "--dry-run", "--only", "/fd/", "/none-lon/"))
 
 
 def test_a_plan_paints_its_own_images(place, monkeypatch, capsys) -> None:

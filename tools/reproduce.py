@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.published import how_to_get
 from models.weight_files import TORCHVISION, is_given
+from tools.planning.checks import repeated
 from tools.planning.painting import paint
 from tools.planning.plan import ROOT, Expansion, Job, Places, plan_names, read_plan
 from tools.planning.published import published_jobs, published_names
@@ -29,7 +30,7 @@ from tools.planning.repeats import Repeats, find_finished, find_repeats, take_ov
 from tools.planning.runner import Runner, write_lists
 from tools.planning.status import BEGUN, DONE, NEW, Status, status
 from utils.cli import ArgumentParser, describe_error, read_options, run_main
-from utils.errors import UserError
+from utils.errors import UserError, did_you_mean
 from utils.options import OptionGroup, option
 
 
@@ -48,6 +49,11 @@ class Options(OptionGroup):
     data: str | None = option(None, "folder of the data set", metavar="DIR")
     results: str | None = option(None, "folder of the result files (default: results)", metavar="DIR")
     work: str | None = option(None, "folder of weights, states and logs (default: work_dir)", metavar="DIR")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (seed := repeated(self.seeds)) is not None:
+            raise UserError(f"--seeds: {seed} is listed twice; expected each once")
 
 
 def parse(argv: list[str] | None) -> tuple[str, Options]:
@@ -77,11 +83,14 @@ def all_jobs(name: str, plan: Mapping[str, Any] | None, places: Places, seeds: S
 
 
 def find_jobs(name: str, jobs: list[Job], options: Options) -> list[Job]:
-    """Those of a plan's runs that are asked for, and the teachers that they need."""
+    """Those of a plan's runs that are asked for, and the teachers that they need. UserError for a text of ``--only``
+    that is in no name."""
+    for text in options.only:
+        if not any(text in job.name for job in jobs):
+            parts = {part for job in jobs for part in job.name.split("/")}
+            raise UserError(f"--only {text}: no run of plan {name} has this in its name; one is {jobs[0].name}"
+                            f"{did_you_mean(text.strip('/'), sorted(parts))}")
     chosen = [job for job in jobs if not options.only or any(text in job.name for text in options.only)]
-    if not chosen:
-        raise UserError(f"--only {' '.join(options.only)}: no run of plan {name} has such a name; one is "
-                        f"{jobs[0].name}")
     needed = {name for job in chosen for name in job.needs}
     return [job for job in jobs if job in chosen or job.name in needed]
 
@@ -176,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("the same command goes on where these runs stopped", flush=True)
         raise
-    left = len(outcome.stopped) + len(outcome.waiting)
+    left = len(outcome.failed) + len(outcome.stopped) + len(outcome.waiting)
     print(f"\n{len(outcome.done)} runs done now, {len(outcome.failed)} failed, {left} left to do")
     return 1 if outcome.failed else 0
 

@@ -8,12 +8,13 @@
     student = "deeplabv3 resnet18_w0.25"
     seeds = [0, 1, 2]
     gpus = 0                            # processes of a run; default: all GPUs of the machine
-    flags = {crop-size = [176, 176]}    # of every run; values as on the command line
+    flags = {crop-size = [176, 176]}    # of every run; values as on the command line; none that a key here sets
     student-flags = {aux = false}       # of every run but the teachers'
 
     [teachers.mbv2]                     # trained first, with the first seed
     network = "deeplab_mobile mobilenetv2"
     flags = {max-iterations = 4000}
+    label = "long"                      # default: "none"; tells it from runs with the same network
     [teachers.other]                    # or a file that is there already
     network = "deeplabv3 resnet18_w0.5"
     file = "pretrained_ckpt/other.pth"
@@ -42,54 +43,13 @@ from typing import Any
 from engine.results import result_path
 from engine.run_files import RunFiles
 from engine.settings import Settings, parse_settings
-from models import is_outside, network_name, split_backbone
 from tools.flags import parsed
+from tools.planning.checks import check_keys, repeated
+from tools.planning.command import ROOT, Network, Places, as_flags, joined, running_flags, training_flags
 from utils.cli import describe_error
 from utils.errors import UserError, did_you_mean
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = ROOT / "train_scripts" / "plans"
-KEYS = {"": {"title", "protocol", "dataset", "data", "student", "paint", "seeds", "gpus", "flags",
-             "student-flags", "teachers", "runs", "scan"},
-        "paint": {"train", "val", "test", "height", "width", "seed", "points"},
-        "teachers": {"network", "file", "flags"}, "runs": {"method", "teacher", "flags", "seeds"},
-        "scan": {"of", "values", "flags"}}
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_list(value: Any, *kinds: type) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(one) in kinds for one in value)
-
-
-#: {key: (what is allowed, in words)} of those that are checked by kind, wherever they stand
-VALUES = {"seeds": (lambda v: _is_list(v, int) and min(v) >= 0, "a list of whole numbers, such as [0, 1, 2]"),
-          "values": (lambda v: _is_list(v, int, float), "a list of numbers, such as [2e-4, 1e-3]"),
-          "of": (lambda v: _is_text(v) or _is_list(v, str), "the name of a run, or a list of them"),
-          "gpus": (lambda v: type(v) is int and v >= 0, "a whole number"),
-          **dict.fromkeys(("flags", "student-flags"), (lambda v: isinstance(v, dict), "a table, such as {lr = 0.1}")),
-          **dict.fromkeys(("title", "protocol", "dataset", "data", "method", "teacher", "file"),
-                          (_is_text, "a text in quotes"))}
-
-
-@dataclass(frozen=True)
-class Places:
-    """Folders. results: of result files; work: of weights, states and logs; data: of the data set, None for the plan's.
-
-    Those inside the repository are given relative to it, so that results say nothing of the machine's folders."""
-
-    results: Path = Path("results")
-    work: Path = Path("work_dir")
-    data: Path | None = None
-
-    @classmethod
-    def of(cls, **given: str | None) -> Places:
-        """From folders of the command line, relative to where it was given."""
-        paths = {name: Path(text).expanduser().resolve() for name, text in given.items() if text is not None}
-        return cls(**{name: path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-                      for name, path in paths.items()})
 
 
 @dataclass(frozen=True)
@@ -98,7 +58,7 @@ class Job:
 
     name: protocol/data set/pair/label/seed, the path of its result; script: below the repository; flags: all that
     follow it; settings: what they mean; needs: names of the jobs that train its teacher; environment: on top of the
-    caller's."""
+    caller's; table: the one of the plan that means it, none of a published row."""
 
     name: str
     script: str
@@ -106,6 +66,7 @@ class Job:
     settings: Settings
     needs: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    table: str = ""
 
     @property
     def command(self) -> list[str]:
@@ -139,42 +100,6 @@ class Job:
         return [ROOT / path for path in (files.state, files.previous_state) if (ROOT / path).exists()]
 
 
-def own_flags(places: Places, protocol: str, name: str, label: str, seed: int) -> list[str]:
-    """The flags that a plan adds to every run: where its files go, and that it goes on where it stopped."""
-    folder = str(places.work / name)
-    return ["--seed", str(seed), "--save-dir", folder, "--log-dir", folder, "--results", str(places.results),
-            "--protocol", protocol, "--label", label, "--resume", "auto"]
-
-
-@dataclass(frozen=True)
-class Network:
-    """model and backbone, as '--student-model' and '--student-backbone' take them. backbone: "" for a network of
-    another library."""
-
-    model: str
-    backbone: str = ""
-
-    @classmethod
-    def read(cls, text: Any, where: str) -> Network:
-        """From 'deeplabv3 resnet18', or 'module:examples.espnet:camvid'. UserError for anything else."""
-        words = text.split() if isinstance(text, str) else []
-        if len(words) == 2 and not is_outside(words[0]):
-            split_backbone(words[1])
-        elif len(words) != 1 or not is_outside(words[0]):
-            raise UserError(f"{where}: expected 'MODEL BACKBONE', such as \"deeplabv3 resnet18\", or one word for a "
-                            f"network from elsewhere, such as \"smp:Unet:resnet34\", got {text!r}")
-        return cls(*words)
-
-    @property
-    def name(self) -> str:
-        """In names of folders."""
-        return network_name(self.model, self.backbone)
-
-    def flags(self, role: str) -> list[str]:
-        """Of the command line. role: teacher or student."""
-        return [f"--{role}-model", self.model, *((f"--{role}-backbone", self.backbone) if self.backbone else ())]
-
-
 def plan_names() -> list[str]:
     """The plans that there are a file of."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
@@ -196,61 +121,6 @@ def read_plan(source: str | Path, others: Sequence[str] = ()) -> dict[str, Any]:
     return plan
 
 
-def check_keys(plan: Mapping[str, Any], path: Path) -> None:
-    """UserError for a key that nobody reads, and for one that is missing."""
-    for kind in ("teachers", "runs", "scan"):
-        if not isinstance(entries := plan.get(kind, {}), dict):
-            raise UserError(f"{path}: [{kind}]: expected tables, such as [{kind}.NAME], got {entries!r}")
-    parts = [("", plan), ("paint", plan.get("paint", {})),
-             *((f"{kind}.{name}", entry) for kind in ("teachers", "runs", "scan")
-               for name, entry in plan.get(kind, {}).items())]
-    for where, entry in parts:
-        if not isinstance(entry, dict):
-            raise UserError(f"{path}: [{where}]: expected a table, got {entry!r}")
-        if where.startswith("scan.") and (missing := {"of", "values"} - entry.keys()):
-            raise UserError(f"{path}: [{where}] {', '.join(sorted(missing))} is missing")
-        known = sorted(KEYS[where.partition(".")[0]])
-        if unknown := sorted(entry.keys() - set(known)):
-            raise UserError(f"{path}: {f'[{where}] ' if where else ''}unknown key {unknown[0]!r}; expected some of "
-                            f"{', '.join(known)}{did_you_mean(unknown[0], known)}")
-        if where != "paint":
-            check_values(entry, f"{path}:{f' [{where}]' if where else ''}")
-    needed = {"protocol", "dataset", "student", "seeds", "runs", *(["data"] if "paint" in plan else [])}
-    if missing := needed - plan.keys():
-        raise UserError(f"{path}: {', '.join(sorted(missing))} is missing")
-    if "paint" in plan:
-        check_paint(plan, path)
-
-
-def check_values(entry: Mapping[str, Any], where: str) -> None:
-    """UserError for a value of another kind than its key takes."""
-    for key, value in entry.items():
-        allowed, expected = VALUES.get(key, (None, ""))
-        if allowed and not allowed(value):
-            raise UserError(f"{where} {key}: expected {expected}, got {value!r}")
-
-
-def check_paint(plan: Mapping[str, Any], path: Path) -> None:
-    """UserError for [paint] in a plan of other images, and for what is not a number."""
-    if plan["dataset"] != "toy_streets":
-        raise UserError(f"{path}: [paint] makes toy streets; expected dataset = \"toy_streets\", got "
-                        f"{plan['dataset']!r}")
-    for name, value in plan["paint"].items():
-        if type(value) is not int:
-            raise UserError(f"{path}: [paint] {name}: expected an integer, got {value!r}")
-
-
-def as_flags(values: Mapping[str, Any]) -> list[str]:
-    """{'crop-size': [176, 176], 'fast': False} -> ['--crop-size', '176', '176', '--no-fast']."""
-    flags: list[str] = []
-    for name, value in values.items():
-        if isinstance(value, bool):
-            flags.append(f"--{'' if value else 'no-'}{name}")
-        else:
-            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
-
-
 class Expansion:
     """The jobs of one plan, teachers first. Every command line is checked. seeds: in place of those of the plan and of
     its rows."""
@@ -265,9 +135,10 @@ class Expansion:
     def jobs(self) -> list[Job]:
         """All of them, in the order in which they can run. UserError when two would share their files."""
         jobs = [*self._teachers(), *self._runs(), *self._scans()]
-        names = [job.name for job in jobs]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise UserError(f"the plan means {twice[0]} twice: give each its own label, or scan with other values")
+        if name := repeated(job.name for job in jobs):
+            tables = [job.table for job in jobs if job.name == name]
+            raise UserError(f"{' and '.join(tables)} mean the same run {name}: give the teacher a label of its own in "
+                            f"{tables[0]}, such as label = \"teacher\"")
         return jobs
 
     def _teachers(self) -> Iterator[Job]:
@@ -313,19 +184,16 @@ class Expansion:
         pair = f"{self.teachers[teacher].name if teacher else 'none'}-{net.name}"
         name = f"{protocol}/{plan['dataset']}/{pair}/{label}/{seed}"
         data = self.places.data or plan.get("data")
-        words = [*(("--data", str(data)) if data else ()), *as_flags({**plan.get("flags", {}), **flags}), "--method",
-                 method, *net.flags("student")]
-        needs: tuple[str, ...] = ()
-        if teacher:
-            weights, needs = self._teacher_weights(teacher)
-            words += [*self.teachers[teacher].flags("teacher"), "--teacher-pretrained", str(weights)]
-        words += own_flags(self.places, protocol, name, label, seed)
+        weights, needs = self._teacher_weights(teacher) if teacher else (None, ())
+        own = {**training_flags(data, method, net, (self.teachers[teacher], weights) if teacher else None),
+               **running_flags(self.places, protocol, name, label, seed)}
+        words = [*as_flags({**plan.get("flags", {}), **flags}), *joined(own)]
         environment = {"PYTHON": sys.executable, **({"GPUS": str(plan["gpus"])} if "gpus" in plan else {})}
         try:
             settings = parsed(parse_settings, ["--dataset", plan["dataset"], *words])
         except UserError as error:
             raise UserError(f"{where}: {describe_error(error)}") from error
-        return Job(name, "train_scripts/train.sh", (plan["dataset"], *words), settings, needs, environment)
+        return Job(name, "train_scripts/train.sh", (plan["dataset"], *words), settings, needs, environment, where)
 
     def _teacher_weights(self, name: str) -> tuple[Path, tuple[str, ...]]:
         """(file of a teacher, name of the job that trains it)."""
@@ -336,5 +204,5 @@ class Expansion:
 
     def _teacher_job(self, name: str) -> Job:
         entry = self.plan["teachers"][name]
-        return self._job(f"[teachers.{name}]", self.teachers[name], "none", "none", self.plan["seeds"][0],
-                         entry.get("flags", {}))
+        return self._job(f"[teachers.{name}]", self.teachers[name], entry.get("label", "none"), "none",
+                         self.plan["seeds"][0], entry.get("flags", {}))

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from engine.results import result_path
 from engine.settings import Settings, parse_settings
 from tools.make_scripts import R101, TABLES, scripts
-from tools.planning.plan import ROOT, Job, Places, own_flags
+from tools.planning.command import joined, running_flags
+from tools.planning.plan import ROOT, Job, Places
 from utils.errors import UserError
 
 PROTOCOL = "paper"
@@ -33,9 +34,9 @@ def _row(script: str, places: Places, seeds: Sequence[int]) -> Iterator[Job]:
     for seed in seeds:
         label = base.distillation.method or "afdcd"
         # the path of the result says the pair
-        flags = [*data, *own_flags(places, PROTOCOL, "", label, seed)]
+        flags = [*data, *joined(running_flags(places, PROTOCOL, "", label, seed))]
         name = str(result_path(settings_of(script, flags)).relative_to(places.results).with_suffix(""))
-        flags = [*data, *own_flags(places, PROTOCOL, name, label, seed)]
+        flags = [*data, *joined(running_flags(places, PROTOCOL, name, label, seed))]
         yield Job(name, script, tuple(flags), settings_of(script, flags), environment={"PYTHON": sys.executable})
 
 

@@ -25,6 +25,18 @@ NEWS = 30
 #: seconds that a run gets to save and end after it was told to; torchrun itself gives its processes 30
 GRACE = 40
 OUTPUT = "output.txt"
+#: the line by which a program says why it ends (``utils.cli.run_main``)
+ERROR = re.compile(r"[\w.-]+: error: .*")
+
+
+@dataclass
+class Running:
+    """A run that this call has started. began: by time.monotonic(); said: bytes of its output file before it."""
+
+    job: Job
+    process: subprocess.Popen
+    began: float
+    said: int
 
 
 @dataclass
@@ -51,7 +63,7 @@ class Runner:
         self.repeats = repeats
         self.deadline = None if seconds is None else time.monotonic() + seconds
         self.say, self.count, self.begun = say, len(jobs), 0
-        self.running: dict[str, tuple[Job, subprocess.Popen, float]] = {}
+        self.running: dict[str, Running] = {}
         self.told: dict[str, str] = {}
         self.next_news = time.monotonic() + NEWS
         self.outcome = Outcome()
@@ -95,7 +107,7 @@ class Runner:
                 self._note_done(job)
                 said = f"takes the result of {source.name}, whose settings are the same"
             else:
-                self.running[job.name] = (job, start(job, self.side_by_side), time.monotonic())
+                self.running[job.name] = start(job, self.side_by_side)
                 said = f"its output: {shown_path(job.folder / OUTPUT)}"
             self.say(f"[{self.begun}/{self.count}] {job.name}\n    {said}")
         return self.begun > before
@@ -105,29 +117,30 @@ class Runner:
         self.outcome.done.append(job.name)
 
     def _collect(self) -> None:
-        for name, (job, process, began) in list(self.running.items()):
-            code = process.poll()
+        for name, one in list(self.running.items()):
+            code = one.process.poll()
             if code is None:
                 continue
             del self.running[name]
-            minutes = (time.monotonic() - began) / 60
-            if code == 0 and job.result.is_file():
-                self._note_done(job)
+            minutes = (time.monotonic() - one.began) / 60
+            if code == 0 and one.job.result.is_file():
+                self._note_done(one.job)
                 self.say(f"done after {minutes:.1f} min: {name}")
             elif code in CODES.values():
                 self.outcome.stopped.append(name)
                 self.say(f"stopped from outside after {minutes:.1f} min: {name}")
             else:
                 self.outcome.failed.append(name)
-                self.say(f"failed after {minutes:.1f} min with exit code {code}: {name}\n    {last_line(job)}")
+                how = "with exit code" if code >= 0 else "killed by signal"
+                self.say(f"failed after {minutes:.1f} min, {how} {abs(code)}: {name}\n    {reason(one)}")
 
     def _tell_news(self) -> None:
         """Say now and then how far the running ones are."""
         if time.monotonic() < self.next_news:
             return
         self.next_news = time.monotonic() + NEWS
-        for name, (job, _, _) in self.running.items():
-            said = re.findall(r"step \d+/.*(?:\n    .*)*", output_of(job))
+        for name, one in self.running.items():
+            said = re.findall(r"step \d+/.*(?:\n    .*)*", output_of(one))
             news = f"    {name}: {' '.join(said[-1].split()) if said else 'beginning'}"
             if self.told.get(name) != news:
                 self.told[name] = news
@@ -136,20 +149,20 @@ class Runner:
     def _stop(self) -> None:
         """Tell every run to end, and wait. One that has ended by itself is what it is."""
         self._collect()
-        for _, process, _ in self.running.values():
-            tell(process, signal.SIGTERM)
-        for name, (_, process, _) in self.running.items():
+        for one in self.running.values():
+            tell(one.process, signal.SIGTERM)
+        for name, one in self.running.items():
             try:
-                process.wait(GRACE)
+                one.process.wait(GRACE)
             except subprocess.TimeoutExpired:
-                tell(process, signal.SIGKILL)
-                process.wait()
+                tell(one.process, signal.SIGKILL)
+                one.process.wait()
             self.outcome.stopped.append(name)
             self.say(f"stopped: {name}")
         self.running.clear()
 
 
-def start(job: Job, side_by_side: int) -> subprocess.Popen:
+def start(job: Job, side_by_side: int) -> Running:
     """Start a run, its output in its folder. Runs that share the CPUs get their share of threads."""
     environment = {**os.environ, **job.environment}
     if "OMP_NUM_THREADS" not in os.environ:
@@ -158,8 +171,10 @@ def start(job: Job, side_by_side: int) -> subprocess.Popen:
     with open(job.folder / OUTPUT, "a", encoding="utf-8") as output:
         output.write(f"$ {job.shown}\n")
         output.flush()
-        return subprocess.Popen(job.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
-                                stderr=subprocess.STDOUT, start_new_session=True)
+        said = output.tell()
+        process = subprocess.Popen(job.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
+        return Running(job, process, time.monotonic(), said)
 
 
 def shown_path(path: Path) -> str:
@@ -175,15 +190,22 @@ def tell(process: subprocess.Popen, what: signal.Signals) -> None:
         return
 
 
-def output_of(job: Job) -> str:
-    """All that a run has said."""
-    path: Path = job.folder / OUTPUT
-    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+def output_of(one: Running) -> str:
+    """What has been said since a run was started: by it, and by one of another call that trains in the same folder."""
+    path: Path = one.job.folder / OUTPUT
+    if not path.is_file():
+        return ""
+    return path.read_bytes()[one.said:].decode(encoding="utf-8", errors="replace").strip()
 
 
-def last_line(job: Job) -> str:
-    """What a run said last."""
-    return (output_of(job).splitlines() or ["it said nothing"])[-1]
+def reason(one: Running) -> str:
+    """Why a run has ended: its error; else where its output is, if it was killed, and its last line, if not."""
+    said = output_of(one)
+    if errors := ERROR.findall(said):
+        return errors[-1]
+    if one.process.returncode < 0:
+        return f"its output: {shown_path(one.job.folder / OUTPUT)}"
+    return (said.splitlines() or ["it said nothing"])[-1]
 
 
 def write_lists(jobs: Sequence[Job], folder: Path, side_by_side: int) -> list[str]:
