@@ -30,9 +30,10 @@ FORMAT = 1
 #: points that a curve of a loss term keeps
 POINTS = 60
 #: what every result has
-PARTS = ("protocol", "dataset", "teacher", "student", "method", "label", "seed", "iterations", "classes", "seconds",
-         "curve", "losses", "scores", "settings", "revision", "hardware", "weights")
-REMEDY = "remove it, and the same command makes it again"
+PARTS = {**dict.fromkeys(("protocol", "dataset", "method", "label"), str), "seed": int, "iterations": int,
+         "teacher": (dict, type(None)), "classes": list, "curve": list, **dict.fromkeys((
+             "student", "seconds", "losses", "scores", "settings", "revision", "hardware", "weights"), dict)}
+REMEDY = "remove it to have the run made again"
 SCORES = ("mIoU", "mIoU_present", "pixAcc", "mAcc")
 #: settings that change no figure but time and memory, or say where things lie
 UNIMPORTANT = frozenset((
@@ -178,7 +179,7 @@ def _hashes(files: RunFiles) -> dict[str, str]:
 
 def check_result_target(settings: Settings) -> None:
     """UserError when the file that ``--results`` means holds the result of other settings: it is not overwritten."""
-    if settings.running.results is None or not (path := result_path(settings)).is_file():
+    if settings.running.results is None or not (path := result_path(settings)).exists():
         return
     if changes := differences(read_result(path)["settings"], plain(settings)):
         raise UserError(f"--results: {path} is of a run with other settings ({'; '.join(changes)}): choose another "
@@ -190,7 +191,7 @@ def check_log(run: Run) -> None:
     so far: times and curves would be those of a part of it. Logs of earlier versions do not say."""
     if run.settings.running.results is None or not run.distributed.is_main_process:
         return
-    path = log_of(run)
+    path = run.files.json_log
     records = [r for r in read_log(path) if r["kind"] == "train" and r["step"] <= run.step] if path.is_file() else []
     if any("steps" not in r for r in records):
         return
@@ -201,18 +202,13 @@ def check_log(run: Run) -> None:
                         f"the folder {run.files.directory}")
 
 
-def log_of(run: Run) -> Path:
-    """The JSON lines of a run."""
-    return run.files.log_directory / f"{run.files.log_name}.jsonl"
-
-
 def write_result(run: Run) -> None:
     """Write the result of a run that has ended, on the main process, where ``--results`` asks for one."""
     if run.settings.running.results is None or not run.distributed.is_main_process:
         return
     path = result_path(run.settings)
     try:
-        result = build_result(run, read_log(log_of(run)))
+        result = build_result(run, read_log(run.files.json_log))
     except KeyError as error:  # begun by a version of this program that wrote down less
         LOG.warning("no result is written: the run's log lacks %s", error)
         return
@@ -236,10 +232,10 @@ def read_result(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a result that can be read ({error}): {REMEDY}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: expected a result of format {FORMAT}, as train_kd.py --results writes it: {REMEDY}")
-    if missing := [key for key in PARTS if key not in content]:
-        raise UserError(f"{path}: the result lacks {', '.join(missing)}: {REMEDY}")
+    if bad := [key for key, kind in PARTS.items() if not isinstance(content.get(key, ...), kind)]:
+        raise UserError(f"{path}: no whole result, {', '.join(bad)} missing or of another kind: {REMEDY}")
     # the first ones were written before stages were timed; none of them had any
-    content["seconds"] = {"stages": 0.0, "stages_cpu": 0.0, **content.get("seconds", {})}
+    content["seconds"] = {"stages": 0.0, "stages_cpu": 0.0, **content["seconds"]}
     return content
 
 

@@ -29,6 +29,7 @@ class RunFiles:
         self.previous_state = self.directory / f"{self.stem}_state_previous.pth"
         self.replay = self.directory / f"{self.stem}_replay.pth"
         self.config = self.directory / f"{self.stem}_config.json"
+        self.json_log = self.log_directory / f"{self.log_name}.jsonl"
         self.text_log = self.log_directory / f"{self.log_name}_log.txt"
         self._resume = settings.running.resume
 

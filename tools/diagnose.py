@@ -72,22 +72,16 @@ def settings_of(folder: Path, options: Options) -> Settings:
     log_dir = options.log_dir or (settings.running.log_dir if log is None else str(log.parent))
     settings = replace(settings, running=replace(settings.running, save_dir=str(folder), log_dir=log_dir,
                                                  resume="auto"))
-    if options.log_dir is not None and not (wanted := log_of(settings)).is_file():
+    if options.log_dir is not None and not (wanted := RunFiles(settings).json_log).is_file():
         held = "no log of the run" if wanted.parent.is_dir() else "no such folder"
         raise UserError(f"--log-dir {options.log_dir}: {held}; expected the folder that holds {wanted.name}, the "
                         f"log of the run {folder}")
     return settings
 
 
-def log_of(settings: Settings) -> Path:
-    """The JSON lines of the run, where they should be."""
-    files = RunFiles(settings)
-    return files.log_directory / f"{files.log_name}.jsonl"
-
-
 def logged(settings: Settings) -> list[Record]:
     """The diagnoses in the run's log, in the order of their steps; none without a log."""
-    path = log_of(settings)
+    path = RunFiles(settings).json_log
     return [r for r in read_log(path) if r["kind"] == "diagnose"] if path.is_file() else []
 
 

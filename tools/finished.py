@@ -28,7 +28,7 @@ def log_places(folder: Path, settings: Settings) -> list[Path]:
     were written."""
     written = settings.running.log_dir
     moved = Path(os.path.normpath(folder / os.path.relpath(written, settings.running.save_dir)))
-    name = f"{RunFiles(settings).log_name}.jsonl"
+    name = RunFiles(settings).json_log.name
     return [place / name for place in dict.fromkeys((folder, moved, Path(written)))]
 
 

@@ -246,7 +246,7 @@ def test_another_line_that_cannot_be_read_is_told(tmp_path, caplog) -> None:
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 99}', '{"format": 1}'])
 def test_another_file_is_refused_by_name(tmp_path, content) -> None:
     (tmp_path / "0.json").write_text(content)
-    with pytest.raises(UserError, match=r"0\.json.*remove it, and the same command makes it again"):
+    with pytest.raises(UserError, match=r"0\.json.*remove it to have the run made again"):
         read_results(tmp_path)
 
 

@@ -57,7 +57,7 @@ def read_run(flag: str, folder: Path, weights: str = "best", name: str | None = 
     files = RunFiles(replace(settings, running=replace(settings.running, save_dir=str(folder), resume=None)))
     log = find_log(folder, settings)
     if log is None:
-        raise UserError(f"{flag} {folder}: no log {files.log_name}.jsonl; looked into "
+        raise UserError(f"{flag} {folder}: no log {files.json_log.name}; looked into "
                         f"{', '.join(str(path.parent) for path in log_places(folder, settings))}")
     found = _read_digest(log)
     if left := _left_to_do(settings, files, found):

@@ -31,7 +31,11 @@ def status(job: Job) -> Status:
     """How far a run is. UserError when what is there was made with settings, or from a teacher, that the plan no longer
     has."""
     if job.result.exists():
-        return finished(job)
+        result = read_result(job.result)
+        refuse_changes(job, job.result, result["settings"])
+        refuse_teacher(job, result)
+        refuse_code(job, result)
+        return Status(DONE, result["iterations"])
     states = job.states
     for path in states:
         try:
@@ -42,25 +46,9 @@ def status(job: Job) -> Status:
         refuse_changes(job, path, made)
         return Status(BEGUN, step)
     if states:
-        raise UserError(f"{states[0]}: not a training state that can be read: remove it to start the run anew")
+        raise UserError(f"{' and '.join(map(str, states))}: no training state that can be read: to start the run anew, "
+                        f"remove the folder {job.folder}")
     return Status(NEW)
-
-
-def finished(job: Job) -> Status:
-    """Of a run whose result is there. UserError for a file that holds no whole result."""
-    again = "remove it to have the run made again"
-    try:
-        result = read_result(job.result)
-    except UserError as error:
-        raise UserError(f"{error}: {again}") from error
-    try:
-        refuse_changes(job, job.result, result["settings"])
-        refuse_teacher(job, result)
-        refuse_code(job, result)
-        return Status(DONE, result["iterations"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{job.result}: expected a whole result, as train_kd.py --results writes it, but it cannot be "
-                        f"read ({type(error).__name__}: {error}): {again}") from error
 
 
 def refuse_changes(job: Job, path: Path, made: Mapping[str, Any]) -> None:
