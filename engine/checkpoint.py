@@ -68,6 +68,8 @@ def save_state(run: Run, keep: Path | None = None) -> None:
     if not run.distributed.is_main_process:
         return
     run.check_lock()
+    if run.logger is not None:  # a state is never ahead of the log
+        run.logger.sync()
     save_tensors(run.files.state, in_plain_order({
         "format": FORMAT, "versions": versions(), "model": run.student.state_dict(), "net_info": describe(run.student),
         "distillers": run.objective.distillers.state_dict(), "optimizer": run.optimizer.state_dict(),
@@ -129,8 +131,7 @@ def resume(run: Run, *, trains: bool = False) -> bool:
         run.step, best = int(state["step"]), float(state["best"])
         run.step_fn.skipped = int(state.get("skipped", 0))
         run.validated = int(state.get("validated", run.step))  # earlier programs validated first
-        logged = state["config"].get("log_iter") or 1
-        run.clock.take_up(state.get("window", {"steps": run.step % logged}))  # none of earlier programs
+        run.clock.take_up(state.get("window", {"steps": None}))  # none of earlier programs
         stage_options = {name for d in run.objective.distillers.values() for name in d.stage_options}
         held = {"student_preprocess": str(preprocess), **state.get("contents", {})}  # none of earlier programs
         holds = {"student_preprocess": str(run.student.preprocess), **run.contents}

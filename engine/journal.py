@@ -49,6 +49,7 @@ class Journal:
             setup_logging(True, run.files.text_log)
             self.logger = RunLogger(run.files.log_directory, run.files.log_name, run.step, running.tensorboard,
                                     run.validated, self._tracker())
+            run.logger = self.logger
             run.revisions = self._revisions()
             write_json(run.files.config, {
                 "config": plain(run.settings), "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -135,7 +136,7 @@ class Journal:
                            diagnostics=diagnostics, load=load(),
                            memory_mb=round(peak_memory(device) / 1e6),
                            others_mb=None if others is None else round(others / 1e6),
-                           **{k: round(v, 4) for k, v in window.items()}, **flops)
+                           **{k: v and round(v, 4) for k, v in window.items()}, **flops)
         total, waiting = values[-1].item(), f"data {100 * window['waiting_for_data']:.0f}%"
         self.progress.set_postfix_str(f"loss {total:.3g} {speed:.1f} img/s", refresh=False)
         LOG.info("%s", fold([f"step {run.step}/{iterations}", f"loss {total:.4g}:",

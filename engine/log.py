@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -121,6 +122,12 @@ class RunLogger:
         if self._tracker is not None:
             self._tracker.log(scalars, step)
 
+    def sync(self) -> None:
+        """See to it that what was recorded is on the disk, as far as there is room."""
+        self._write_pending()
+        with suppress(OSError):
+            os.fsync(self._file.fileno())
+
     def _write_pending(self) -> None:
         """Write what is due. What finds no room is kept for the next time."""
         try:
@@ -161,13 +168,16 @@ class RunLogger:
 def log_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(line, record) of a run's JSON lines; a last line that a killed run left half-written is dropped, any other that
     cannot be read is left out with a warning."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            yield line, json.loads(line)
+            record = json.loads(line)
         except json.JSONDecodeError:
-            if number < len(lines):
-                LOG.warning("%s: line %d cannot be read and is left out", path, number)
+            record = None
+        if isinstance(record, dict):
+            yield line, record
+        elif number < len(lines):
+            LOG.warning("%s: line %d cannot be read and is left out", path, number)
 
 
 def _is_within(record: dict[str, Any], step: int, validated: int) -> bool:

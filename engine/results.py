@@ -191,15 +191,18 @@ def check_log(run: Run) -> None:
     so far: times and curves would be those of a part of it. Logs of earlier versions do not say."""
     if run.settings.running.results is None or not run.distributed.is_main_process:
         return
-    path = run.files.json_log
-    records = [r for r in read_log(path) if r["kind"] == "train" and r["step"] <= run.step] if path.is_file() else []
-    if any("steps" not in r for r in records):
+    path, is_kept = run.files.json_log, run.files.goes_on_here
+    records = read_log(path) if is_kept and path.is_file() else []
+    told = [r.get("steps") for r in records if r["kind"] == "train" and r["step"] <= run.step]
+    told.append(run.clock.held()["steps"])
+    if None in told or sum(told) == run.step:
         return
-    told = sum(r["steps"] for r in records) + run.clock.held()["steps"]
-    if told != run.step:
-        raise UserError(f"--results: the log {path} tells of {told} of the run's {run.step} iterations so far, so its "
-                        f"result would be wrong. Expected the whole log; else start anew, without --resume, or remove "
-                        f"the folder {run.files.directory}")
+    before = run.files.previous_state
+    ways = ["go on without --results", "start anew, without --resume"]
+    if before in run.files.resume_from[1:]:
+        ways.insert(0, f"go on from the state before it, if the log reaches as far (--resume {before})")
+    raise UserError(f"--results: the log {path} tells of {sum(told)} of the run's {run.step} iterations so far, so the "
+                    f"result would be wrong: put the whole log back, {', or '.join(ways)}")
 
 
 def write_result(run: Run) -> None:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 import dataset as data
 from engine.lock import RunLock
-from engine.log import LOG
+from engine.log import LOG, RunLogger
 from engine.run_files import RunFiles
 from engine.settings import Settings
 from engine.step import StepResult, TrainStep
@@ -26,13 +26,13 @@ from utils.watchdog import in_time
 
 @dataclass
 class Run:
-    """Everything that ``engine.build.build_run`` made, and the state of training: iterations done, best validation
-    mIoU (below 0: none yet), a digest of the weights that reached it (None where an earlier version chose them),
-    iterations done at the last validation, the time of those since the last that was logged. val_set: None without
-    validation. teacher: None when no method reads one. unlabeled: images without labels that join every batch.
-    contents: {setting: what the file that it names holds}, as JSON values. sources: {file of its own code: SHA-256}.
-    lock: on the folders, while the main process trains. changed: settings that a resumed run has changed on its way,
-    each with the step after which it did. revisions: of this code, of all processes that made steps, known to the main
+    """Everything that ``engine.build.build_run`` made, and the state of training: iterations done, best validation mIoU
+    (below 0: none yet), a digest of the weights that reached it (None where an earlier version chose them), iterations
+    done at the last validation, the time of those since the last that was logged. val_set: None without validation.
+    teacher: None when no method reads one. unlabeled: images without labels that join every batch. contents: {setting:
+    what the file that it names holds}, as JSON values. sources: {file of its own code: SHA-256}. lock: on the folders,
+    logger: of the log, while the main process trains. changed: settings that a resumed run has changed on its way, each
+    with the step after which it did. revisions: of this code, of all processes that made steps, known to the main
     process while it trains. teacher_predictions: {index: int64 [H, W]} of the validation images that are drawn."""
 
     settings: Settings
@@ -56,6 +56,7 @@ class Run:
     best_weights: str | None = None
     validated: int = 0
     clock: Stopwatch = field(default_factory=Stopwatch)
+    logger: RunLogger | None = None
     lock: RunLock | None = None
     changed: list[dict[str, object]] = field(default_factory=list)
     revisions: list[dict[str, object]] = field(default_factory=list)

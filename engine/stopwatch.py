@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 
 class Stopwatch:
@@ -14,17 +15,21 @@ class Stopwatch:
     """
 
     def __init__(self) -> None:
-        self._earlier: Mapping[str, float] = {}
+        self._earlier: Mapping[str, Any] = {}
         self.restart()
 
-    def take_up(self, window: Mapping[str, float]) -> None:
-        """The next :meth:`restart` goes on with this window, of :meth:`held`."""
+    def take_up(self, window: Mapping[str, Any]) -> None:
+        """The next :meth:`restart` goes on with this window, of :meth:`held`; {"steps": None}: nobody knows it."""
         self._earlier = window
 
-    def held(self) -> dict[str, float]:
+    def held(self) -> dict[str, Any]:
         """The window up to the last step; before the :meth:`restart` the one to go on with."""
-        return dict(self._earlier) or {"seconds": self.mark - self.start, "cpu_seconds": self.cpu_mark - self.cpu_start,
-                "waited": self.waited, "images": self.images, "steps": self.steps}
+        return dict(self._earlier) or {
+            "seconds": self.mark - self.start, "cpu_seconds": self.cpu_mark - self.cpu_start, "waited": self.waited,
+            "images": self.images, "steps": self._all_steps()}
+
+    def _all_steps(self) -> int | None:
+        return self.steps if self._whole else None
 
     def restart(self) -> None:
         """Start a new window now."""
@@ -33,7 +38,8 @@ class Stopwatch:
         self.start = self.mark - earlier.get("seconds", 0.0)
         self.cpu_start = self.cpu_mark - earlier.get("cpu_seconds", 0.0)
         self.waited = earlier.get("waited", 0.0)
-        self.images, self.steps = int(earlier.get("images", 0)), int(earlier.get("steps", 0))
+        self._whole = earlier.get("steps", 0) is not None
+        self.images, self.steps = earlier.get("images", 0), earlier.get("steps") or 0
 
     def skip(self) -> None:
         """What passed since the last step, such as a validation, does not count."""
@@ -63,11 +69,13 @@ class Stopwatch:
         """How long so many steps take at the speed since the last reading (of one step at least), in whole seconds."""
         return timedelta(seconds=int(steps * (time.perf_counter() - self.start) / self.steps))
 
-    def read(self) -> dict[str, float]:
+    def read(self) -> dict[str, Any]:
         """The window, and start the next one: images per second of all processes, share of the time waiting for data,
-        seconds, seconds of CPU time of this process without its loading processes, and steps."""
+        seconds, seconds of CPU time of this process without its loading processes, and steps (None where some are not
+        known)."""
         passed = max(time.perf_counter() - self.start, 1e-9)
         window = {"images_per_second": max(self.images / passed, 1e-9), "waiting_for_data": self.waited / passed,
-                  "seconds": passed, "cpu_seconds": time.process_time() - self.cpu_start, "steps": self.steps}
+                  "seconds": passed, "cpu_seconds": time.process_time() - self.cpu_start,
+                  "steps": self._all_steps()}
         self.restart()
         return window

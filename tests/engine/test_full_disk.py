@@ -29,6 +29,23 @@ def test_records_wait_for_room(tmp_path, capsys) -> None:
     assert capsys.readouterr().err.count("cannot be written") == 1
 
 
+def test_a_state_is_never_ahead_of_the_log(few_images, tmp_path, monkeypatch) -> None:
+    def waits(self, kind: str, step: int, **values) -> None:
+        self._pending += json.dumps({"kind": kind, "step": step}).encode() + b"\n"
+
+    def save_and_look(path, content, keep=None) -> None:
+        log, = tmp_path.glob("**/*.jsonl")
+        told.append((content["step"], max(json.loads(line)["step"] for line in log.read_text().splitlines())))
+        save(path, content, keep)
+
+    save, told = engine.checkpoint.save_tensors, []
+    monkeypatch.setattr(RunLogger, "record", waits)
+    monkeypatch.setattr(engine.checkpoint, "save_tensors", save_and_look)
+    flags = ("--skip-val", "--save-per-iters", "2", "--log-iter", "1")
+    assert train_kd.main(four_steps(few_images, tmp_path, *flags)) == 0
+    assert told == [(2, 2), (4, 4)]
+
+
 def test_a_text_log_that_is_full_is_told_once(capsys) -> None:
     setup_logging(True, FULL)
     try:

@@ -168,7 +168,7 @@ def test_the_times_of_a_resumed_run_are_of_all_its_iterations(place, monkeypatch
     assert [(r["step"], r["steps"]) for r in train] == [(4, 4), (6, 2)]
 
 
-@pytest.mark.parametrize("damage", ["removed", "shortened", "elsewhere"])
+@pytest.mark.parametrize("damage", ["removed", "shortened", "elsewhere", "shared"])
 def test_a_log_that_lacks_iterations_gives_no_result(place, monkeypatch, capsys, damage) -> None:
     argv = [*interrupted(place, damage, monkeypatch, FIRST), "--resume", "auto"]
     log = log_of(place, damage)
@@ -178,7 +178,8 @@ def test_a_log_that_lacks_iterations_gives_no_result(place, monkeypatch, capsys,
         log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[2:]))
     else:
         state, = (place / damage).glob("*_state.pth")
-        argv = [*arguments(place, "other", *distil_arguments(place / "teacher.pth")), "--resume", str(state)]
+        argv = [*arguments(place, "other", *distil_arguments(place / "teacher.pth")), "--resume", str(state),
+                *(["--log-dir", str(log.parent)] if damage == "shared" else [])]
     before = log.read_text() if log.exists() else None
     assert_refused(capsys, train_kd.main, argv, "--results: the log", "of the run's 3 iterations so far",
                    "start anew, without --resume")
@@ -238,9 +239,10 @@ def test_the_cut_last_line_of_a_log_is_dropped(tmp_path) -> None:
 
 
 def test_another_line_that_cannot_be_read_is_told(tmp_path, caplog) -> None:
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    assert read_log(tmp_path / "log.jsonl") == [{"step": 1}, {"step": 3}]
-    assert "log.jsonl: line 2 cannot be read and is left out" in caplog.text
+    for damaged in (b'{"st', b'{"step\xe1": 2', b"5"):
+        (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 3}\n')
+        assert read_log(tmp_path / "log.jsonl") == [{"step": 1}, {"step": 3}]
+    assert caplog.text.count("log.jsonl: line 2 cannot be read and is left out") == 3
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 99}', '{"format": 1}'])

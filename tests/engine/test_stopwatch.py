@@ -55,3 +55,13 @@ def test_a_resumed_run_goes_on_with_the_window_of_its_state(clock) -> None:
     window = resumed.read()
     assert (window["seconds"], window["steps"]) == (10.0, 4) and window["images_per_second"] == pytest.approx(1.6)
     assert resumed.held()["steps"] == 0
+
+
+def test_steps_of_a_state_without_a_window_are_not_made_up(clock) -> None:
+    watch = Stopwatch()
+    watch.take_up({"steps": None})
+    watch.restart()
+    clock[0] += 2.0
+    watch.count(4)
+    assert watch.time_of(10).total_seconds() == 20 and watch.held()["steps"] is None
+    assert watch.read()["steps"] is None and watch.held()["steps"] == 0
