@@ -160,6 +160,7 @@ class Journal:
         """Close the progress bar and the files."""
         self.progress.close()
         if self.logger is not None:
+            self.run.logger = None
             self.logger.close()
 
 
