@@ -193,7 +193,7 @@ def check_log(run: Run) -> None:
         return
     path, is_kept = run.files.json_log, run.files.goes_on_here
     records = read_log(path) if is_kept and path.is_file() else []
-    told = [r.get("steps") for r in records if r["kind"] == "train" and r["step"] <= run.step]
+    told = [r.get("steps") for r in records if r.get("kind") == "train" and r.get("step", 0) <= run.step]
     told.append(run.clock.held()["steps"])
     if None in told or sum(told) == run.step:
         return

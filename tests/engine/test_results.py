@@ -168,7 +168,7 @@ def test_the_times_of_a_resumed_run_are_of_all_its_iterations(place, monkeypatch
     assert [(r["step"], r["steps"]) for r in train] == [(4, 4), (6, 2)]
 
 
-@pytest.mark.parametrize("damage", ["removed", "shortened", "elsewhere", "shared"])
+@pytest.mark.parametrize("damage", ["removed", "shortened", "renamed", "elsewhere", "shared"])
 def test_a_log_that_lacks_iterations_gives_no_result(place, monkeypatch, capsys, damage) -> None:
     argv = [*interrupted(place, damage, monkeypatch, FIRST), "--resume", "auto"]
     log = log_of(place, damage)
@@ -176,6 +176,8 @@ def test_a_log_that_lacks_iterations_gives_no_result(place, monkeypatch, capsys,
         log.unlink()
     elif damage == "shortened":
         log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[2:]))
+    elif damage == "renamed":  # by one bit
+        log.write_text(log.read_text().replace('"kind": "train"', '"kine": "train"', 1))
     else:
         state, = (place / damage).glob("*_state.pth")
         argv = [*arguments(place, "other", *distil_arguments(place / "teacher.pth")), "--resume", str(state),
